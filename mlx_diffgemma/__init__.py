@@ -1,0 +1,26 @@
+"""DiffusionGemma on Apple silicon with MLX.
+
+    >>> from mlx_diffgemma import chat_ids, generate, load
+    >>> model, tokenizer = load("nano")
+    >>> generate(model, tokenizer, chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}]))
+"""
+
+from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.generate import (
+    GenerationOptions,
+    GenerationResponse,
+    GenerationWarning,
+    batch_generate,
+    generate,
+    load,
+    stream_generate,
+)
+from mlx_diffgemma.session import CanvasStep
+from mlx_diffgemma.tokenizer import chat_ids
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CanvasStep", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError", "UserError",
+    "batch_generate", "chat_ids", "generate", "load", "stream_generate",
+]

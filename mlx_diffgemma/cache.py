@@ -1,0 +1,152 @@
+"""The K/V cache of one sequence.
+
+Entries are always in temporal order.  A full layer keeps everything; a sliding layer keeps its last ``window - 1``
+entries, which is all a later row may see beside itself.  Appending makes new arrays and never writes into old ones, so
+a snapshot is a few references and a length.  ``view`` mutates nothing.
+
+    >>> cache = Cache(config.text)
+    >>> model.encode([ids], [cache])
+    >>> before = cache.snapshot()
+    >>> model.encode([more], [cache]); cache.restore(before)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_diffgemma.config import TextConfig
+from mlx_diffgemma.errors import UserError
+
+KeyValue = tuple[mx.array, mx.array]  # each [1, KV heads, entries, head size]
+FORMAT = "mlx-diffgemma cache 1"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A point to go back to: the length, and the entries of the sliding layers as they were."""
+
+    length: int
+    sliding: tuple[KeyValue | None, ...]
+
+
+class Cache:
+    """K/V of all layers for one sequence of ``length`` positions.
+
+    ``keep_all`` keeps every entry of the sliding layers too, for training, where the canvas lies inside the sequence.
+    """
+
+    def __init__(self, config: TextConfig, keep_all: bool = False):
+        self.windows = tuple(layer.window for layer in config.layers)
+        self.keep_all = keep_all
+        self.length = 0
+        self._entries: list[KeyValue | None] = [None] * len(self.windows)
+        self._held: list[KeyValue | None] = [None] * len(self.windows)
+
+    def view(self, layer: int, upto: int | None = None) -> KeyValue | None:
+        """What rows after position ``upto`` (default: the end) may see: on a sliding layer the last window - 1 entries."""
+        entries, window = self._entries[layer], self.windows[layer]
+        if entries is None or upto == 0:
+            return None
+        stored = entries[0].shape[2]
+        end = stored if upto is None else stored - (self.length - upto)
+        if end < 0 or (upto is not None and not self.keep_all and window is not None and upto != self.length):
+            raise ValueError(f"layer {layer} no longer holds the entries before position {upto}; use keep_all=True")
+        start = 0 if window is None else max(0, end - (window - 1))
+        return _cut(entries, start, end)
+
+    def append(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Add entries [1, KV heads, n, head size] to one layer; ``advance`` counts them once all layers have theirs."""
+        entries = self._entries[layer]
+        if entries is not None:
+            keys, values = mx.concatenate((entries[0], keys), axis=2), mx.concatenate((entries[1], values), axis=2)
+        window = self.windows[layer]
+        if window is not None and not self.keep_all:
+            keys, values = _cut((keys, values), max(0, keys.shape[2] - (window - 1)), keys.shape[2])
+        self._entries[layer] = (keys, values)
+
+    def advance(self, count: int) -> None:
+        self.length += count
+
+    def hold(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Keep entries aside that are not certain yet; ``view`` does not show them."""
+        self._held[layer] = (keys, values)
+
+    def accept(self, count: int) -> None:
+        """Append the first ``count`` held entries of every layer and drop the rest."""
+        for layer, held in enumerate(self._held):
+            if held is None or count > held[0].shape[2]:
+                raise ValueError(f"layer {layer} holds fewer than {count} entries")
+        for layer, held in enumerate(self._held):
+            if count:
+                self.append(layer, *_cut(held, 0, count))
+            self._held[layer] = None
+        self.advance(count)
+
+    def snapshot(self) -> Snapshot:
+        sliding = tuple(None if window is None else entries
+                        for window, entries in zip(self.windows, self._entries, strict=True))
+        return Snapshot(self.length, sliding)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to ``snapshot``, taken from this cache or from one this was copied from."""
+        if snapshot.length > self.length:
+            raise ValueError(f"snapshot at {snapshot.length} lies ahead of this cache at {self.length}")
+        for layer, (window, entries) in enumerate(zip(self.windows, self._entries, strict=True)):
+            if window is not None:
+                self._entries[layer] = snapshot.sliding[layer]
+            elif entries is not None:
+                self._entries[layer] = _cut(entries, 0, snapshot.length) if snapshot.length else None
+        self._held = [None] * len(self.windows)
+        self.length = snapshot.length
+
+    def copy(self) -> Cache:
+        """An independent cache with the same content; arrays are shared, since nothing writes into them."""
+        twin = object.__new__(Cache)
+        twin.windows, twin.keep_all, twin.length = self.windows, self.keep_all, self.length
+        twin._entries, twin._held = list(self._entries), list(self._held)
+        return twin
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for entries in self._entries if entries is not None for array in entries]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def save(self, path: Path | str, metadata: dict[str, str] | None = None) -> None:
+        """Write to a safetensors file; ``metadata`` comes back from ``load``."""
+        tensors = {f"{layer}.{name}": array for layer, entries in enumerate(self._entries) if entries is not None
+                   for name, array in zip(("keys", "values"), entries, strict=True)}
+        header = {**(metadata or {}), "format": FORMAT, "length": str(self.length), "keep_all": str(self.keep_all)}
+        mx.save_safetensors(str(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: Path | str, config: TextConfig) -> tuple[Cache, dict[str, str]]:
+        """Errors: UserError when the file is damaged or of another model shape."""
+        try:
+            tensors, header = mx.load(str(path), return_metadata=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} is not a cache file ({error}); make it anew.") from None
+        if header.get("format") != FORMAT:
+            raise UserError(f"{path} is not a cache file of this version (format {header.get('format')!r}, "
+                            f"expected {FORMAT!r}); make it anew.")
+        cache = cls(config, keep_all=header["keep_all"] == "True")
+        cache.length = int(header["length"])
+        for index, layer in enumerate(config.layers):
+            pair = tensors.get(f"{index}.keys"), tensors.get(f"{index}.values")
+            if pair[0] is None or pair[1] is None:
+                continue
+            if any(a.shape[1] != layer.num_kv_heads or a.shape[3] != layer.head_dim for a in pair):
+                raise UserError(f"{path} was made with another model: layer {index} has shape {pair[0].shape}.")
+            cache._entries[index] = pair
+        return cache, header
+
+
+def _cut(entries: KeyValue, start: int, end: int) -> KeyValue:
+    if start == 0 and end == entries[0].shape[2]:
+        return entries
+    return entries[0][:, :, start:end], entries[1][:, :, start:end]

@@ -1,0 +1,12 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(ValueError):
+    """A mistake in the input: one sentence that says what was wrong, what was given, what is allowed and what to do.
+
+    The command line prints it without a traceback and leaves with exit code 2.
+    """
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """The model returned NaN or infinity: a damaged checkpoint or a numerical bug, never something to sample from."""

@@ -1,0 +1,419 @@
+"""The DiffusionGemma backbone: one stack of weights, two modes, one forward.
+
+``encode`` runs the causal mode and writes the cache; ``denoise`` runs the canvas mode and only reads it.  Both are doors
+to one forward over *segments*: runs of rows that belong to one sequence.  All rows of a call go through the projections,
+the experts and the head together; attention runs segment by segment over that segment's own cache, so rows of a batch
+need no padding, no mask between sequences, and get the same numbers as alone.
+
+The module tree carries the checkpoint's key paths (``model.decoder.layers.N...``).  This file knows no text and no
+sampling.
+
+    >>> cache = Cache(model.config.text)
+    >>> model.encode([prompt_ids], [cache])
+    >>> model.denoise(canvas, [cache]).logits          # [1, canvas, vocabulary], float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
+from mlx_diffgemma.masks import causal_mask
+
+# From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
+SORT_FROM = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``start`` to ``stop`` of a forward, the next positions of one sequence.
+
+    ``canvas`` rows see each other and the cache and write nothing.  Causal rows write their K/V into the cache, or hold
+    them aside with ``write="hold"``.  ``blocks`` are (start, end) ranges inside the segment that see each other both
+    ways.
+    """
+
+    start: int
+    stop: int
+    cache: Cache
+    canvas: bool = False
+    write: Literal["append", "hold"] = "append"
+    blocks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """``logits`` float32 soft-capped, or None; ``taps`` maps a layer index to the hidden states after that layer.
+
+    From ``denoise`` both have a leading [batch, canvas]; from ``encode`` they are lists with one [rows, ...] a sequence.
+    """
+
+    logits: mx.array | list[mx.array] | None = None
+    hidden: mx.array | list[mx.array] | None = None
+    taps: dict[int, mx.array | list[mx.array]] = field(default_factory=dict)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """``x / rms(x) * weight`` in float32 whatever the dtype of ``x``, which the result has again.
+
+    Source: DiffusionGemmaRMSNorm (multiplies by the weight itself, not by one plus it).
+    """
+    scale = None if weight is None else weight.astype(mx.float32)
+    return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.array]:
+    """(cos, sin) of shape [rows, 1, head_dim / 2], float32.
+
+    "proportional" RoPE turns only the first ``layer.rotated`` pairs but keeps the full head size in the exponent.  The
+    angles are products of float32 numbers exactly as in the reference; MLX's fused RoPE divides and, on Metal, uses fast
+    trigonometry, which drifts at long contexts.
+    """
+    pairs = mx.arange(layer.head_dim // 2)
+    exponent = (2 * pairs).astype(mx.float32) / layer.head_dim
+    frequencies = mx.where(pairs < layer.rotated, 1.0 / mx.power(layer.rope_theta, exponent), 0.0)
+    angles = positions.astype(mx.float32)[:, None, None] * frequencies
+    return mx.cos(angles), mx.sin(angles)
+
+
+def apply_rope(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+    """Split-half rotation of [rows, heads, head_dim] in float32."""
+    cos, sin = table
+    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
+    """``gelu(gate) * up`` with the tanh form of GELU, rounded to the dtype of ``gate`` once, at the end."""
+    return (nn.gelu_approx(gate.astype(mx.float32)) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention at scale 1 over segments; source: DiffusionGemma{Encoder,Decoder}TextAttention."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig):
+        super().__init__()
+        heads, kv, size = config.num_attention_heads, layer.num_kv_heads, layer.head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv, size
+        self.window, self.eps = layer.window, config.rms_norm_eps
+        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv * size, bias=False)
+        if layer.has_value_projection:
+            self.v_proj = nn.Linear(config.hidden_size, kv * size, bias=False)
+        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(size, self.eps)
+        self.k_norm = RMSNorm(size, self.eps)
+
+    def __call__(self, x: mx.array, table: tuple[mx.array, mx.array], segments: Sequence[Segment], index: int) -> mx.array:
+        """[rows, hidden] to [rows, hidden]; ``index`` is this layer's place in the caches."""
+        rows = x.shape[0]
+        queries = self.q_proj(x).reshape(rows, self.heads, self.head_dim)
+        keys = self.k_proj(x).reshape(rows, self.kv_heads, self.head_dim)
+        values = self.v_proj(x).reshape(keys.shape) if "v_proj" in self else keys
+        queries = apply_rope(self.q_norm(queries), table)
+        keys = apply_rope(self.k_norm(keys), table)
+        values = rms_norm(values, None, self.eps)
+        # [1, heads, rows, head_dim], as the attention of MLX wants it
+        queries, keys, values = (t.transpose(1, 0, 2)[None] for t in (queries, keys, values))
+        parts = [self._attend(segment, index, *(t[:, :, segment.start : segment.stop] for t in (queries, keys, values)))
+                 for segment in segments]
+        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return self.o_proj(out[0].transpose(1, 0, 2).reshape(rows, -1))
+
+    def _attend(self, segment: Segment, index: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        past = segment.cache.view(index)
+        if not segment.canvas:
+            (segment.cache.append if segment.write == "append" else segment.cache.hold)(index, keys, values)
+        if past is not None:
+            keys, values = mx.concatenate((past[0], keys), axis=2), mx.concatenate((past[1], values), axis=2)
+        mask = None
+        if not segment.canvas:
+            mask = causal_mask(keys.shape[2] - segment.rows, segment.rows, self.window, segment.blocks)
+        # In float32: MLX has no fused kernel at head sizes 256 and 512 and would round the scores to the compute dtype,
+        # which at attention scale 1 moves the weights visibly in bf16.
+        out = mx.fast.scaled_dot_product_attention(*(t.astype(mx.float32) for t in (queries, keys, values)), scale=1.0, mask=mask)
+        return out.astype(queries.dtype)
+
+
+class MLP(nn.Module):
+    """Gated MLP with the tanh form of GELU; the dense path of a layer."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Router(nn.Module):
+    """Chooses experts from the residual stream itself, not from the normed rows; source: DiffusionGemmaTextRouter."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+        self.top_k, self.eps = config.top_k_experts, config.rms_norm_eps
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(weights float32, experts), each [rows, top_k]."""
+        h = rms_norm(x, None, self.eps) * self.scale * (x.shape[-1] ** -0.5)
+        probabilities = mx.softmax(self.proj(h.astype(x.dtype)).astype(mx.float32), axis=-1)
+        chosen = mx.argpartition(-probabilities, self.top_k - 1, axis=-1)[:, : self.top_k]
+        weights = mx.take_along_axis(probabilities, chosen, axis=-1)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        return weights * self.per_expert_scale.astype(mx.float32)[chosen], chosen
+
+
+class ExpertLinear(nn.Module):
+    """One matrix per expert, [experts, outputs, inputs]."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, outputs, inputs))
+
+    def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
+        """Rows [n, 1, inputs] through the expert of each; ``experts`` [n]."""
+        weight = self.weight
+        if mx.default_device() == mx.cpu and weight.dtype != mx.float32:
+            # MLX's CPU backend has the grouped product in float32 only.
+            y = mx.gather_mm(x.astype(mx.float32), weight.astype(mx.float32).swapaxes(-1, -2), rhs_indices=experts,
+                             sorted_indices=sorted_indices)
+            return y.astype(x.dtype)
+        return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_indices)
+
+
+class Experts(nn.Module):
+    """Gated MLPs of which each row takes its own few; source: DiffusionGemmaTextExperts."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_up_proj = ExpertLinear(config.num_experts, config.hidden_size, 2 * config.moe_intermediate_size)
+        self.down_proj = ExpertLinear(config.num_experts, config.moe_intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, weights: mx.array, chosen: mx.array) -> mx.array:
+        """[rows, hidden] to [rows, hidden]; ``weights`` and ``chosen`` [rows, top_k] from the router."""
+        top_k, flat = chosen.shape[-1], chosen.flatten()
+        is_sorted = flat.size >= SORT_FROM
+        order = mx.argsort(flat) if is_sorted else mx.arange(flat.size)
+        experts = flat[order]
+        gate, up = mx.split(self.gate_up_proj(x[order // top_k][:, None], experts, is_sorted), 2, axis=-1)
+        y = self.down_proj(gated_gelu(gate, up), experts, is_sorted)[:, 0]
+        y = (y[mx.argsort(order)] if is_sorted else y).reshape(*chosen.shape, -1)
+        return (y.astype(mx.float32) * weights[..., None]).sum(axis=1).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """Attention, then dense MLP and experts side by side, each between two norms; source: DiffusionGemma*TextLayer.
+
+    ``layer_scalar`` is the canvas mode's; the causal mode has its own in ``model.encoder``.
+    """
+
+    def __init__(self, config: TextConfig, layer: LayerConfig):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.layer_scalar = mx.ones((1,))
+        for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                     "post_feedforward_layernorm", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
+                     "pre_feedforward_layernorm_2"):
+            self[name] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, table: tuple[mx.array, mx.array], segments: Sequence[Segment], index: int,
+                 scalar: mx.array) -> mx.array:
+        h = self.self_attn(self.input_layernorm(x), table, segments, index)
+        x = x + self.post_attention_layernorm(h)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+        routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        routed = self.post_feedforward_layernorm_2(routed)
+        return (x + self.post_feedforward_layernorm(dense + routed)) * scalar
+
+
+class SelfConditioning(MLP):
+    """Adds what the last step believed to the canvas; source: DiffusionGemmaSelfConditioning."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__(config)
+        self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: mx.array, soft_embedding: mx.array | None) -> mx.array:
+        if soft_embedding is not None:
+            x = x + super().__call__(self.pre_norm(soft_embedding.astype(x.dtype)))
+        # Without a signal the MLP would give exactly zero; the norm runs at the first step too.
+        return rms_norm(x, None, self.eps)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config, layer) for layer in config.layers]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+
+class EncoderLayer(nn.Module):
+    """All that the causal mode does not share with the canvas mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class EncoderText(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layers = [EncoderLayer() for _ in config.layers]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.language_model = EncoderText(config)
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.decoder = Decoder(config)
+        self.encoder = Encoder(config)
+
+
+class DiffusionGemma(nn.Module):
+    """The whole model.  Made by :func:`mlx_diffgemma.weights.load_model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config.text)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the hidden states."""
+        return self.model.decoder.norm.weight.dtype
+
+    @property
+    def embed_scale(self) -> mx.array:
+        """sqrt(hidden size), rounded to the compute dtype as the reference rounds it."""
+        return mx.array(self.config.text.hidden_size**0.5, dtype=self.dtype)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Scaled token embeddings; ids of any shape."""
+        return self.model.decoder.embed_tokens(ids) * self.embed_scale
+
+    def soft_embed(self, probabilities: mx.array) -> mx.array:
+        """Scaled mean embedding under ``probabilities`` [..., vocabulary]."""
+        table = self.model.decoder.embed_tokens.weight
+        return (probabilities.astype(table.dtype) @ table) * self.embed_scale
+
+    def encode(
+        self,
+        inputs: Sequence[mx.array],
+        caches: Sequence[Cache],
+        logits: Literal["none", "last", "all"] = "none",
+        taps: Sequence[int] = (),
+        write: Literal["append", "hold"] = "append",
+    ) -> ModelOutput:
+        """Causal mode: read the next positions of each sequence and write its cache.
+
+        ``inputs`` holds, for each cache, token ids [n] or embeddings [n, hidden].  ``logits`` asks for the next-token
+        distribution of no row, each sequence's last row or all rows.
+        """
+        embeddings = [x if x.ndim == 2 else self.embed(x) for x in inputs]
+        segments, start = [], 0
+        for x, cache in zip(embeddings, caches, strict=True):
+            segments.append(Segment(start, start + x.shape[0], cache, write=write))
+            start += x.shape[0]
+        hidden, tapped = self._forward(_concatenate(embeddings), segments, taps)
+        for segment in segments:
+            if write == "append":
+                segment.cache.advance(segment.rows)
+        parts = [hidden[s.stop - 1 if logits == "last" else s.start : s.stop] for s in segments]
+        return ModelOutput(
+            logits=None if logits == "none" else [self._head(part) for part in parts],
+            hidden=[hidden[s.start : s.stop] for s in segments],
+            taps={layer: [x[s.start : s.stop] for s in segments] for layer, x in tapped.items()},
+        )
+
+    def denoise(
+        self,
+        canvas: mx.array,
+        caches: Sequence[Cache],
+        soft_embedding: mx.array | None = None,
+        taps: Sequence[int] = (),
+    ) -> ModelOutput:
+        """Canvas mode: one denoising forward of ``canvas`` ids [batch, length] after each row's cache.
+
+        ``soft_embedding`` [batch, length, hidden] is the self-conditioning signal; None, or zeros for a row, at the
+        first step.  The caches are only read.
+        """
+        batch, length = canvas.shape
+        x = self.model.decoder.self_conditioning(self.embed(canvas), soft_embedding).reshape(batch * length, -1)
+        segments = [Segment(row * length, (row + 1) * length, cache, canvas=True) for row, cache in enumerate(caches)]
+        if len(segments) != batch:
+            raise ValueError(f"{batch} canvas rows but {len(segments)} caches")
+        hidden, tapped = self._forward(x, segments, taps)
+        return ModelOutput(
+            logits=self._head(hidden).reshape(batch, length, -1),
+            hidden=hidden.reshape(batch, length, -1),
+            taps={layer: x.reshape(batch, length, -1) for layer, x in tapped.items()},
+        )
+
+    def _forward(self, x: mx.array, segments: Sequence[Segment], taps: Sequence[int]) -> tuple[mx.array, dict[int, mx.array]]:
+        """[rows, hidden] through all layers and the final norm, and the hidden states after the layers in ``taps``."""
+        decoder, encoder = self.model.decoder, self.model.encoder.language_model
+        positions = _concatenate([mx.arange(s.cache.length, s.cache.length + s.rows) for s in segments])
+        shapes = self.config.text.layers
+        tables = {shape: rope_table(positions, shape) for shape in set(shapes)}
+        tapped = {}
+        for index, layer in enumerate(decoder.layers):
+            scalar = _per_row(segments, layer.layer_scalar, encoder.layers[index].layer_scalar)
+            x = layer(x, tables[shapes[index]], segments, index, scalar)
+            if index in taps:
+                tapped[index] = x
+        return decoder.norm(x), tapped
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        """Soft-capped float32 logits."""
+        cap = self.config.text.final_logit_softcapping
+        logits = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
+        return mx.tanh(logits / cap) * cap
+
+
+def _per_row(segments: Sequence[Segment], canvas: mx.array, causal: mx.array) -> mx.array:
+    """The layer scalar of each row [rows, 1], or one for all where the mode is one."""
+    if len({segment.canvas for segment in segments}) == 1:
+        return canvas if segments[0].canvas else causal
+    return mx.concatenate([mx.broadcast_to(canvas if s.canvas else causal, (s.rows, 1)) for s in segments])
+
+
+def _concatenate(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)

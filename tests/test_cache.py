@@ -1,0 +1,162 @@
+import mlx.core as mx
+import pytest
+
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import UserError
+from tests.checkpoints import SHAPES, config_dict
+
+CONFIG = ModelConfig.from_dict(config_dict(**SHAPES["five-and-one"])).text  # window 16, layers 0-4 sliding, 5 full
+SLIDING, FULL = 0, 5
+
+
+def entries(start, count, layer):
+    """Keys whose numbers tell their position, values their negative."""
+    shape = CONFIG.layers[layer]
+    keys = mx.broadcast_to(mx.arange(start, start + count, dtype=mx.float32)[None, None, :, None],
+                           (1, shape.num_kv_heads, count, shape.head_dim))
+    return keys, -keys
+
+
+def fill(cache, count):
+    for layer in range(len(CONFIG.layers)):
+        cache.append(layer, *entries(cache.length, count, layer))
+    cache.advance(count)
+
+
+def positions(view):
+    assert mx.array_equal(view[0], -view[1])
+    return view[0][0, 0, :, 0].astype(mx.int32).tolist()
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [13, 2, 25], [39, 1]])
+def test_views_do_not_depend_on_how_it_was_filled(pieces):
+    cache = Cache(CONFIG)
+    for count in pieces:
+        fill(cache, count)
+    assert positions(cache.view(SLIDING)) == list(range(25, 40)), "window - 1 entries"
+    assert positions(cache.view(FULL)) == list(range(40))
+    assert cache.length == 40
+
+
+def test_an_empty_cache_shows_nothing():
+    assert Cache(CONFIG).view(SLIDING) is None
+
+
+def test_view_changes_nothing():
+    cache = Cache(CONFIG)
+    fill(cache, 30)
+    before = cache.nbytes
+    assert positions(cache.view(SLIDING)) == positions(cache.view(SLIDING))
+    assert cache.nbytes == before
+
+
+def test_memory_of_sliding_layers_is_bounded():
+    cache = Cache(CONFIG)
+    fill(cache, 15)
+    sliding = sum(2 * layer.num_kv_heads * layer.head_dim * 4 for layer in CONFIG.layers if layer.window) * 15
+    full = 2 * CONFIG.layers[FULL].head_dim * 4
+    assert cache.nbytes == sliding + 15 * full
+    fill(cache, 100)
+    assert cache.nbytes == sliding + 115 * full
+
+
+class TestHold:
+    def test_held_entries_show_only_once_accepted(self):
+        cache = Cache(CONFIG)
+        fill(cache, 20)
+        for layer in range(len(CONFIG.layers)):
+            cache.hold(layer, *entries(20, 8, layer))
+        assert positions(cache.view(FULL)) == list(range(20))
+        cache.accept(3)
+        assert cache.length == 23
+        assert positions(cache.view(FULL)) == list(range(23))
+        assert positions(cache.view(SLIDING)) == list(range(8, 23))
+
+    def test_accepting_part_equals_never_having_had_the_rest(self):
+        held, plain = Cache(CONFIG), Cache(CONFIG)
+        for cache, count in ((held, 30), (plain, 30)):
+            fill(cache, count)
+        for layer in range(len(CONFIG.layers)):
+            held.hold(layer, *entries(30, 10, layer))
+        held.accept(4)
+        fill(plain, 4)
+        for layer in range(len(CONFIG.layers)):
+            assert positions(held.view(layer)) == positions(plain.view(layer))
+
+    def test_more_than_held_is_refused(self):
+        cache = Cache(CONFIG)
+        with pytest.raises(ValueError, match="holds fewer"):
+            cache.accept(1)
+
+
+class TestSnapshot:
+    @pytest.mark.parametrize("first", [5, 15, 16, 40])
+    def test_restore_after_more_was_appended(self, first):
+        cache = Cache(CONFIG)
+        fill(cache, first)
+        snapshot, before = cache.snapshot(), [positions(cache.view(layer)) for layer in range(len(CONFIG.layers))]
+        fill(cache, 33)
+        cache.restore(snapshot)
+        assert cache.length == first
+        assert [positions(cache.view(layer)) for layer in range(len(CONFIG.layers))] == before
+        fill(cache, 2)
+        assert positions(cache.view(FULL)) == list(range(first + 2))
+
+    def test_a_copy_goes_its_own_way(self):
+        cache = Cache(CONFIG)
+        fill(cache, 20)
+        twin = cache.copy()
+        fill(twin, 5)
+        assert (cache.length, twin.length) == (20, 25)
+        assert positions(cache.view(FULL)) == list(range(20))
+
+    def test_empty(self):
+        cache = Cache(CONFIG)
+        snapshot = cache.snapshot()
+        fill(cache, 20)
+        cache.restore(snapshot)
+        assert cache.length == 0
+        assert cache.view(SLIDING) is None
+        assert cache.view(FULL) is None
+
+
+class TestKeepAll:
+    def test_earlier_views(self):
+        cache = Cache(CONFIG, keep_all=True)
+        fill(cache, 50)
+        assert positions(cache.view(SLIDING, upto=30)) == list(range(15, 30))
+        assert positions(cache.view(SLIDING, upto=7)) == list(range(7))
+        assert positions(cache.view(FULL, upto=30)) == list(range(30))
+        assert cache.view(FULL, upto=0) is None
+
+    def test_without_it_they_are_refused(self):
+        cache = Cache(CONFIG)
+        fill(cache, 50)
+        with pytest.raises(ValueError, match="keep_all"):
+            cache.view(SLIDING, upto=45)
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path):
+        cache = Cache(CONFIG)
+        fill(cache, 40)
+        cache.save(tmp_path / "c.safetensors", {"model": "x"})
+        loaded, header = Cache.load(tmp_path / "c.safetensors", CONFIG)
+        assert header["model"] == "x"
+        assert loaded.length == 40
+        for layer in range(len(CONFIG.layers)):
+            assert positions(loaded.view(layer)) == positions(cache.view(layer))
+
+    def test_another_model_is_refused(self, tmp_path):
+        cache = Cache(CONFIG)
+        fill(cache, 4)
+        cache.save(tmp_path / "c.safetensors")
+        other = ModelConfig.from_dict(config_dict(**SHAPES["odd-heads"])).text
+        with pytest.raises(UserError, match="another model"):
+            Cache.load(tmp_path / "c.safetensors", other)
+
+    def test_a_damaged_file_is_refused(self, tmp_path):
+        (tmp_path / "c.safetensors").write_bytes(b"not a cache")
+        with pytest.raises(UserError, match="not a cache file"):
+            Cache.load(tmp_path / "c.safetensors", CONFIG)
