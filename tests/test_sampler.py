@@ -1,0 +1,194 @@
+"""One rule a test, on hand-made logits and entropies."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma.sampler import (
+    Flag,
+    StepNumbers,
+    accept,
+    draw_next,
+    first_position,
+    inverse_cdf,
+    is_stable,
+    sample_step,
+    truncate,
+)
+
+NEVER = -mx.ones((1, 1, 4), dtype=mx.int32)
+
+
+def numbers(temperature=1.0, bound=0.1, confidence=0.005, greedy=False, top_k=None, top_p=None, rows=1):
+    return StepNumbers(mx.full((rows,), temperature), mx.full((rows,), bound), mx.full((rows,), confidence),
+                       mx.array([greedy] * rows), None if top_k is None else mx.array([top_k] * rows),
+                       None if top_p is None else mx.array([top_p] * rows))
+
+
+def step(logits, u=0.5, renoise=9, history=NEVER, eos=(1,), **options):
+    logits = mx.array(logits, dtype=mx.float32)
+    shape = logits.shape[:2]
+    return sample_step(logits, mx.full(shape, u), mx.full(shape, renoise, dtype=mx.int32), history,
+                       numbers(rows=shape[0], **options), mx.array(eos))
+
+
+class TestAccept:
+    def test_sum_of_the_smaller_ones_decides_not_the_own_entropy(self):
+        # ascending 0.02 0.05 0.04…: sums before each are 0, 0.02, 0.06, 0.12
+        got = accept(mx.array([[0.05, 0.02, 0.06, 9.0]]), mx.array([0.1]))
+        assert got.tolist() == [[True, True, True, False]]
+
+    def test_a_sum_exactly_at_the_bound_is_accepted(self):
+        assert accept(mx.array([[0.25, 0.25, 5.0]]), mx.array([0.5])).tolist() == [[True, True, True]]
+        assert accept(mx.array([[0.25, 0.25, 5.0]]), mx.array([0.4999])).tolist() == [[True, True, False]]
+
+    def test_the_most_certain_position_is_always_accepted(self):
+        assert accept(mx.array([[7.0, 6.0, 8.0]]), mx.array([1e-9])).tolist() == [[False, True, False]]
+
+    def test_each_row_has_its_own_bound(self):
+        got = accept(mx.array([[0.3, 0.4], [0.3, 0.4]]), mx.array([0.1, 0.35]))
+        assert got.tolist() == [[True, False], [True, True]]
+
+
+class TestInverseCdf:
+    def test_intervals_are_half_open(self):
+        p = mx.array([[0.25, 0.5, 0.25]] * 5)
+        assert inverse_cdf(p, mx.array([0.0, 0.2499, 0.25, 0.7499, 0.75])).tolist() == [0, 0, 1, 1, 2]
+
+    def test_never_a_token_of_probability_zero(self):
+        p = mx.array([[0.0, 1.0, 0.0], [0.0, 0.3, 0.0]])
+        largest = float(np.nextafter(np.float32(1), np.float32(0)))
+        for u in (0.0, largest):
+            assert inverse_cdf(p, mx.array([u, u])).tolist() == [1, 1]
+
+    def test_any_total(self):
+        assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.24])).tolist() == [0]
+        assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.26])).tolist() == [1]
+
+    def test_distribution(self):
+        p, u = np.array([0.1, 0.2, 0.3, 0.4]), (np.arange(20_000) + 0.5) / 20_000
+        got = np.array(inverse_cdf(mx.array(np.tile(p, (20_000, 1)).astype(np.float32)), mx.array(u.astype(np.float32))))
+        np.testing.assert_allclose(np.bincount(got) / 20_000, p, atol=2e-4)
+
+
+class TestTruncate:
+    P = mx.array([[[0.1, 0.4, 0.2, 0.3]]])
+
+    def test_top_k(self):
+        assert truncate(self.P, numbers(top_k=2)).tolist()[0][0] == pytest.approx([0, 0.4, 0, 0.3])
+
+    def test_top_p_keeps_the_token_that_passes_the_mass(self):
+        assert (np.array(truncate(self.P, numbers(top_p=0.5)))[0, 0] > 0).tolist() == [False, True, False, True]
+        assert (np.array(truncate(self.P, numbers(top_p=0.39)))[0, 0] > 0).tolist() == [False, True, False, False]
+
+    def test_zero_is_off_for_a_row(self):
+        rows = mx.concatenate([self.P, self.P])
+        got = truncate(rows, StepNumbers(*[mx.ones((2,))] * 3, mx.array([False, False]), mx.array([0, 1])))
+        assert (np.array(got) > 0).sum(-1).tolist() == [[4], [1]]
+
+    def test_acceptance_looks_at_the_whole_distribution(self):
+        logits = np.zeros((1, 4, 50))
+        assert step(logits, top_k=1).entropy.tolist()[0] == pytest.approx([np.log(50)] * 4)
+
+
+class TestStop:
+    CERTAIN = np.eye(4)[None, [2, 3, 2, 3]] * 40
+
+    def test_stable_and_confident(self):
+        out = step(self.CERTAIN, history=mx.array([[[2, 3, 2, 3]]]))
+        assert out.flags[0, Flag.STOP].item() == 1
+
+    def test_not_at_the_first_step(self):
+        assert step(self.CERTAIN).flags[0, Flag.STOP].item() == 0
+
+    def test_not_when_the_argmax_changed(self):
+        assert step(self.CERTAIN, history=mx.array([[[2, 3, 2, 2]]])).flags[0, Flag.STOP].item() == 0
+
+    def test_not_when_unsure(self):
+        logits = np.eye(4)[None, [2, 3, 2, 3]] * 2.0
+        assert step(logits, history=mx.array([[[2, 3, 2, 3]]])).flags[0, Flag.STOP].item() == 0
+
+    def test_mean_entropy_exactly_at_the_threshold_goes_on(self):
+        logits = np.zeros((1, 4, 2))
+        entropy = step(logits).flags[0, Flag.MEAN_ENTROPY].item()
+        same = mx.array([[[0, 0, 0, 0]]])
+        assert step(logits, history=same, confidence=entropy).flags[0, Flag.STOP].item() == 0
+        assert step(logits, history=same, confidence=entropy * 1.001).flags[0, Flag.STOP].item() == 1
+
+    def test_two_canvases_of_history_must_both_agree(self):
+        now = mx.array([[2, 3]])
+        assert is_stable(now, mx.array([[[2, 3], [2, 3]]])).tolist() == [True]
+        assert is_stable(now, mx.array([[[2, 2], [2, 3]]])).tolist() == [False]
+
+    def test_no_history_asked_for_is_stable(self):
+        assert is_stable(mx.array([[2, 3]]), mx.zeros((1, 0, 2), dtype=mx.int32)).tolist() == [True]
+
+
+def test_entropy_is_that_of_the_scaled_logits():
+    logits = np.random.default_rng(0).normal(0, 3, (1, 4, 30))
+    p = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.array(step(logits, temperature=0.7).entropy), -(p * np.log(p)).sum(-1), rtol=1e-4)
+
+
+def test_entropy_survives_probabilities_that_underflow():
+    logits = np.zeros((1, 4, 3))
+    logits[..., 0] = 500.0
+    assert step(logits).entropy.tolist() == [[0.0] * 4]
+
+
+def test_every_position_not_accepted_now_is_renoised():
+    logits = np.zeros((1, 4, 20))
+    logits[0, 2, 7] = 60.0
+    out = step(logits, bound=1e-6, renoise=9)
+    assert out.accepted.tolist() == [[True, False, True, False]], "nothing comes before the second in the sum"
+    assert out.canvas.tolist() == [[10, 9, 7, 9]]
+
+
+def test_greedy_takes_the_argmax_but_keeps_the_entropies():
+    logits = np.random.default_rng(1).normal(0, 1, (1, 4, 12))
+    greedy, drawn = step(logits, u=0.99, bound=100.0, greedy=True), step(logits, u=0.99, bound=100.0)
+    assert greedy.canvas.tolist() == logits.argmax(-1).tolist()
+    assert drawn.canvas.tolist() != greedy.canvas.tolist()
+    assert greedy.entropy.tolist() == drawn.entropy.tolist()
+
+
+def test_logprob_is_that_of_the_argmax():
+    logits = np.random.default_rng(2).normal(0, 1, (1, 4, 12))
+    p = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.exp(np.array(step(logits, temperature=0.5).logprob)), p.max(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_logits_are_flagged(bad):
+    logits = np.zeros((2, 4, 5))
+    logits[1, 2, 3] = bad
+    assert step(logits, history=-mx.ones((2, 1, 4), dtype=mx.int32)).flags[:, Flag.NON_FINITE].tolist() == [0, 1]
+
+
+def test_first_position_of_an_end_token():
+    assert first_position(mx.array([[5, 3, 1, 3], [5, 5, 5, 5]]), mx.array([1, 3])).tolist() == [1, 4]
+
+
+def test_rows_do_not_influence_each_other():
+    logits = np.random.default_rng(3).normal(0, 4, (3, 6, 40))
+    history = -mx.ones((3, 1, 6), dtype=mx.int32)
+    together = step(logits, history=history)
+    for row in range(3):
+        alone = step(logits[row : row + 1], history=history[:1])
+        for name in ("canvas", "argmax", "accepted", "entropy", "flags"):
+            assert mx.array_equal(getattr(together, name)[row], getattr(alone, name)[0]), name
+
+
+class TestDrawNext:
+    LOGITS = mx.array([[0.0, 2.0, 1.0]])
+
+    def test_greedy(self):
+        assert draw_next(self.LOGITS, mx.array([0.99]), 0.0).tolist() == [1]
+
+    def test_sampled(self):
+        assert draw_next(self.LOGITS, mx.array([0.01]), 1.0).tolist() == [0]
+        assert draw_next(self.LOGITS, mx.array([0.99]), 1.0).tolist() == [2]
+
+    def test_truncated(self):
+        assert draw_next(self.LOGITS, mx.array([0.01]), 1.0, top_k=1).tolist() == [1]
+        assert draw_next(self.LOGITS, mx.array([0.99]), 1.0, top_p=0.3).tolist() == [1]

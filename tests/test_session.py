@@ -1,0 +1,174 @@
+"""The loop: what it commits, when it stops, and that rows do not touch each other."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.model import ModelOutput
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.session import Loop, Session
+
+PROMPTS = [np.random.default_rng(i).integers(7, 301, n).tolist() for i, n in enumerate((5, 40, 17, 23))]
+
+
+def policy(**changes):
+    return ReferencePolicy(**{"max_steps": 6, "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.005,
+                              "stability": 1} | changes)
+
+
+def session(model, row, max_tokens=48, eos=(1,), **changes):
+    return Session(model, PROMPTS[row], policy(**changes), Draws(row, 301), eos, max_tokens)
+
+
+def run(model, sessions, chunk=2048):
+    """For each session what left the loop, as plain values."""
+    records, loop = {id(s): [] for s in sessions}, Loop(model, sessions, chunk)
+    while loop.active:
+        for s, step in loop.advance():
+            records[id(s)].append((step.canvas_index, step.step, step.canvas.tolist(), step.argmax.tolist(),
+                                   step.accepted.tolist(), step.mean_entropy, step.reason))
+    return [records[id(s)] for s in sessions]
+
+
+def test_rows_of_a_batch_equal_the_same_rows_alone(tiny):
+    together = run(tiny, [session(tiny, row) for row in range(4)])
+    for row in range(4):
+        assert run(tiny, [session(tiny, row)]) == [together[row]]
+
+
+def test_a_session_may_join_at_any_step(tiny):
+    alone = [run(tiny, [session(tiny, row)])[0] for row in range(2)]
+    first, second = session(tiny, 0), session(tiny, 1)
+    loop, seen = Loop(tiny, [first]), {id(first): [], id(second): []}
+    for turn in range(100):
+        if turn == 3:
+            loop.sessions.append(second)
+        for s, step in loop.advance():
+            seen[id(s)].append(step.argmax.tolist())
+        if first.finished and second.finished:
+            break
+    assert seen[id(first)] == [r[3] for r in alone[0]]
+    assert seen[id(second)] == [r[3] for r in alone[1]]
+
+
+def test_prefill_in_chunks_changes_nothing(tiny):
+    whole = run(tiny, [session(tiny, 1)])
+    for chunk in (2, 7, 39):
+        assert run(tiny, [session(tiny, 1)], chunk) == whole
+
+
+def test_two_loops_may_be_interleaved(tiny):
+    expected = [run(tiny, [session(tiny, row)])[0] for row in (0, 1)]
+    loops = [Loop(tiny, [session(tiny, 0)]), Loop(tiny, [session(tiny, 1)])]
+    seen = [[], []]
+    while any(loop.active for loop in loops):
+        for index, loop in enumerate(loops):
+            seen[index] += [step.argmax.tolist() for _, step in loop.advance()]
+    assert seen == [[r[3] for r in rows] for rows in expected]
+
+
+def test_canvases_until_the_limit(tiny):
+    s = session(tiny, 0, max_tokens=49, eos=())
+    run(tiny, [s])
+    assert [c.tokens.size for c in s.canvases] == [24, 24, 24], "the limit is rounded up to whole canvases"
+    assert s.cache.length == 5 + 48, "the last canvas is never encoded"
+
+
+def test_the_argmax_of_the_last_step_is_committed(tiny):
+    s = session(tiny, 0, max_tokens=24, eos=())
+    (records,) = run(tiny, [s])
+    assert s.canvases[0].tokens.tolist() == records[-1][3]
+    assert s.canvases[0].tokens.tolist() != records[-1][2], "not the sampled canvas"
+    assert s.canvases[0].steps == 6
+    assert not s.canvases[0].converged
+    assert records[-1][-1] == "max_steps"
+
+
+def test_the_answer_ends_at_the_first_end_token(tiny):
+    plain = session(tiny, 2, eos=())
+    run(tiny, [plain])
+    committed = plain.canvases[0].tokens.tolist()
+    ended = session(tiny, 2, eos=(committed[10],))
+    run(tiny, [ended])
+    assert ended.canvases[-1].ended
+    assert ended.canvases[-1].tokens.tolist() == committed[: committed.index(committed[10]) + 1]
+    assert len(ended.canvases) == 1
+
+
+class Scripted:
+    """Stands in for the model: the logits of each step are given."""
+
+    def __init__(self, real, script):
+        self.real, self.script, self.config, self.dtype = real, list(script), real.config, real.dtype
+        self.forwards = 0
+
+    def encode(self, *args, **options):
+        return self.real.encode(*args, **options)
+
+    def soft_embed(self, probabilities):
+        return self.real.soft_embed(probabilities)
+
+    def denoise(self, canvas, caches, soft_embedding=None):
+        self.forwards += 1
+        return ModelOutput(logits=mx.array(self.script.pop(0), dtype=mx.float32))
+
+
+def certain(token):
+    return np.eye(301)[None, [token] * 24] * 60.0
+
+
+UNSURE = np.zeros((1, 24, 301))
+
+
+def test_no_forward_runs_past_a_stop(tiny):
+    model = Scripted(tiny, [certain(9), certain(9), certain(9)])
+    s = session(model, 0, max_tokens=24)
+    run(model, [s])
+    assert model.forwards == 2, "the second equals the first and is certain"
+    assert s.canvases[0].converged
+
+
+def test_the_stop_rule_starts_anew_with_each_canvas(tiny):
+    model = Scripted(tiny, [certain(9)] * 4)
+    s = session(model, 0, max_tokens=48)
+    run(model, [s])
+    assert [c.steps for c in s.canvases] == [2, 2]
+
+
+def test_a_longer_history_takes_longer(tiny):
+    model = Scripted(tiny, [certain(9)] * 4)
+    s = session(model, 0, max_tokens=24, stability=3)
+    run(model, [s])
+    assert s.canvases[0].steps == 4
+
+
+def test_no_history_stops_at_once(tiny):
+    model = Scripted(tiny, [certain(9)])
+    s = session(model, 0, max_tokens=24, stability=0)
+    run(model, [s])
+    assert s.canvases[0].steps == 1
+
+
+def test_temperatures_of_the_schedule():
+    p = policy(max_steps=4)
+    assert [p.schedule(step) for step in range(4)] == pytest.approx([0.8, 0.7, 0.6, 0.5])
+    assert policy(max_steps=4, temperature=0.5).schedule(0) == pytest.approx(0.4)
+    assert policy(max_steps=4, temperature=0.0).schedule(0) == pytest.approx(0.8), "greedy keeps the schedule"
+
+
+def test_non_finite_logits_stop_the_run(tiny):
+    bad = UNSURE.copy()
+    bad[0, 3, 4] = np.nan
+    model = Scripted(tiny, [UNSURE, bad])
+    with pytest.raises(NonFiniteLogitsError, match="canvas 0, step 1"):
+        run(model, [session(model, 0)])
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 2.1), ("temperature", -0.1), ("top_k", -1), ("top_p", 0.0),
+                                             ("top_p", 1.1), ("max_steps", 0), ("entropy_bound", 0.0), ("stability", -1),
+                                             ("confidence_threshold", 0.0), ("t_min", 0.9)])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError):
+        policy(**{name: value})
