@@ -1,0 +1,10 @@
+"""nano, the built-in model: a real DiffusionGemma of a few million parameters, trained by this project.
+
+It is versioned data: results, drafters and golden outputs name ``VERSION`` and the hash of its weights.
+"""
+
+from pathlib import Path
+
+NAME = "nano"
+VERSION = "nano-1"
+FOLDER = Path(__file__).with_name("checkpoint")
