@@ -1,0 +1,334 @@
+"""Ours against the reference, stage by stage.
+
+A row's error is the largest absolute difference in it.  ``r`` is the reference's own spread on the same input: the
+median over the rows of the largest difference between its variants.  A stage holds when the median row is within
+max(1e-5, r), 99 % of the rows within max(2e-5, 4 r), and every row beyond that has a router margin below 1e-4: two
+experts so close that rounding chooses between them.
+
+Trajectories run with the same random numbers on both sides and must agree in every accepted mask, canvas and argmax, up
+to the first decision whose margin is below ten times the reference's spread of that very quantity; there the comparison
+of that sequence ends and the decision is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma import conditioning
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.parity.reference import Reference, ReferenceCanvas, ReferenceStep
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.session import CanvasStep, Loop, Session
+
+ROUTER_MARGIN = 1e-4
+DECISION_FACTOR = 10.0
+ENDED_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One line of the table."""
+
+    stage: str
+    rows: int
+    median: float
+    p99: float
+    largest: float
+    spread: float
+    beyond: int
+    unexplained: int
+
+    @property
+    def median_bound(self) -> float:
+        return max(1e-5, self.spread)
+
+    @property
+    def bound(self) -> float:
+        return max(2e-5, 4 * self.spread)
+
+    @property
+    def ok(self) -> bool:
+        return self.median <= self.median_bound and self.p99 <= self.bound and not self.unexplained
+
+
+@dataclass
+class StageErrors:
+    """Collects rows of one stage over many inputs."""
+
+    stage: str
+    errors: list[np.ndarray] = field(default_factory=list)
+    spreads: list[np.ndarray] = field(default_factory=list)
+    margins: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, ours: np.ndarray, variants: Sequence[np.ndarray], margins: np.ndarray | None = None) -> None:
+        """``variants[0]`` is the reference, the others are its other implementations; all [rows, ...]."""
+        self.errors.append(_row_errors(ours, variants[0]))
+        rest = [_row_errors(other, variants[0]) for other in variants[1:]]
+        self.spreads.append(np.max(rest, axis=0) if rest else np.zeros_like(self.errors[-1]))
+        self.margins.append(np.full(len(self.errors[-1]), np.inf) if margins is None else margins)
+
+    def result(self) -> StageResult:
+        errors, spread = np.concatenate(self.errors), float(np.median(np.concatenate(self.spreads)))
+        beyond = errors > max(2e-5, 4 * spread)
+        unexplained = beyond & (np.concatenate(self.margins) >= ROUTER_MARGIN)
+        return StageResult(self.stage, errors.size, float(np.median(errors)), float(np.quantile(errors, 0.99)),
+                           float(errors.max()), spread, int(beyond.sum()), int(unexplained.sum()))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A decision at which both sides may differ: its margin and the reference's spread of the same quantity."""
+
+    canvas: int
+    step: int
+    decision: str
+    margin: float
+    spread: float
+
+    @property
+    def excused(self) -> bool:
+        return self.margin < DECISION_FACTOR * self.spread
+
+
+@dataclass
+class TrajectoryResult:
+    """Trajectories of one setting: canvases compared, steps compared, and where a sequence ended early."""
+
+    setting: str
+    canvases: int = 0
+    steps: int = 0
+    ended: list[Ended] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.canvases > 0 and all(e.excused for e in self.ended) and len(self.ended) <= ENDED_SHARE * self.canvases
+
+
+@dataclass
+class Report:
+    stages: list[StageResult]
+    trajectories: list[TrajectoryResult]
+
+    @property
+    def ok(self) -> bool:
+        return all(s.ok for s in self.stages) and all(t.ok for t in self.trajectories)
+
+
+def compare_forwards(model: DiffusionGemma, reference: Reference, prompts: Sequence[Sequence[int]], seed: int = 0,
+                     ) -> list[StageResult]:
+    """Encoder hidden states, cache, and denoising logits without and with self-conditioning, alone and as a batch."""
+    hidden, cached, first, second, batch = (StageErrors(name) for name in (
+        "encoder hidden states", "cache", "logits, first step", "logits, self-conditioned", "logits, unequal batch"))
+    vocabulary, length = model.config.text.vocab_size, model.config.canvas_length
+    rng = np.random.default_rng(seed)
+    canvases = rng.integers(0, vocabulary, (len(prompts), length))
+    caches = [Cache(model.config.text) for _ in prompts]
+    for ids, canvas, cache in zip(prompts, canvases, caches, strict=True):
+        encoded = {name: reference.encode(ids, name) for name in reference.variants}
+        ours = model.encode([mx.array(ids)], [cache]).hidden[0]
+        eager = encoded["eager"]
+        hidden.add(_array(ours), [e.hidden for e in encoded.values()], eager.margins)
+        for layer in range(len(model.config.text.layers)):
+            views = [_cache_rows(e.cache, layer) for e in encoded.values()]
+            cached.add(_our_cache_rows(cache, layer), views, eager.margins[-len(views[0]):])
+        plain = {name: reference.denoise(e.cache, canvas, None, name) for name, e in encoded.items()}
+        out = model.denoise(mx.array(canvas[None].astype(np.int32)), [cache]).logits
+        first.add(_array(out[0]), [logits for logits, _ in plain.values()], plain["eager"][1])
+        scaled = (plain["eager"][0] / np.float32(0.7)).astype(np.float32)
+        again = {name: reference.denoise(e.cache, canvas, scaled, name) for name, e in encoded.items()}
+        soft = conditioning.dense(model, mx.array(scaled[None]))
+        out = model.denoise(mx.array(canvas[None].astype(np.int32)), [cache], soft).logits
+        second.add(_array(out[0]), [logits for logits, _ in again.values()], again["eager"][1])
+        batch.margins.append(plain["eager"][1])
+    out = model.denoise(mx.array(canvases.astype(np.int32)), caches).logits
+    padded = {name: reference.denoise_padded(prompts, canvases, name) for name in reference.variants}
+    margins, batch.margins = np.concatenate(batch.margins), []
+    batch.add(_array(out).reshape(-1, vocabulary), [p.reshape(-1, vocabulary) for p in padded.values()], margins)
+    return [stage.result() for stage in (hidden, cached, first, second, batch)]
+
+
+def compare_trajectories(
+    model: DiffusionGemma,
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    setting: str,
+    canvases: int = 1,
+    seed: int = 0,
+    max_steps: int | None = None,
+    together: bool = False,
+) -> TrajectoryResult:
+    """Whole answers with the same draws; ``together`` runs the prompts as one batch on both sides."""
+    result = TrajectoryResult(setting)
+    groups = [list(range(len(prompts)))] if together else [[row] for row in range(len(prompts))]
+    steps = max_steps or model.config.generation.max_denoising_steps
+    for group in groups:
+        ids = [prompts[row] for row in group]
+        draws = [Draws(seed + row, model.config.text.vocab_size) for row in group]
+        theirs = reference.trajectories(ids, draws, canvases, max_denoising_steps=steps)
+        ours = run_ours(model, ids, draws, canvases, steps)
+        for row in range(len(group)):
+            _compare_row(result, reference, model, ours[row], theirs[row], draws[row], steps)
+    return result
+
+
+def run_ours(model: DiffusionGemma, prompts: Sequence[Sequence[int]], draws: Sequence[Draws], canvases: int,
+             max_steps: int) -> list[list[list[CanvasStep]]]:
+    """Our trajectories: for each prompt, its canvases, each a list of steps."""
+    generation = model.config.generation
+    policy = ReferencePolicy(max_steps, generation.entropy_bound, generation.t_min, generation.t_max,
+                             generation.confidence_threshold, generation.stability_threshold)
+    limit = canvases * model.config.canvas_length
+    sessions = [Session(model, ids, policy, d, generation.eos_token_ids, limit) for ids, d in zip(prompts, draws, strict=True)]
+    out: dict[int, list[list[CanvasStep]]] = {id(session): [] for session in sessions}
+    loop = Loop(model, sessions)
+    while loop.active:
+        for session, step in loop.advance():
+            if step.step == 0:
+                out[id(session)].append([])
+            out[id(session)][-1].append(step)
+    return [out[id(session)] for session in sessions]
+
+
+def _compare_row(result: TrajectoryResult, reference: Reference, model: DiffusionGemma, ours: list[list[CanvasStep]],
+                 theirs: list[ReferenceCanvas], draws: Draws, max_steps: int) -> None:
+    for index, canvas in enumerate(theirs):
+        result.canvases += 1
+        for number, step in enumerate(canvas.steps):
+            mine = ours[index][number]
+            result.steps += 1
+            names = [name for name in ("argmax", "accepted", "canvas") if not np.array_equal(_ids(getattr(mine, name)),
+                                                                                             getattr(step, name))]
+            if (mine.reason == "converged") != step.stopped:
+                names.append("stop")
+            if names:
+                judge = _Decision(reference, model, canvas, step, draws, index, number, max_steps)
+                found = [judge.margin(name, mine) for name in names]
+                worst = max(found, key=lambda e: e.margin / max(e.spread, 1e-30))
+                result.ended.append(worst)
+                return
+        if len(ours[index]) != len(canvas.steps):
+            result.ended.append(Ended(index, len(canvas.steps), "step count", np.inf, 0.0))
+            return
+    if len(ours) != len(theirs):
+        result.ended.append(Ended(len(theirs), 0, "canvas count", np.inf, 0.0))
+
+
+class _Decision:
+    """The margins of the decisions of one step, and how far the reference's variants are apart in each quantity."""
+
+    def __init__(self, reference: Reference, model: DiffusionGemma, canvas: ReferenceCanvas, step: ReferenceStep,
+                 draws: Draws, index: int, number: int, max_steps: int):
+        self.step, self.index, self.number = step, index, number
+        self.generation = model.config.generation
+        length = model.config.canvas_length
+        self.u = draws.step(index, 0, number, index * length, length).u.astype(np.float64)
+        g = self.generation
+        temperature = g.t_min + (g.t_max - g.t_min) * (max_steps - number) / max_steps
+        self.scaled = []
+        for name in reference.variants:
+            cache = reference.encode(canvas.prefix.tolist(), name).cache
+            logits, _ = reference.denoise(cache, step.canvas_in, step.scaled_in, name)
+            self.scaled.append(logits.astype(np.float64) / temperature)
+
+    def margin(self, name: str, mine: CanvasStep) -> Ended:
+        quantity: Callable[[np.ndarray], np.ndarray] = getattr(self, f"_{name}")
+        values = [quantity(scaled) for scaled in self.scaled]
+        if name == "stop":
+            margin, spread = abs(values[0]), max(abs(v - values[0]) for v in values[1:])
+        else:
+            differs = _ids(getattr(mine, name)) != getattr(self.step, name)
+            margin = float(np.abs(values[0][differs]).max())
+            spread = float(max(np.abs(v - values[0])[differs].max() for v in values[1:]))
+        return Ended(self.index, self.number, name, float(margin), float(spread))
+
+    def _argmax(self, scaled: np.ndarray) -> np.ndarray:
+        """[length] gap between the two best tokens."""
+        best = np.sort(scaled, axis=-1)
+        return best[:, -1] - best[:, -2]
+
+    def _canvas(self, scaled: np.ndarray) -> np.ndarray:
+        """[length] distance of ``u`` from the nearer edge of the reference's token in the running sum."""
+        running = np.cumsum(_softmax(scaled), axis=-1)
+        upper = np.take_along_axis(running, self.step.canvas[:, None], axis=-1)[:, 0]
+        token = np.take_along_axis(_softmax(scaled), self.step.canvas[:, None], axis=-1)[:, 0]
+        return np.minimum(np.abs(upper - self.u), np.abs(upper - token - self.u))
+
+    def _accepted(self, scaled: np.ndarray) -> np.ndarray:
+        """[length] distance of the sum of the smaller entropies from the bound."""
+        entropy = _entropy(scaled)
+        order = np.argsort(entropy)
+        before = np.empty_like(entropy)
+        before[order] = np.cumsum(entropy[order]) - entropy[order]
+        return before - self.generation.entropy_bound
+
+    def _stop(self, scaled: np.ndarray) -> float:
+        return float(_entropy(scaled).mean() - self.generation.confidence_threshold)
+
+
+def default_prompts(model: DiffusionGemma, count: int, seed: int = 0) -> list[list[int]]:
+    """Random ids of lengths from a few tokens to beyond the sliding window; no tokenizer is needed."""
+    windows = [layer.window for layer in model.config.text.layers if layer.window]
+    longest = 2 * (windows[0] if windows else 64) + 7
+    lengths = np.linspace(5, min(longest, model.config.text.max_position_embeddings // 2), count).astype(int)
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, model.config.text.vocab_size, length).tolist() for length in lengths]
+
+
+def run(folder: Path, device: str = "cpu", prompts: int = 4, canvases: int = 2, seed: int = 0) -> Report:
+    """All stages on random prompts; what the command ``mlx-diffgemma parity`` prints."""
+    from mlx_diffgemma.weights import load_model
+
+    model, reference = load_model(folder, "float32"), Reference(folder, device)
+    ids = default_prompts(model, prompts, seed)
+    return Report(
+        compare_forwards(model, reference, ids, seed),
+        [compare_trajectories(model, reference, ids, "one sampler step", 1, seed, max_steps=1),
+         compare_trajectories(model, reference, ids, "one canvas", 1, seed),
+         compare_trajectories(model, reference, ids, "several canvases", canvases, seed),
+         compare_trajectories(model, reference, ids, "unequal batch", canvases, seed, together=True)],
+    )
+
+
+def _row_errors(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    if ours.shape != theirs.shape:  # a cache that keeps another number of entries, say
+        return np.full(len(theirs), np.inf)
+    difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+    return difference.reshape(len(difference), -1).max(axis=1)
+
+
+def _cache_rows(cache: object, layer: int) -> np.ndarray:
+    """The reference's entries of a layer as [entries, 2 x heads x size]."""
+    entries = cache.layers[layer]  # type: ignore[attr-defined]
+    pair = [np.asarray(t[0].detach().cpu().numpy()) for t in (entries.keys, entries.values)]
+    return np.concatenate([a.transpose(1, 0, 2).reshape(a.shape[1], -1) for a in pair], axis=1)
+
+
+def _our_cache_rows(cache: Cache, layer: int) -> np.ndarray:
+    pair = [_array(t[0]) for t in cache.view(layer)]
+    return np.concatenate([a.transpose(1, 0, 2).reshape(a.shape[1], -1) for a in pair], axis=1)
+
+
+def _array(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32))
+
+
+def _ids(x: mx.array) -> np.ndarray:
+    return np.array(x)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def _entropy(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    log = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return -(np.exp(log) * log).sum(axis=-1)

@@ -1,0 +1,62 @@
+"""Whole answers with the same random numbers on both sides, decision by decision."""
+
+import pytest
+
+from mlx_diffgemma import nano
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.nano.tasks import TASKS, held_out_examples
+from mlx_diffgemma.parity.compare import compare_trajectories, default_prompts
+from mlx_diffgemma.parity.reference import Reference
+from mlx_diffgemma.tokenizer import chat_ids, load_tokenizer
+from mlx_diffgemma.weights import load_model
+from tests.checkpoints import SHAPES, make_checkpoint
+
+
+def nano_prompts(count: int) -> list[list[int]]:
+    """Held-out prompts of every task in turn."""
+    eos = ModelConfig.from_folder(nano.FOLDER).generation.eos_token_ids
+    tokenizer, tasks = load_tokenizer(nano.FOLDER, eos), list(TASKS.values())
+    per_task = -(-count // len(tasks))
+    examples = [e for group in zip(*(held_out_examples(t, per_task, seed=3) for t in tasks)) for e in group]
+    return [chat_ids(tokenizer, [{"role": "user", "content": e.prompt}]) for e in examples[:count]]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_checkpoint(shape, together, tmp_path):
+    folder = make_checkpoint(tmp_path, shape, calm=False)
+    model, reference = load_model(folder, "float32"), Reference(folder)
+    result = compare_trajectories(model, reference, default_prompts(model, 3), shape, canvases=2, together=together)
+    assert result.canvases >= 3
+    assert result.steps > 3 * result.canvases, "trajectories long enough to tell"
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batch"])
+def test_nano(together):
+    model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
+    result = compare_trajectories(model, reference, nano_prompts(8), "nano", canvases=2, max_steps=12, together=together)
+    assert result.canvases >= 8
+    assert result.ok, result
+
+
+@pytest.mark.slow
+def test_two_hundred_canvases_on_nano(capsys):
+    model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
+    result = compare_trajectories(model, reference, nano_prompts(176), "nano", canvases=3)
+    with capsys.disabled():
+        print(f"\n{result}")
+    assert result.canvases >= 200
+    assert result.ok, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fifty_canvases_on_random_checkpoints(shape, tmp_path, capsys):
+    folder = make_checkpoint(tmp_path, shape, seed=1, calm=False)
+    model, reference = load_model(folder, "float32"), Reference(folder)
+    result = compare_trajectories(model, reference, default_prompts(model, 30, seed=1), shape, canvases=2)
+    with capsys.disabled():
+        print(f"\n{result}")
+    assert result.canvases >= 50
+    assert result.ok, result
