@@ -1,0 +1,341 @@
+"""The command ``mlx-diffgemma``: a thin layer over the library.
+
+Every mistake of the user is one line on standard error and exit code 2; text goes to standard output, figures and
+warnings to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from mlx_diffgemma import __version__, nano
+from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.generate import (
+    GenerationOptions,
+    GenerationResponse,
+    GenerationWarning,
+    load,
+    stream_generate,
+    summary,
+)
+from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
+
+DEFAULTS = GenerationOptions()
+app = typer.Typer(name="mlx-diffgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="DiffusionGemma on Apple silicon with MLX.", rich_markup_mode=None)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+output = Console(highlight=False)
+
+Model = Annotated[str, typer.Option("--model", help=f"'{nano.NAME}' (built in), a checkpoint folder, or a Hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16. Default: the checkpoint's on "
+                                                "a GPU, float32 on a CPU.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The user's message; '-' reads standard input.")],
+    model: Model = nano.NAME,
+    revision: Revision = None,
+    system_prompt: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
+    think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
+    prefill_response: Annotated[str | None, typer.Option(help="Text the answer begins with.")] = None,
+    ignore_chat_template: Annotated[bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
+    chat_template_config: Annotated[str | None, typer.Option(help="JSON object of further chat-template variables.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Cut the answer after this many tokens. "
+                                                   "Default: until it ends, at most 4,096 or the context.")] = DEFAULTS.max_tokens,
+    temp: Annotated[float | None, typer.Option(help="1 or absent: the checkpoint's schedule; T scales it; 0 takes the most "
+                                               "probable token. With --mode ar: absent or 0 is greedy.")] = DEFAULTS.temperature,
+    top_k: Annotated[int, typer.Option(help="Draw among the k most probable tokens; 0 is off.")] = DEFAULTS.top_k,
+    top_p: Annotated[float, typer.Option(help="Draw among the tokens that hold this mass; 1 is off.")] = DEFAULTS.top_p,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one, told by --verbose.")] = DEFAULTS.seed,
+    dtype: Dtype = None,
+    max_denoising_steps: Annotated[int | None, typer.Option(help="Steps a canvas may take. Default: the checkpoint's.")] = None,
+    entropy_bound: Annotated[float | None, typer.Option(help="Acceptance bound in nats. Default: the checkpoint's.")] = None,
+    t_min: Annotated[float | None, typer.Option("--t-min", help="Temperature the schedule ends at.")] = None,
+    t_max: Annotated[float | None, typer.Option("--t-max", help="Temperature the schedule begins with.")] = None,
+    mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
+    show: Annotated[bool, typer.Option("--show", help="Show the canvas resolving, on a terminal only.")] = False,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print figures, and the thought, on standard error.")] = False,
+) -> None:
+    """Turn a prompt into text."""
+    options = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed, mode=mode,
+                   max_denoising_steps=max_denoising_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max)
+    GenerationOptions.from_keywords(options)  # refuse what is wrong before anything is loaded
+    variables = _json_object(chat_template_config, "--chat-template-config")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UserError("The prompt is empty; give at least one character.")
+    if ignore_chat_template and (system_prompt or think or variables):
+        raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
+    with _status(f"loading {model}"):
+        network, tokenizer = load(model, revision=revision, dtype=dtype)
+    if ignore_chat_template:
+        ids = encode_prompt(tokenizer, text)
+    else:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        ids = chat_ids(tokenizer, [*system, {"role": "user", "content": text}], think=think, **variables)
+    prefix = tokenizer.encode(prefill_response, add_special_tokens=False) if prefill_response else []
+    live = None
+    if show and mode == "diffusion" and output.is_terminal:
+        from mlx_diffgemma.live import LiveCanvas
+
+        live = LiveCanvas(tokenizer, network.config.generation.eos_token_ids, output)
+    _print_answer(stream_generate(network, tokenizer, ids + prefix, prefix=prefix, on_step=live.show if live else None,
+                                  **options), live, as_json, verbose)
+
+
+def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: bool, verbose: bool) -> None:
+    parts: list[GenerationResponse] = []
+    interrupted = False
+    try:
+        with live or contextlib.nullcontext():
+            for response in responses:
+                parts.append(response)
+                if not live:
+                    print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    text = "".join(part.text for part in parts)
+    print(text if live else "", flush=True)
+    if verbose and parts:
+        if thought := "".join(part.thought for part in parts).strip():
+            errors.print(thought, style="dim", markup=False)
+        errors.print(summary(parts[-1]), style="dim", markup=False)
+    if as_json and parts:
+        print(json.dumps(_record(parts, interrupted), ensure_ascii=False), flush=True)
+    if interrupted:
+        errors.print(f"interrupted after {sum(len(part.tokens) for part in parts)} tokens")
+        raise typer.Exit(130)
+
+
+def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
+    """Text and all figures of an answer."""
+    last = asdict(parts[-1])
+    for key in ("logprobs", "token", "parts", "canvas_index"):
+        del last[key]
+    return last | {
+        "text": "".join(part.text for part in parts), "thought": "".join(part.thought for part in parts),
+        "tool_calls": [call for part in parts for call in part.tool_calls],
+        "tokens": [token for part in parts for token in part.tokens], "steps": sum(part.steps for part in parts),
+        "canvases": [{"steps": part.steps, "converged": part.converged} for part in parts if part.steps],
+        "converged": all(part.converged for part in parts),
+        "finish_reason": "interrupted" if interrupted else last["finish_reason"],
+    }
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help=f"'{nano.NAME}', a folder, or a Hub id.")] = nano.NAME,
+         revision: Revision = None, as_json: Json = False) -> None:
+    """Print what a checkpoint is: shapes, parameters, memory, quantisation."""
+    from mlx_diffgemma import hub
+    from mlx_diffgemma.info import inspect
+
+    found = inspect(hub.resolve(model, revision))
+    if as_json:
+        print(json.dumps(found.record()))
+        return
+    text = found.config.text
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in (
+        ("folder", found.folder),
+        ("parameters", f"{found.parameters / 1e6:,.1f} M, {found.active / 1e6:,.1f} M active"),
+        ("stored", f"{found.stored_bytes / 1e9:,.3f} GB ({', '.join(f'{k} {v / 1e9:,.3f}' for k, v in found.dtypes.items())})"),
+        ("this machine allows", f"{found.memory_limit / 1e9:,.1f} GB"),
+        ("quantisation", json.dumps(found.config.quantization) if found.config.quantization else "none"),
+        ("layers", f"{len(text.layers)}: " + "".join("F" if layer.window is None else "s" for layer in text.layers)
+         + " (s sliding, F full)"),
+        ("hidden / dense MLP / expert", f"{text.hidden_size} / {text.intermediate_size} / {text.moe_intermediate_size}"),
+        ("experts", f"{text.num_experts}, {text.top_k_experts} a row"),
+        ("attention heads", f"{text.num_attention_heads}; KV " + ", ".join(
+            f"{layer.num_kv_heads} x {layer.head_dim} {layer.kind.split('_')[0]}" for layer in dict.fromkeys(text.layers))),
+        ("sliding window", str(max((layer.window or 0) for layer in text.layers))),
+        ("vocabulary", f"{text.vocab_size:,}"),
+        ("canvas / context", f"{found.config.canvas_length} / {text.max_position_embeddings:,} tokens"),
+        ("K/V cache, 16 bits", f"{found.cache_bytes_per_token / 1e3:,.1f} KB a token + {found.sliding_cache_bytes / 1e6:,.1f} MB"),
+        ("images", "yes" if found.config.vision else "no"),
+    ):
+        table.add_row(name, value)
+    output.print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: golden outputs in float32 and bfloat16, step time, one JSON line to paste."""
+    from mlx_diffgemma.doctor import diagnose
+
+    with _status("recomputing nano's golden outputs"):
+        result = diagnose()
+    if not as_json:
+        for key, value in result.machine.items():
+            output.print(f"{key:8} {value}")
+        output.print(f"{'memory':8} {result.memory_limit / 1e9:.1f} GB for a model")
+        table = Table("dtype", "largest logit difference", "KL, nats", "same argmax", "same steps", "ms a step", "")
+        for c in result.checks:
+            table.add_row(c.dtype, f"{c.logits:.2e}", f"{c.kl:.2e}", f"{c.argmax:.1%}", f"{c.trajectory}/{c.trajectory_steps}",
+                          f"{c.milliseconds_per_step:.1f}", "ok" if c.ok else "WRONG")
+        output.print(table)
+    print(json.dumps(result.record()))
+    if not result.ok:
+        errors.print("This machine computes something else than the reference; please report the line above.")
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Suites or tasks, comma-separated; 'nano' is the built-in suite.")],
+    model: Model = nano.NAME,
+    revision: Revision = None,
+    limit: Annotated[int, typer.Option(help="Held-out prompts a task.")] = 500,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    num_seeds: Annotated[int, typer.Option(help="How many seeds, counting up from the first.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Answers that share a forward.")] = 16,
+    mode: Annotated[str, typer.Option(help="'diffusion', 'ar', or 'both'.")] = "diffusion",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m")] = DEFAULTS.max_tokens,
+    temp: Annotated[float | None, typer.Option(help="As in generate.")] = DEFAULTS.temperature,
+    dtype: Dtype = None,
+    max_denoising_steps: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on held-out prompts with known answers."""
+    from mlx_diffgemma.evaluate import evaluate as run
+    from mlx_diffgemma.evaluate import tasks_named
+
+    tasks_named(tasks)
+    modes = ("diffusion", "ar") if mode == "both" else (mode,)
+    options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp)
+    per_mode = {m: options | {"mode": m} | ({"max_denoising_steps": max_denoising_steps} if m == "diffusion" else {})
+                for m in modes}
+    for chosen in per_mode.values():
+        GenerationOptions.from_keywords(chosen)
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with _status(f"loading {model}"):
+        network, tokenizer = load(model, revision=revision, dtype=dtype)
+    for name, chosen in per_mode.items():
+        with Progress(console=errors, transient=True) as bar:
+            bars: dict[str, Any] = {}
+
+            def advance(task: str, done: int, total: int, bar: Progress = bar, bars: dict[str, Any] = bars) -> None:
+                if task not in bars:
+                    bars[task] = bar.add_task(task, total=total)
+                bar.update(bars[task], completed=done)
+
+            report = run(network, tokenizer, tasks, limit, range(seed, seed + num_seeds), batch_size, advance, **chosen)
+        record = report.record() | {"model": nano.VERSION if model == nano.NAME else model}
+        if output_dir is not None:
+            (output_dir / f"evaluate-{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if as_json:
+            print(json.dumps(record))
+            continue
+        table = Table("task", "answers", "score", "95 % interval", "steps a canvas", "tokens a forward", "converged",
+                      title=f"{record['model']}, {name}")
+        for r in report.results:
+            table.add_row(r.task, str(r.answers), f"{r.score:.1%}", f"{r.low:.1%} to {r.high:.1%}", _or_dash(r.steps_per_canvas),
+                          _or_dash(r.tokens_per_forward), "-" if r.converged is None else f"{r.converged:.1%}")
+        output.print(table)
+        output.print(f"mean of the exact tasks: {report.exact_mean:.1%}")
+
+
+@app.command()
+def parity(
+    model: Model = nano.NAME,
+    revision: Revision = None,
+    device: Annotated[str, typer.Option(help="Where torch runs: cpu or cuda.")] = "cpu",
+    prompts: Annotated[int, typer.Option(help="How many random prompts.")] = 4,
+    canvases: Annotated[int, typer.Option(help="Canvases a prompt in the trajectory stages.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and draws.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare with transformers on the same checkpoint, stage by stage; exit code 1 past the tolerance."""
+    try:
+        from mlx_diffgemma.parity.compare import run
+    except ImportError as error:
+        raise UserError(f"parity needs torch and transformers ({error.name} is missing); install them with "
+                        "`pip install 'mlx-diffgemma[parity]'`.") from None
+    from mlx_diffgemma import hub
+
+    folder = hub.resolve(model, revision)
+    with _status("running both sides"):
+        report = run(folder, device, prompts, canvases, seed)
+    if as_json:
+        print(json.dumps(asdict(report) | {"ok": report.ok}))
+    else:
+        table = Table("stage", "rows", "median", "99 %", "largest", "r", "beyond", "unexplained", "")
+        for s in report.stages:
+            table.add_row(s.stage, str(s.rows), f"{s.median:.1e}", f"{s.p99:.1e}", f"{s.largest:.1e}", f"{s.spread:.1e}",
+                          str(s.beyond), str(s.unexplained), "ok" if s.ok else "FAIL")
+        output.print(table)
+        table = Table("trajectories", "canvases", "steps", "ended at a rounding tie", "")
+        for t in report.trajectories:
+            table.add_row(t.setting, str(t.canvases), str(t.steps), str(len(t.ended)), "ok" if t.ok else "FAIL")
+        output.print(table)
+        for t in report.trajectories:
+            for e in t.ended:
+                output.print(f"{t.setting}: canvas {e.canvas}, step {e.step}, {e.decision}: margin {e.margin:.1e}, "
+                             f"reference's spread {e.spread:.1e}{'' if e.excused else ' NOT EXCUSED'}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: mistakes of the user become one line and exit code 2."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", GenerationWarning)
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except NonFiniteLogitsError as error:
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    if issubclass(category, GenerationWarning):
+        errors.print(f"warning: {message}", markup=False)
+
+
+def _status(text: str) -> Any:
+    return errors.status(text) if errors.is_terminal else contextlib.nullcontext()
+
+
+def _json_object(text: str | None, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option} is not valid JSON ({error}); give an object such as '{{\"key\": 1}}'.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{option} must be a JSON object, got {text}.")
+    return value
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""From a prompt to text: ``load``, ``generate``, ``stream_generate`` and ``batch_generate``, shaped like mlx-lm's.
+
+A canvas gives many tokens at once, so a stream brings one response a canvas (one a token with ``mode="ar"``).
+
+    >>> model, tokenizer = load("nano")
+    >>> prompt = chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}])
+    >>> generate(model, tokenizer, prompt, seed=0)
+    '42'
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_diffgemma import hub
+from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
+from mlx_diffgemma.device import wired_memory
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.policy import Policy, ReferencePolicy, check_sampling
+from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session
+from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
+from mlx_diffgemma.weights import load_model
+
+MODES = ("diffusion", "ar")
+DEFAULT_TOKEN_LIMIT = 4096
+Prompt = str | Sequence[int] | mx.array
+OnStep = Callable[[CanvasStep], None]
+
+# Keywords of mlx_lm that mean nothing here, and why.
+REFUSED = {
+    "sampler": "a canvas is drawn as a whole; use temperature, top_k, top_p or policy",
+    "logits_processors": "they read the tokens to the left, which a canvas does not have yet",
+    "max_kv_size": "the reference's sliding layers keep exactly their window",
+    "kv_bits": "quantised caches break this family, whose attention scale is 1",
+    "kv_group_size": "quantised caches break this family, whose attention scale is 1",
+    "quantized_kv_start": "quantised caches break this family, whose attention scale is 1",
+    "draft_model": "speculative drafting is not there yet",
+    "num_draft_tokens": "speculative drafting is not there yet",
+    "prompt_cache": "prefix reuse is not there yet",
+    "input_embeddings": "image input is not there yet",
+    "min_p": "only top_k and top_p act on a canvas",
+    "repetition_penalty": "it reads the tokens to the left, which a canvas does not have yet",
+}
+
+
+class GenerationWarning(UserWarning):
+    """Something the caller should see: a canvas that did not converge, an empty answer, a malformed tool call."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Every option of a generation with its default; the command line and other front ends take theirs from here.
+
+    None means the checkpoint's own number.  ``temperature``: in diffusion mode None or 1 is the checkpoint's schedule, T
+    scales it, 0 takes the argmax in place of the draw; in ar mode None or 0 is greedy.  ``max_tokens`` None: until the end
+    token, at most 4,096 or the context.  ``seed`` None: a fresh one, told in the response.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    mode: str = "diffusion"
+    max_denoising_steps: int | None = None
+    entropy_bound: float | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    confidence_threshold: float | None = None
+    stability_threshold: int | None = None
+    prefill_step_size: int = PREFILL_STEP_SIZE
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> GenerationOptions:
+        """Errors: UserError naming an unknown keyword, or one of mlx-lm's that has no meaning here."""
+        known = [f.name for f in fields(cls)]
+        for name in keywords:
+            if name in REFUSED:
+                raise UserError(f"{name}= is not supported: {REFUSED[name]}.")
+            if name not in known:
+                close = difflib.get_close_matches("temperature" if name == "temp" else name, known, n=1)
+                raise UserError(f"Unknown option {name!r}{f'; did you mean {close[0]!r}?' if close else ''} "
+                                f"Known are {', '.join(known)}.")
+        return cls(**keywords)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"Unknown mode {self.mode!r}; use one of {', '.join(MODES)}.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}.")
+        if self.prefill_step_size < 2:
+            raise UserError(f"prefill_step_size must be at least 2, got {self.prefill_step_size}.")
+        check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p)
+        if self.mode == "ar" and (diffusion := [name for name in DIFFUSION_ONLY if getattr(self, name) is not None]):
+            raise UserError(f"{diffusion[0]} has no meaning with mode 'ar', which runs no denoising steps; leave it out.")
+
+    def policy(self, model: DiffusionGemma) -> ReferencePolicy:
+        """The reference policy with the checkpoint's numbers, where these options name no other."""
+        own = {name: getattr(self, name) for name in DIFFUSION_ONLY if getattr(self, name) is not None}
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return ReferencePolicy.from_config(replace(model.config.generation, **own), temperature, self.top_k, self.top_p)
+
+
+DIFFUSION_ONLY = ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold")
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """A piece of an answer: one canvas, or one token with ``mode="ar"``.
+
+    mlx-lm's fields keep their meaning: ``text`` is the visible text this piece added, ``token`` its last token,
+    ``generation_tokens`` and the rates count from the beginning, ``peak_memory`` is in GB, ``finish_reason`` is None until
+    the end, then "stop", "length" or "empty" (the end token came first).  ``logprobs`` holds one log-probability a token,
+    under the last step's scaled distribution (with ``mode="ar"`` the whole row [vocabulary] at temperature 1).
+
+    Beyond them: ``tokens`` of this piece (the end token included), ``thought`` and ``tool_calls`` parsed out of the text,
+    denoising ``steps`` of this canvas, ``tokens_per_forward`` so far (end token included, prefill and commits not
+    counted), ``canvas_index``, whether the canvas ``converged``, and the ``seed``.
+    """
+
+    text: str
+    token: int
+    logprobs: Any
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+    tokens: tuple[int, ...] = ()
+    thought: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    steps: int = 0
+    tokens_per_forward: float = 0.0
+    canvas_index: int = 0
+    converged: bool = True
+    seed: int = 0
+    parts: tuple[GenerationResponse, ...] = ()  # the responses a whole answer of batch_generate was put together from
+
+
+def load(model: str, *, revision: str | None = None, dtype: str | None = None) -> tuple[DiffusionGemma, TokenizerWrapper]:
+    """(model, tokenizer) of "nano", a checkpoint folder or a Hub repository.
+
+    ``dtype`` overrides the compute dtype: float32, bfloat16 or float16.  Errors: UserError.
+    """
+    folder = hub.resolve(model, revision)
+    loaded = load_model(folder, dtype)
+    return loaded, load_tokenizer(folder, loaded.config.generation.eos_token_ids)
+
+
+def stream_generate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int | None = None,
+    *,
+    policy: Policy | None = None,
+    on_step: OnStep | None = None,
+    prefix: Sequence[int] = (),
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """Answer ``prompt`` (text, or ids), yielding a response a canvas.
+
+    ``on_step`` is shown every denoising step and cannot change a token.  ``prefix`` are ids at the end of the prompt that
+    already belong to the answer (a prefilled thought, say), so that the parser knows where it stands.  ``options`` are the
+    fields of GenerationOptions.  Errors: UserError, for options out of range and prompts that do not fit the context.
+    """
+    chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
+    request = _Request.prepare(model, tokenizer, prompt, chosen, prefix)
+    if chosen.mode == "ar":
+        if policy is not None or on_step is not None:
+            raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
+        return _stream_causal(model, request, chosen)
+    return _stream_canvases(model, request, policy or chosen.policy(model), chosen, on_step, prompt_progress_callback)
+
+
+def generate(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: bool = False,
+             **options: Any) -> str:
+    """The whole visible answer to ``prompt``; ``verbose`` prints it as it comes, with figures at the end."""
+    pieces, last = [], None
+    for last in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(last.text)
+        if verbose:
+            print(last.text, end="", flush=True)
+    if verbose and last is not None:
+        print(f"\n{summary(last)}")
+    return "".join(pieces)
+
+
+def batch_generate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Prompt],
+    *,
+    seeds: Sequence[int] | None = None,
+    policy: Policy | None = None,
+    batch_size: int = 8,
+    on_answer: Callable[[int, GenerationResponse], None] | None = None,
+    **options: Any,
+) -> list[GenerationResponse]:
+    """One response a prompt, each with the whole answer; what runs beside a prompt does not change its answer.
+
+    Up to ``batch_size`` answers share a forward; a finished one makes room for the next prompt at once.  ``seeds`` gives
+    each prompt its own, else all take ``seed``.
+    """
+    chosen = GenerationOptions.from_keywords(options)
+    if seeds is not None and len(seeds) != len(prompts):
+        raise UserError(f"seeds must have one entry a prompt: got {len(seeds)} for {len(prompts)} prompts.")
+    requests = [_Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index])
+                for index, prompt in enumerate(prompts)]
+    answers: list[GenerationResponse | None] = [None] * len(requests)
+    run = _batch_causal if chosen.mode == "ar" else _batch_canvases
+    with wired_memory():
+        for index, response in run(model, requests, policy or chosen.policy(model), chosen, batch_size):
+            answers[index] = response
+            if on_answer:
+                on_answer(index, response)
+    return [answer for answer in answers if answer is not None]
+
+
+def summary(response: GenerationResponse) -> str:
+    """The figures of a finished answer in two lines."""
+    return (f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
+            f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s, "
+            f"{response.tokens_per_forward:.1f} tokens a forward, {response.canvas_index + 1} canvases, "
+            f"peak memory {response.peak_memory:.2f} GB, finished by {response.finish_reason}, seed {response.seed}")
+
+
+@dataclass
+class _Request:
+    """One prompt on its way to an answer: what was asked, and the bookkeeping from token ids to responses."""
+
+    ids: list[int]
+    limit: int
+    seed: int
+    parser: ResponseParser
+    eos_ids: tuple[int, ...]
+    began: float = 0.0
+    prefill_seconds: float = 0.0
+    produced: int = 0  # tokens, end token included
+    cut: int = 0  # tokens, cut at the limit, end token left out
+    forwards: int = 0
+    anything: bool = False  # whether text, thought or a call has come
+    responses: list[GenerationResponse] = field(default_factory=list)
+
+    @classmethod
+    def prepare(cls, model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt, options: GenerationOptions,
+                prefix: Sequence[int] = (), seed: int | None = None) -> _Request:
+        """Errors: UserError for an empty prompt, ids out of the vocabulary, or an answer that would pass the context."""
+        ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in np.array(prompt)]
+        vocabulary = model.config.text.vocab_size
+        if not ids or (isinstance(prompt, str) and not prompt.strip()):
+            raise UserError("The prompt is empty; give at least one character.")
+        if not all(0 <= token < vocabulary for token in ids):
+            raise UserError(f"The prompt holds token ids outside 0 to {vocabulary - 1}; it was made with another tokenizer.")
+        length = 1 if options.mode == "ar" else model.config.canvas_length
+        parser = ResponseParser(tokenizer)
+        parser.feed(prefix)
+        chosen = options.seed if seed is None else seed
+        return cls(ids, token_limit(len(ids), options.max_tokens, length, model.config.text.max_position_embeddings),
+                   int.from_bytes(os.urandom(4), "little") if chosen is None else chosen, parser,
+                   model.config.generation.eos_token_ids)
+
+    def draws(self, model: DiffusionGemma) -> Draws:
+        return Draws(self.seed, model.config.text.vocab_size)
+
+    def begin(self) -> None:
+        self.began = time.perf_counter()
+
+    def add(self, tokens: Sequence[int], logprobs: Any, steps: int = 0, converged: bool = True, done: bool = False,
+            ) -> GenerationResponse:
+        """The response for newly produced ``tokens`` (an end token, if any, is the last); ``done``: nothing follows."""
+        ended = bool(tokens) and tokens[-1] in self.eos_ids
+        visible = list(tokens[:-1] if ended else tokens)
+        self.produced, self.forwards = self.produced + len(tokens), self.forwards + steps
+        over = self.cut + len(visible) - self.limit
+        if over > 0:
+            visible, tokens, ended = visible[:-over], tokens[: len(visible) - over], False
+        self.cut += len(visible)
+        delta = self.parser.feed(visible)
+        text, thought, calls = delta.answer, delta.thought, delta.tool_calls
+        if done:
+            rest = self.parser.finish()
+            text, thought = text + rest.answer, thought + rest.thought
+        self.anything = self.anything or bool(text.strip() or thought.strip() or calls)
+        reason = None if not done else "length" if not ended else "stop" if self.anything else "empty"
+        now, index = time.perf_counter(), len(self.responses)
+        response = GenerationResponse(
+            text=text, token=int(tokens[-1]) if tokens else -1, logprobs=logprobs, from_draft=False,
+            prompt_tokens=len(self.ids), prompt_tps=len(self.ids) / max(self.prefill_seconds, 1e-9),
+            generation_tokens=self.cut + ended,
+            generation_tps=(self.cut + ended) / max(now - self.began - self.prefill_seconds, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9, finish_reason=reason, tokens=tuple(int(t) for t in tokens),
+            thought=thought, tool_calls=calls, steps=steps,
+            tokens_per_forward=self.produced / self.forwards if self.forwards else 1.0,
+            canvas_index=index, converged=converged, seed=self.seed,
+        )
+        self.responses.append(response)
+        self._warn(response)
+        return response
+
+    def add_canvas(self, canvas: Canvas, done: bool) -> GenerationResponse:
+        return self.add(canvas.tokens.tolist(), canvas.logprobs, canvas.steps, canvas.converged, done)
+
+    def whole(self) -> GenerationResponse:
+        """All responses so far as one."""
+        parts = self.responses
+        return replace(
+            parts[-1], text="".join(r.text for r in parts), thought="".join(r.thought for r in parts),
+            tool_calls=tuple(call for r in parts for call in r.tool_calls), tokens=tuple(t for r in parts for t in r.tokens),
+            steps=sum(r.steps for r in parts), converged=all(r.converged for r in parts), parts=tuple(parts),
+        )
+
+    def _warn(self, response: GenerationResponse) -> None:
+        if not response.converged:
+            warnings.warn(f"Canvas {response.canvas_index} did not converge within {response.steps} denoising steps; its text "
+                          "may be faulty.", GenerationWarning, stacklevel=4)
+        if response.finish_reason == "empty":
+            warnings.warn("The answer is empty: the end token came first; try another seed or a fuller prompt.",
+                          GenerationWarning, stacklevel=4)
+        if response.finish_reason and self.parser.malformed:
+            warnings.warn(f"{len(self.parser.malformed)} tool call(s) could not be parsed: {self.parser.malformed[0]!r}.",
+                          GenerationWarning, stacklevel=4)
+
+
+def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context: int) -> int:
+    """How many tokens an answer may have; whole canvases must fit the ``context`` behind the ``prompt``.
+
+    Errors: UserError when they do not.
+    """
+    room = (context - prompt) // canvas_length * canvas_length
+    if room <= 0:
+        raise UserError(f"The prompt has {prompt:,} tokens and the context holds {context:,}, which leaves no room for an "
+                        f"answer of one canvas ({canvas_length} tokens); shorten the prompt.")
+    if max_tokens is None:
+        return min(DEFAULT_TOKEN_LIMIT, room)
+    if max_tokens > room:
+        raise UserError(f"max_tokens {max_tokens:,} does not fit: the prompt has {prompt:,} tokens and the context holds "
+                        f"{context:,}, so at most {room:,} are possible.")
+    return max_tokens
+
+
+def _session(model: DiffusionGemma, request: _Request, policy: Policy) -> Session:
+    return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit)
+
+
+def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, options: GenerationOptions,
+                     on_step: OnStep | None, progress: Callable[[int, int], None] | None) -> Iterator[GenerationResponse]:
+    session = _session(model, request, policy)
+    loop = Loop(model, [session], options.prefill_step_size, progress)
+    with wired_memory():
+        request.begin()
+        while loop.active:
+            for _, step in loop.advance():
+                request.prefill_seconds = loop.first_prefill_seconds
+                if on_step:
+                    on_step(step)
+                if step.stopped:
+                    yield request.add_canvas(session.canvases[-1], session.finished)
+
+
+def _stream_causal(model: DiffusionGemma, request: _Request, options: GenerationOptions) -> Iterator[GenerationResponse]:
+    loop = _causal_loop(model, [request], options)
+    with wired_memory():
+        request.begin()
+        loop.prefill()
+        while loop.active:
+            for session, token, logprobs in loop.advance():
+                request.prefill_seconds = request.prefill_seconds or time.perf_counter() - request.began
+                yield request.add([token], logprobs, done=session.finished)
+
+
+def _causal_loop(model: DiffusionGemma, requests: Sequence[_Request], options: GenerationOptions) -> CausalLoop:
+    sessions = causal_sessions(model, [r.ids for r in requests],
+                               CausalPolicy(options.temperature or 0.0, options.top_k, options.top_p),
+                               [r.draws(model) for r in requests], requests[0].eos_ids, [r.limit for r in requests])
+    return CausalLoop(model, sessions, options.prefill_step_size)
+
+
+def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy: Policy, options: GenerationOptions,
+                    batch_size: int) -> Iterator[tuple[int, GenerationResponse]]:
+    waiting = list(range(len(requests)))[::-1]
+    owner: dict[int, int] = {}  # id of a session to the index of its request
+    loop = Loop(model, [], options.prefill_step_size)
+    while waiting or loop.active:
+        loop.sessions = loop.active
+        while waiting and len(loop.sessions) < batch_size:
+            index = waiting.pop()
+            session = _session(model, requests[index], policy)
+            owner[id(session)] = index
+            requests[index].begin()
+            loop.sessions.append(session)
+        for session, step in loop.advance():
+            if step.stopped:
+                index = owner[id(session)]
+                requests[index].add_canvas(session.canvases[-1], session.finished)
+                if session.finished:
+                    del owner[id(session)]
+                    yield index, requests[index].whole()
+
+
+def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], policy: Policy, options: GenerationOptions,
+                  batch_size: int) -> Iterator[tuple[int, GenerationResponse]]:
+    del policy  # canvases have one, the causal mode its temperature
+    for first in range(0, len(requests), batch_size):
+        group = requests[first : first + batch_size]
+        loop = _causal_loop(model, group, options)
+        place = {id(session): row for row, session in enumerate(loop.sessions)}
+        for request in group:
+            request.begin()
+        loop.prefill()
+        while loop.active:
+            for session, token, _ in loop.advance():
+                row = place[id(session)]
+                group[row].add([token], None, done=session.finished)
+                if session.finished:
+                    yield first + row, group[row].whole()

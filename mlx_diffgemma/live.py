@@ -1,0 +1,64 @@
+"""The canvas resolving in the terminal, coloured by confidence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from mlx_diffgemma.session import CanvasStep
+
+FRAMES_PER_SECOND = 15
+# Entropy in nats, from certain to guessing; the first bound that is not passed gives the style.
+STYLES = ((0.005, "bold"), (0.1, "green"), (0.7, "yellow"), (2.0, "red"), (float("inf"), "dim red"))
+
+
+class LiveCanvas:
+    """Draws finished canvases plainly and the one in flight in colour; a context manager.
+
+    Only reads the steps it is given, and leaves the finished text on the screen to its caller.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, eos_ids: Iterable[int], console: Console | None = None,
+                 clock: Callable[[], float] = time.monotonic):
+        self._pieces = tokenizer.convert_ids_to_tokens
+        self._decode = tokenizer.decode
+        self._eos = set(eos_ids)
+        self._done = Text()
+        self._clock, self._drawn = clock, -1.0
+        self._live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="visible")
+
+    def __enter__(self) -> LiveCanvas:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def show(self, step: CanvasStep) -> None:
+        """Draw ``step``, unless the last frame is too recent; the last step of a canvas is always drawn."""
+        now = self._clock()
+        if not step.stopped and now - self._drawn < 1 / FRAMES_PER_SECOND:
+            return
+        self._drawn = now
+        canvas = self._render(step)
+        footer = Text(f"\ncanvas {step.canvas_index + 1}, step {step.step + 1} of at most {step.max_steps}, "
+                      f"mean entropy {step.mean_entropy:.3f} nats", style="dim")
+        self._live.update(self._done + canvas + footer, refresh=True)
+        if step.stopped:
+            self._done += Text(canvas.plain)
+
+    def _render(self, step: CanvasStep) -> Text:
+        ids, entropy, text = np.array(step.argmax).tolist(), np.array(step.entropy).tolist(), Text()
+        for token, nats in zip(ids, entropy, strict=True):
+            if token in self._eos:
+                break
+            style = next(style for bound, style in STYLES if nats <= bound)
+            text.append(self._decode([token], skip_special_tokens=False), style=style)
+        return text
