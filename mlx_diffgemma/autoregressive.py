@@ -69,7 +69,7 @@ class CausalLoop:
         if not rows:
             return []
         output = self.model.encode([mx.array(s.pending) for s in rows], [s.cache for s in rows], logits="last")
-        logits = mx.concatenate(output.logits)
+        logits = mx.concatenate(output.logits or [])
         chosen = [self._draw(logits[row : row + 1], session) for row, session in enumerate(rows)]
         finite = mx.isfinite(logits).all()
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

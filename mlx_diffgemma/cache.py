@@ -80,7 +80,7 @@ class Cache:
             if held is None or count > held[0].shape[2]:
                 raise ValueError(f"layer {layer} holds fewer than {count} entries")
         for layer, held in enumerate(self._held):
-            if count:
+            if held is not None and count:
                 self.append(layer, *_cut(held, 0, count))
             self._held[layer] = None
         self.advance(count)

@@ -61,7 +61,7 @@ def generate_command(
                                                "probable token. With --mode ar: absent or 0 is greedy.")] = DEFAULTS.temperature,
     top_k: Annotated[int, typer.Option(help="Draw among the k most probable tokens; 0 is off.")] = DEFAULTS.top_k,
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that hold this mass; 1 is off.")] = DEFAULTS.top_p,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one, told by --verbose.")] = DEFAULTS.seed,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = DEFAULTS.seed,
     dtype: Dtype = None,
     max_denoising_steps: Annotated[int | None, typer.Option(help="Steps a canvas may take. Default: the checkpoint's.")] = None,
     entropy_bound: Annotated[float | None, typer.Option(help="Acceptance bound in nats. Default: the checkpoint's.")] = None,
@@ -73,7 +73,7 @@ def generate_command(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print figures, and the thought, on standard error.")] = False,
 ) -> None:
     """Turn a prompt into text."""
-    options = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed, mode=mode,
+    options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed, mode=mode,
                    max_denoising_steps=max_denoising_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max)
     GenerationOptions.from_keywords(options)  # refuse what is wrong before anything is loaded
     variables = _json_object(chat_template_config, "--chat-template-config")
@@ -314,7 +314,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, GenerationWarning):
         errors.print(f"warning: {message}", markup=False)
 

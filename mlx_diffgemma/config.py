@@ -103,7 +103,7 @@ class GenerationConfig:
         if (name := sampler.get("_cls_name", "EntropyBoundSamplerConfig")) != "EntropyBoundSamplerConfig":
             raise UserError(f"generation_config.json asks for the sampler {name!r}; only EntropyBoundSamplerConfig is known.")
         eos = raw.get("eos_token_id")
-        found = {
+        found: dict[str, Any] = {
             **{key: raw.get(key) for key in ("max_denoising_steps", "t_min", "t_max", "confidence_threshold",
                                              "stability_threshold", "pad_token_id")},
             "entropy_bound": sampler.get("entropy_bound"),

@@ -9,10 +9,12 @@ prompt has its own seed, so a figure does not depend on the batch size.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -40,6 +42,7 @@ class TaskResult:
     score: float
     low: float
     high: float
+    canvases: int
     steps_per_canvas: float | None
     tokens_per_forward: float | None
     converged: float | None
@@ -77,7 +80,7 @@ def tasks_named(names: str) -> list[Task]:
 
 
 def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: str, limit: int = 500, seeds: Sequence[int] = (0,),
-             batch_size: int = 16, progress: Progress | None = None, **options: object) -> EvaluationReport:
+             batch_size: int = 16, progress: Progress | None = None, **options: Any) -> EvaluationReport:
     """Answer ``limit`` held-out prompts of each task under each seed; ``options`` as in ``batch_generate``."""
     if limit < 1 or not seeds:
         raise UserError(f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds.")
@@ -86,15 +89,13 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: str, lim
         examples = held_out_examples(task, limit)
         prompts = [chat_ids(tokenizer, [{"role": "user", "content": e.prompt}]) for e in examples]
         answers: list[GenerationResponse] = []
-        for number, seed in enumerate(seeds):
-            done = 0
+        finished = itertools.count(1)
 
-            def count(index: int, answer: GenerationResponse, number: int = number, name: str = task.name) -> None:
-                nonlocal done
-                done += 1
-                if progress:
-                    progress(name, number * limit + done, limit * len(seeds))
+        def count(*_: object, name: str = task.name, finished: Iterator[int] = finished) -> None:
+            if progress:
+                progress(name, next(finished), limit * len(seeds))
 
+        for seed in seeds:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GenerationWarning)  # counted below
                 answers += batch_generate(model, tokenizer, prompts, seeds=[seed * 1_000_003 + i for i in range(limit)],
@@ -110,7 +111,7 @@ def _result(task: Task, examples: Sequence[Example], answers: Sequence[Generatio
     canvases = [part for answer in answers for part in answer.parts if part.steps]
     forwards = sum(part.steps for part in canvases)
     return TaskResult(
-        task.name, len(scores), float(scores.mean()), low, high,
+        task.name, len(scores), float(scores.mean()), low, high, len(canvases),
         steps_per_canvas=forwards / len(canvases) if canvases else None,
         tokens_per_forward=sum(len(part.tokens) for part in canvases) / forwards if canvases else None,
         converged=float(np.mean([part.converged for part in canvases])) if canvases else None,

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +35,7 @@ from mlx_diffgemma.weights import load_model
 
 MODES = ("diffusion", "ar")
 DEFAULT_TOKEN_LIMIT = 4096
-Prompt = str | Sequence[int] | mx.array
+Prompt: TypeAlias = "str | Sequence[int] | mx.array"
 OnStep = Callable[[CanvasStep], None]
 
 # Keywords of mlx_lm that mean nothing here, and why.

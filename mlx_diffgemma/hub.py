@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    HfHubHTTPError,
+    HTTPError,  # of httpx or httpx2, whichever the installed client speaks
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -44,7 +44,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"There is neither a folder nor a Hub repository {model!r}; check the spelling, or log in with "
                         "`hf auth login` if it is private.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(f"{model} could not be fetched from {endpoint} ({type(error).__name__}); check the network and run "
                         "the command again, it goes on where it stopped, or give a local folder.") from None

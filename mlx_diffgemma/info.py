@@ -71,7 +71,7 @@ def cache_bytes(text: TextConfig, element_size: int) -> tuple[int, int]:
 
 
 def _stored(folder: Path) -> tuple[int, dict[str, int]]:
-    total, dtypes = 0, {}
+    total, dtypes = 0, dict[str, int]()
     for path in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(path).items():
             if name != "__metadata__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -27,7 +28,6 @@ class LiveCanvas:
 
     def __init__(self, tokenizer: TokenizerWrapper, eos_ids: Iterable[int], console: Console | None = None,
                  clock: Callable[[], float] = time.monotonic):
-        self._pieces = tokenizer.convert_ids_to_tokens
         self._decode = tokenizer.decode
         self._eos = set(eos_ids)
         self._done = Text()
@@ -56,9 +56,9 @@ class LiveCanvas:
 
     def _render(self, step: CanvasStep) -> Text:
         ids, entropy, text = np.array(step.argmax).tolist(), np.array(step.entropy).tolist(), Text()
-        for token, nats in zip(ids, entropy, strict=True):
-            if token in self._eos:
-                break
-            style = next(style for bound, style in STYLES if nats <= bound)
-            text.append(self._decode([token], skip_special_tokens=False), style=style)
+        end = next((place for place, token in enumerate(ids) if token in self._eos), len(ids))
+        styles = [next(style for bound, style in STYLES if nats <= bound) for nats in entropy[:end]]
+        # Neighbours of one style are decoded together, so that a character of several tokens stays whole.
+        for style, run in itertools.groupby(zip(ids[:end], styles, strict=True), key=lambda pair: pair[1]):
+            text.append(self._decode([token for token, _ in run], skip_special_tokens=False), style=style)
         return text

@@ -6,10 +6,11 @@ A mask is None (everything), ``"causal"`` (the fast path of MLX) or a boolean ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 
-Mask = mx.array | str | None
+Mask: TypeAlias = "mx.array | str | None"
 
 
 def causal_mask(past: int, rows: int, window: int | None, blocks: Sequence[tuple[int, int]] = ()) -> Mask:

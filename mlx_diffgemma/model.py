@@ -16,7 +16,7 @@ sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -53,15 +53,25 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class ModelOutput:
-    """``logits`` float32 soft-capped, or None; ``taps`` maps a layer index to the hidden states after that layer.
+class Encoded:
+    """What ``encode`` returns, one entry a sequence.
 
-    From ``denoise`` both have a leading [batch, canvas]; from ``encode`` they are lists with one [rows, ...] a sequence.
+    ``logits`` [1 or rows, vocabulary] float32 soft-capped, or None; ``hidden`` [rows, hidden] after the last norm;
+    ``taps`` maps a layer index to the hidden states after that layer.
     """
 
-    logits: mx.array | list[mx.array] | None = None
-    hidden: mx.array | list[mx.array] | None = None
-    taps: dict[int, mx.array | list[mx.array]] = field(default_factory=dict)
+    logits: list[mx.array] | None
+    hidden: list[mx.array]
+    taps: dict[int, list[mx.array]]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What ``denoise`` returns: ``logits`` [batch, length, vocabulary], and hidden states [batch, length, hidden]."""
+
+    logits: mx.array
+    hidden: mx.array
+    taps: dict[int, mx.array]
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
@@ -257,14 +267,17 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(MLP):
-    """Adds what the last step believed to the canvas; source: DiffusionGemmaSelfConditioning."""
+    """Adds what the last step believed to the canvas; source: DiffusionGemmaSelfConditioning.
+
+    An MLP by inheritance, because the checkpoint keeps its projections at this path.
+    """
 
     def __init__(self, config: TextConfig):
         super().__init__(config)
         self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: mx.array, soft_embedding: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, soft_embedding: mx.array | None) -> mx.array:  # type: ignore[override]
         if soft_embedding is not None:
             x = x + super().__call__(self.pre_norm(soft_embedding.astype(x.dtype)))
         # Without a signal the MLP would give exactly zero; the norm runs at the first step too.
@@ -341,7 +354,7 @@ class DiffusionGemma(nn.Module):
         logits: Literal["none", "last", "all"] = "none",
         taps: Sequence[int] = (),
         write: Literal["append", "hold"] = "append",
-    ) -> ModelOutput:
+    ) -> Encoded:
         """Causal mode: read the next positions of each sequence and write its cache.
 
         ``inputs`` holds, for each cache, token ids [n] or embeddings [n, hidden].  ``logits`` asks for the next-token
@@ -357,7 +370,7 @@ class DiffusionGemma(nn.Module):
             if write == "append":
                 segment.cache.advance(segment.rows)
         parts = [hidden[s.stop - 1 if logits == "last" else s.start : s.stop] for s in segments]
-        return ModelOutput(
+        return Encoded(
             logits=None if logits == "none" else [self._head(part) for part in parts],
             hidden=[hidden[s.start : s.stop] for s in segments],
             taps={layer: [x[s.start : s.stop] for s in segments] for layer, x in tapped.items()},
@@ -369,7 +382,7 @@ class DiffusionGemma(nn.Module):
         caches: Sequence[Cache],
         soft_embedding: mx.array | None = None,
         taps: Sequence[int] = (),
-    ) -> ModelOutput:
+    ) -> Denoised:
         """Canvas mode: one denoising forward of ``canvas`` ids [batch, length] after each row's cache.
 
         ``soft_embedding`` [batch, length, hidden] is the self-conditioning signal; None, or zeros for a row, at the
@@ -381,7 +394,7 @@ class DiffusionGemma(nn.Module):
         if len(segments) != batch:
             raise ValueError(f"{batch} canvas rows but {len(segments)} caches")
         hidden, tapped = self._forward(x, segments, taps)
-        return ModelOutput(
+        return Denoised(
             logits=self._head(hidden).reshape(batch, length, -1),
             hidden=hidden.reshape(batch, length, -1),
             taps={layer: x.reshape(batch, length, -1) for layer, x in tapped.items()},

@@ -28,10 +28,19 @@ MAX_TEMPERATURE = 2.0
 class Policy(Protocol):
     """What the loop asks.  The rows of a batch have policies of one class, each with its own numbers."""
 
-    name: str
-    max_steps: int
-    stability: int  # how many argmax canvases of earlier steps the stop rule compares with
-    certificate: str  # the name of the rule under which a canvas stops before its last step
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def stability(self) -> int:
+        """How many argmax canvases of earlier steps the stop rule compares with."""
+
+    @property
+    def certificate(self) -> str:
+        """The name of the rule under which a canvas stops before its last step."""
 
     def seed(self, draws: DrawSource, canvas_index: int, retry: int, start: int, length: int) -> np.ndarray:
         """Ids [length] of a new canvas."""

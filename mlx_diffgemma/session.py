@@ -159,18 +159,20 @@ class Loop:
 
     def advance(self) -> list[tuple[Session, CanvasStep]]:
         """One denoising step of every active session; those between two canvases open the next one first."""
-        opening = [session for session in self.active if session.canvas is None]
+        active = self.active
+        opening = [session for session in active if session.canvas is None]
         if opening:
             began = time.perf_counter()
             prefill(self.model, opening, self.prefill_step_size, self.progress)
             self.first_prefill_seconds = self.first_prefill_seconds or time.perf_counter() - began
             for session in opening:
                 session.open_canvas()
-        going_on = [session for session in self._carried if session.step]
-        rows = going_on + [session for session in self.active if session.step == 0]
+        # Rows that go on come first, in the order of the last step's logits; a session taken out of the loop drops out.
+        kept = [index for index, session in enumerate(self._carried) if session.step and session in active]
+        rows = [self._carried[index] for index in kept] + [session for session in active if session.step == 0]
         if not rows:
             return []
-        outcome = self._step(rows, self._soft_embedding(going_on, len(rows)))
+        outcome = self._step(rows, self._soft_embedding(kept, len(rows)))
         flags = outcome.flags.tolist()  # the one host read of a step
         steps = [self._record(session, index, outcome, flags[index]) for index, session in enumerate(rows)]
         self._carried, self._scaled = rows, outcome.scaled
@@ -182,16 +184,15 @@ class Loop:
             self._carried, self._scaled = [], None
         return list(zip(rows, steps, strict=True))
 
-    def _soft_embedding(self, going_on: Sequence[Session], rows: int) -> mx.array | None:
-        """The self-conditioning signal [rows, length, hidden]: of the last step, and zero for rows that begin."""
-        if not going_on or self._scaled is None:
+    def _soft_embedding(self, kept: Sequence[int], rows: int) -> mx.array | None:
+        """The signal [rows, length, hidden]: of the last step for its ``kept`` rows, and zero for rows that begin."""
+        if not kept or self._scaled is None:
             return None
-        kept = [index for index, session in enumerate(self._carried) if session.step]
         scaled = self._scaled if len(kept) == len(self._carried) else self._scaled[mx.array(kept)]
         soft = conditioning.dense(self.model, scaled)
-        if len(going_on) == rows:
+        if len(kept) == rows:
             return soft
-        return mx.concatenate((soft, mx.zeros((rows - len(going_on), *soft.shape[1:]), dtype=soft.dtype)))
+        return mx.concatenate((soft, mx.zeros((rows - len(kept), *soft.shape[1:]), dtype=soft.dtype)))
 
     def _step(self, rows: Sequence[Session], soft: mx.array | None) -> SamplerStep:
         canvas = mx.stack([session.canvas for session in rows])

@@ -99,7 +99,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
         mapping, files = None, sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no .safetensors file; only safetensors checkpoints are read.")
-    found = set()
+    found: set[str] = set()
     for name in files:
         path = folder / name
         if not path.is_file():

@@ -61,7 +61,8 @@ def random_weights(config: dict[str, Any], seed: int, calm: bool) -> dict[str, n
     their mind from step to step, which makes long trajectories.
     """
     rng, text = np.random.default_rng(seed), config["text_config"]
-    hidden, heads, experts, inner = (text[k] for k in ("hidden_size", "num_attention_heads", "num_experts", "moe_intermediate_size"))
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    experts, inner = text["num_experts"], text["moe_intermediate_size"]
 
     def matrix(*shape: int, scale: float = 1.0) -> np.ndarray:
         return rng.normal(0, scale * shape[-1] ** -0.5, shape)

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
-from mlx_diffgemma.model import ModelOutput
+from mlx_diffgemma.model import Denoised
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.session import Loop, Session
 
@@ -51,6 +51,20 @@ def test_a_session_may_join_at_any_step(tiny):
             break
     assert seen[id(first)] == [r[3] for r in alone[0]]
     assert seen[id(second)] == [r[3] for r in alone[1]]
+
+
+def test_a_session_may_be_taken_out_at_any_step(tiny):
+    expected = run(tiny, [session(tiny, 1)])[0]
+    gone, stays = session(tiny, 0), session(tiny, 1)
+    loop, seen = Loop(tiny, [gone, stays]), []
+    while not stays.finished:
+        for s, step in loop.advance():
+            assert s is stays or len(seen) <= 3
+            seen += [step.argmax.tolist()] if s is stays else []
+        if len(seen) == 3:
+            loop.sessions = [stays]
+    assert seen == [r[3] for r in expected]
+    assert gone.step == 3
 
 
 def test_prefill_in_chunks_changes_nothing(tiny):
@@ -112,7 +126,7 @@ class Scripted:
 
     def denoise(self, canvas, caches, soft_embedding=None):
         self.forwards += 1
-        return ModelOutput(logits=mx.array(self.script.pop(0), dtype=mx.float32))
+        return Denoised(mx.array(self.script.pop(0), dtype=mx.float32), None, {})
 
 
 def certain(token):

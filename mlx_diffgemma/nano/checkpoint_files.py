@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 LAYERS = 6
 CONFIG = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],

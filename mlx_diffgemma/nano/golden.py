@@ -45,7 +45,8 @@ class Golden:
 
 def load() -> Golden:
     with np.load(FILE, allow_pickle=False) as data:
-        return Golden(**{key: str(data[key]) if key == "model_sha256" else data[key] for key in data.files})
+        arrays = {key: data[key] for key in data.files}
+    return Golden(model_sha256=str(arrays.pop("model_sha256")), **arrays)
 
 
 def sha256(path: Path) -> str:

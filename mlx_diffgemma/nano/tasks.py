@@ -83,7 +83,8 @@ def draw(task: Task, rng: random.Random, held_out: bool, wide: bool = False) -> 
 
 def held_out_examples(task: Task, count: int, seed: int = 0) -> list[Example]:
     """``count`` held-out examples of ``task`` with distinct inputs, the same for the same ``seed``."""
-    rng, seen, examples = random.Random(f"held-out {task.name} {seed}"), set(), []
+    rng, seen = random.Random(f"held-out {task.name} {seed}"), set()
+    examples: list[Example] = []
     for _ in range(200 * count):
         if len(examples) == count:
             return examples
@@ -141,7 +142,7 @@ def make_json(rng: random.Random, wide: bool = False) -> Example:  # noqa: ARG00
     return Example("json", answer, prompt, answer, f"Fields: {', '.join(record)}.")
 
 
-def make_sort(rng: random.Random, wide: bool = False) -> Example:
+def make_sort(rng: random.Random, wide: bool = False) -> Example:  # noqa: ARG001
     numbers = rng.sample(range(10, 100), rng.randint(3, 5))
     text = " ".join(map(str, numbers))
     answer = " ".join(map(str, sorted(numbers)))
@@ -149,7 +150,7 @@ def make_sort(rng: random.Random, wide: bool = False) -> Example:
     return Example("sort", answer, prompt, answer, f"{len(numbers)} numbers, from {min(numbers)} to {max(numbers)}.")
 
 
-def make_add(rng: random.Random, wide: bool = False) -> Example:
+def make_add(rng: random.Random, wide: bool = False) -> Example:  # noqa: ARG001
     a, b = rng.randint(0, 99), rng.randint(0, 99)
     prompt = rng.choice((f"Add {a} and {b}.", f"What is {a} + {b}?", f"{a} + {b} ="))
     ones = f"{a % 10} and {b % 10} make {a % 10 + b % 10}"
@@ -176,7 +177,7 @@ def make_reverse(rng: random.Random, wide: bool = False) -> Example:
     return Example("reverse", text, prompt, " ".join(reversed(words)), f"{len(words)} words, the last is {words[-1]}.")
 
 
-def make_compare(rng: random.Random, wide: bool = False) -> Example:
+def make_compare(rng: random.Random, wide: bool = False) -> Example:  # noqa: ARG001
     if rng.random() < 0.5:
         a, b = rng.sample(range(0, 100), 2)
         word = rng.choice(("greater", "less"))
@@ -197,7 +198,8 @@ def make_copy(rng: random.Random, wide: bool = False) -> Example:
     elif kind < 0.8:
         pieces = [str(rng.randint(0, 9999)) for _ in range(rng.randint(1, 4 if wide else 2))]
     else:
-        pieces = rng.choices(COPY_EXTRA, k=rng.randint(1, 2 if wide else 1)) + rng.choices(WORDS, k=rng.randint(0, 3 if wide else 1))
+        pieces = rng.choices(COPY_EXTRA, k=rng.randint(1, 2 if wide else 1))
+        pieces += rng.choices(WORDS, k=rng.randint(0, 3 if wide else 1))
         rng.shuffle(pieces)
     text = " ".join(pieces)
     return Example("copy", text, rng.choice((f"Repeat: {text}", f"Copy this: {text}")), text, f"{len(pieces)} parts.")

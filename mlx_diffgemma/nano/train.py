@@ -186,7 +186,7 @@ def combine(x, dense, routed, scalar, w: Weights) -> torch.Tensor:
     return (x + rms_norm(dense + routed, w["post_feedforward_layernorm.weight"])) * scalar
 
 
-def block_masks(lengths: torch.Tensor, starts: torch.Tensor, seq: int, canvas: int) -> tuple[torch.Tensor, torch.Tensor]:
+def block_masks(starts: torch.Tensor, seq: int, canvas: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(full, sliding) masks [batch, 1, seq + canvas, seq + canvas]; True may be seen.
 
     Sequence rows are causal (within the window on sliding layers); canvas rows see the whole canvas and the sequence
@@ -240,7 +240,7 @@ class Network:
         (batch, seq), length = ids.shape, canvas.shape[1]
         x = torch.cat((self.embed(ids), self.self_condition(self.embed(canvas), soft)), dim=1)
         positions = torch.cat((torch.arange(seq).expand(batch, seq), starts[:, None] + torch.arange(length)), dim=1)
-        full, near = block_masks(starts, starts, seq, length)
+        full, near = block_masks(starts, seq, length)
         balance = 0.0
         for i, w in enumerate(self.by_layer):
             scalar = torch.cat((self.weights[f"model.encoder.language_model.layers.{i}.layer_scalar"].expand(seq),
@@ -279,7 +279,7 @@ class Examples:
         """(prefix, answer) of a story, or of a conversation of several turns."""
         if rng.random() < (0.65 if wide else 0.8):
             example = tasks.draw(tasks.TASKS["story"], rng, held_out=False, wide=wide)
-            prefix = [BOS] + self.turn("user", example.prompt) + self.encode("<|turn>model\n")
+            prefix = [BOS, *self.turn("user", example.prompt), *self.encode("<|turn>model\n")]
             return prefix, self.encode(f"{example.answer}<turn|>")
         prefix = [BOS]
         while True:

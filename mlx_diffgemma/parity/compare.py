@@ -240,12 +240,10 @@ class _Decision:
     def margin(self, name: str, mine: CanvasStep) -> Ended:
         quantity: Callable[[np.ndarray], np.ndarray] = getattr(self, f"_{name}")
         values = [quantity(scaled) for scaled in self.scaled]
-        if name == "stop":
-            margin, spread = abs(values[0]), max(abs(v - values[0]) for v in values[1:])
-        else:
-            differs = _ids(getattr(mine, name)) != getattr(self.step, name)
-            margin = float(np.abs(values[0][differs]).max())
-            spread = float(max(np.abs(v - values[0])[differs].max() for v in values[1:]))
+        stop = name == "stop"  # one decision for the whole canvas
+        differs = np.ones(1, dtype=bool) if stop else _ids(getattr(mine, name)) != getattr(self.step, name)
+        margin = np.abs(values[0][differs]).max()
+        spread = max(np.abs(v - values[0])[differs].max() for v in values[1:])
         return Ended(self.index, self.number, name, float(margin), float(spread))
 
     def _argmax(self, scaled: np.ndarray) -> np.ndarray:
@@ -268,8 +266,9 @@ class _Decision:
         before[order] = np.cumsum(entropy[order]) - entropy[order]
         return before - self.generation.entropy_bound
 
-    def _stop(self, scaled: np.ndarray) -> float:
-        return float(_entropy(scaled).mean() - self.generation.confidence_threshold)
+    def _stop(self, scaled: np.ndarray) -> np.ndarray:
+        """[1] distance of the mean entropy from the threshold."""
+        return _entropy(scaled).mean(keepdims=True) - self.generation.confidence_threshold
 
 
 def default_prompts(model: DiffusionGemma, count: int, seed: int = 0) -> list[list[int]]:
@@ -311,7 +310,7 @@ def _cache_rows(cache: object, layer: int) -> np.ndarray:
 
 
 def _our_cache_rows(cache: Cache, layer: int) -> np.ndarray:
-    pair = [_array(t[0]) for t in cache.view(layer)]
+    pair = [_array(t[0]) for t in cache.view(layer) or ()]
     return np.concatenate([a.transpose(1, 0, 2).reshape(a.shape[1], -1) for a in pair], axis=1)
 
 

@@ -142,9 +142,9 @@ class Reference:
         length = self.config.canvas_length
         recorder = _Recorder(prompts, draws, length, self.device)
         with self.variant(variant) as model, recorder.installed(model):
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=canvases * length, **generation)
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=canvases * length, **generation)
         ends = set(model.generation_config.eos_token_id)
-        return [recorder.row(row, _numpy(out.sequences[row, ids.shape[1]:]), ends) for row in range(len(prompts))]
+        return [recorder.row(row, ends) for row in range(len(prompts))]
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, prompts))
@@ -192,23 +192,23 @@ class _Recorder:
                 for d in self.draws]
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
-    def _initialize(self, batch_size: int, device: torch.device) -> torch.Tensor:
+    def _initialize(self, batch_size: int, device: torch.device) -> torch.Tensor:  # noqa: ARG002 (the reference's call)
         if self.in_step:
             return self._numbers("renoise").long()
         self.canvas_index, self.step = self.canvas_index + 1, 0
         self.steps.append([])
         return self._numbers("initial").long()
 
-    def _multinomial(self, probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+    def _multinomial(self, probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:  # noqa: ARG002
         """The inverse CDF at our ``u``, in place of torch's own draw from the same distribution."""
         u = self._numbers("u").flatten()[:, None].double()
         running = probabilities.double().cumsum(-1)
         chosen = (running <= u * running[:, -1:]).sum(-1, keepdim=True)
         return torch.minimum(chosen, (running < running[:, -1:]).sum(-1, keepdim=True))
 
-    def row(self, row: int, answer: np.ndarray, ends: set[int]) -> list[ReferenceCanvas]:
+    def row(self, row: int, ends: set[int]) -> list[ReferenceCanvas]:
         canvases = []
-        for index, steps in enumerate(self.steps):
+        for steps in self.steps:
             committed = _numpy(steps[-1]["argmax"][row])
             prefix = np.concatenate([np.asarray(self.prompts[row]), *(c.steps[-1].argmax for c in canvases)])
             canvas = ReferenceCanvas(prefix.astype(np.int64))
@@ -257,7 +257,7 @@ def _router_margins(model: torch.nn.Module) -> Iterator[Callable[[], np.ndarray]
     """Per row the smallest gap, over the layers, between the last chosen and the first unchosen expert's probability."""
     gaps: list[torch.Tensor] = []
 
-    def hook(module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
+    def hook(module: torch.nn.Module, _: object, outputs: tuple[torch.Tensor, ...]) -> None:
         top_k = module.config.top_k_experts
         if top_k < outputs[0].shape[-1]:
             best = outputs[0].topk(top_k + 1, dim=-1).values

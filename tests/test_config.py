@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.info import count_parameters
+from tests.checkpoints import SHAPES, config_dict
+
+RELEASED = {
+    "model_type": "diffusion_gemma", "canvas_length": 256, "tie_word_embeddings": True, "image_token_id": 258880,
+    "vision_config": {"model_type": "gemma4_vision"},
+    "text_config": {
+        "model_type": "diffusion_gemma_text", "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112,
+        "moe_intermediate_size": 704, "num_experts": 128, "top_k_experts": 8, "num_hidden_layers": 30, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
+        "sliding_window": 1024, "final_logit_softcapping": 30.0, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": "vision", "pad_token_id": 0,
+        "layer_types": ([SLIDING] * 5 + [FULL]) * 5,
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+            FULL: {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25},
+        },
+    },
+}
+
+
+def test_the_released_config():
+    config = ModelConfig.from_dict(RELEASED)
+    sliding, full = config.text.layers[0], config.text.layers[29]
+    assert (sliding.head_dim, sliding.num_kv_heads, sliding.window, sliding.rotated) == (256, 8, 1024, 128)
+    assert (full.head_dim, full.num_kv_heads, full.window, full.rotated) == (512, 2, None, 64)
+    assert full.rope_theta == 1e6
+    assert sliding.has_value_projection
+    assert not full.has_value_projection
+    total, active = count_parameters(config)
+    assert 25.2e9 <= total < 25.3e9
+    assert 3.8e9 <= active < 3.9e9
+
+
+def test_both_dialects_say_the_same():
+    shape = dict(SHAPES["five-and-one"])
+    assert ModelConfig.from_dict(config_dict(**shape)) == ModelConfig.from_dict(config_dict(**shape, dialect="per_layer"))
+
+
+def test_what_transformers_writes_is_read():
+    from transformers import DiffusionGemmaConfig
+
+    written = json.loads(DiffusionGemmaConfig.from_dict(json.loads(json.dumps(RELEASED))).to_json_string(use_diff=False))
+    assert "per_layer_config" in written["text_config"]
+    assert ModelConfig.from_dict(written).text == ModelConfig.from_dict(RELEASED).text
+
+
+def test_the_last_layer_is_full():
+    raw = config_dict(**SHAPES["five-and-one"])
+    raw["text_config"]["layer_types"] = [SLIDING] * 6
+    assert ModelConfig.from_dict(raw).text.layers[-1].kind == FULL
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    (("model_type",), "gemma3", "use mlx-lm"),
+    (("model_type",), None, "Not a DiffusionGemma"),
+    (("text_config",), None, "lacks text_config"),
+    (("tie_word_embeddings",), False, "tie_word_embeddings"),
+    (("text_config", "hidden_size"), "big", "hidden_size must be a positive integer"),
+    (("text_config", "num_experts"), 0, "num_experts"),
+    (("text_config", "hidden_activation"), "silu", "hidden_activation"),
+    (("text_config", "use_bidirectional_attention"), "all", "bidirectional"),
+    (("text_config", "layer_types"), ["sliding_attention"], "layer_types"),
+    (("text_config", "num_key_value_heads"), 3, "multiple of KV heads"),
+    (("text_config", "rope_parameters"), {SLIDING: {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
+    (("text_config", "rope_parameters"), {FULL: {"rope_type": "default", "rope_theta": 1.0}}, "no entry"),
+])
+def test_what_cannot_be_run_is_refused(path, value, message):
+    raw = config_dict(**SHAPES["five-and-one"])
+    target = raw
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_dict(raw)
+
+
+class TestGenerationConfig:
+    def test_null_means_absent(self):
+        assert GenerationConfig.from_dict({"t_min": None, "sampler_config": None, "eos_token_id": None}) == GenerationConfig()
+
+    def test_the_nested_sampler(self):
+        raw = {"sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.3}, "eos_token_id": 7}
+        config = GenerationConfig.from_dict(raw)
+        assert config.entropy_bound == 0.3
+        assert config.eos_token_ids == (7,)
+
+    def test_the_list_is_copied(self):
+        eos = [1, 106, 50]
+        config = GenerationConfig.from_dict({"eos_token_id": eos})
+        eos.append(9)
+        assert config.eos_token_ids == (1, 106, 50)
+
+    def test_an_unknown_sampler_is_refused(self):
+        with pytest.raises(UserError, match="OtherSampler"):
+            GenerationConfig.from_dict({"sampler_config": {"_cls_name": "OtherSampler"}})
+
+    def test_the_copy_inside_config_json(self, tmp_path):
+        raw = config_dict(**SHAPES["five-and-one"]) | {"generation_config": {"max_denoising_steps": 5}}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        assert ModelConfig.from_folder(tmp_path).generation.max_denoising_steps == 5
+        (tmp_path / "generation_config.json").write_text('{"max_denoising_steps": 9}')
+        assert ModelConfig.from_folder(tmp_path).generation.max_denoising_steps == 9

@@ -1,0 +1,91 @@
+"""What the README and the docs promise is run."""
+
+import importlib.metadata
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_cli_page_is_current():
+    assert runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]() == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_the_python_snippets_run(capsys):
+    snippets = blocks(README, "python")
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_first_screen_holds_both_commands():
+    first_screen = "\n".join(README.splitlines()[:40])
+    assert "mlx-diffgemma generate" in first_screen
+    assert "python -m pytest" in first_screen
+
+
+def test_ci_runs_the_readmes_test_command():
+    command = next(line for block in blocks(README, "bash") for line in block.splitlines() if "pytest" in line)
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    assert command.startswith(".venv/bin/pip install")
+
+
+def test_options_named_in_the_readme_exist():
+    known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
+    for block in blocks(README, "bash"):
+        for line in block.splitlines():
+            if "mlx-diffgemma " in line and "pip" not in line:
+                assert set(re.findall(r"--[a-z][a-z-]+", line)) <= known, line
+
+
+@pytest.mark.slow
+def test_the_cuda_sequence_leaves_the_cuda_library(tmp_path):
+    """The documented lines, run in an environment of their own; CUDA's own libraries (gigabytes) are left out."""
+    block = next(b for b in blocks((ROOT / "docs" / "cuda.md").read_text(encoding="utf-8"), "bash") if "uninstall" in b)
+    install, *rest = block.strip().splitlines()
+    assert install == "pip install 'mlx-diffgemma[cuda]'"
+    venv.create(tmp_path, with_pip=True)
+    version = importlib.metadata.version("mlx")
+    both = [f"{name}=={version}" for name in ("mlx", "mlx-cuda-13", "mlx-cpu")]
+
+    def shell(line):
+        subprocess.run(line, shell=True, check=True, env={**os.environ, "PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
+                       capture_output=True)
+
+    shell(f"pip install --no-deps {' '.join(both)}")
+    for line in rest:
+        shell(line)
+    code = ("import importlib.metadata as m, json; d = m.distribution('mlx-cuda-13'); "
+            "print(json.dumps([[str(f), f.size, f.locate().stat().st_size if f.locate().exists() else None] for f in d.files "
+            "if f.size]), sum(x.name == 'mlx-cpu' for x in m.distributions()))")
+    out = subprocess.run([f"{tmp_path}/bin/python", "-c", code], check=True, capture_output=True, text=True).stdout
+    files, leftover = json.loads(out[: out.rindex("]") + 1]), out[out.rindex("]") + 1 :].strip()
+    assert leftover == "0"
+    assert any(name.endswith("mlx/lib/libmlx.so") for name, _, _ in files)
+    assert all(size == found for _, size, found in files), "every file of the CUDA wheel is there, as the wheel has it"
+
+
+@pytest.mark.slow
+def test_the_wheel_is_pure_python_and_complete(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True).stdout
+    for needed in ("nano/checkpoint/model.safetensors", "nano/checkpoint/tokenizer.json", "nano/checkpoint/golden.npz",
+                   "nano/checkpoint/chat_template.jinja", "licenses/LICENSE", "parity/compare.py"):
+        assert needed in names
+    assert "tests/" not in names

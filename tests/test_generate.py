@@ -1,0 +1,262 @@
+"""The front door: options, limits, figures, and one seed one text."""
+
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma import (
+    GenerationOptions,
+    GenerationResponse,
+    GenerationWarning,
+    UserError,
+    batch_generate,
+    chat_ids,
+    generate,
+    stream_generate,
+)
+from mlx_diffgemma.generate import REFUSED, token_limit
+from mlx_diffgemma.session import Loop
+
+QUESTIONS = ["Add 12 and 30.", "Sort these numbers: 42 17 91", "Reverse these words: fox moon tree", "Write in capitals: fox",
+             "Turn this into JSON: Anna is a red fox.", "Is 47 greater than 38?", "Tell me a story about Leo the owl and a map."]
+
+pytestmark = pytest.mark.filterwarnings("ignore::mlx_diffgemma.GenerationWarning")
+
+
+def prompt(tokenizer, question, **options):
+    return chat_ids(tokenizer, [{"role": "user", "content": question}], **options)
+
+
+class TestSameSeedSameText:
+    @pytest.fixture(scope="class")
+    def expected(self, nano_pair):
+        model, tokenizer = nano_pair
+        return [list(stream_generate(model, tokenizer, prompt(tokenizer, q), seed=11, max_denoising_steps=16)) for q in QUESTIONS]
+
+    def test_again_and_in_a_batch(self, nano_pair, expected):
+        model, tokenizer = nano_pair
+        texts = ["".join(r.text for r in rs) for rs in expected]
+        for size in (len(QUESTIONS), 3):
+            answers = batch_generate(model, tokenizer, [prompt(tokenizer, q) for q in QUESTIONS], seed=11, batch_size=size,
+                                     max_denoising_steps=16)
+            assert [a.text for a in answers] == texts
+            assert [a.tokens for a in answers] == [tuple(t for r in rs for t in r.tokens) for rs in expected]
+            assert [a.steps for a in answers] == [sum(r.steps for r in rs) for rs in expected]
+
+    def test_shown_equals_hidden(self, nano_pair, expected):
+        from mlx_diffgemma.live import LiveCanvas
+
+        model, tokenizer = nano_pair
+        with LiveCanvas(tokenizer, (1, 5, 13)) as live:
+            shown = list(stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[2]), seed=11, max_denoising_steps=16,
+                                         on_step=live.show))
+        assert [r.tokens for r in shown] == [r.tokens for r in expected[2]]
+
+    def test_whole_equals_streamed(self, nano_pair, expected):
+        model, tokenizer = nano_pair
+        whole = generate(model, tokenizer, prompt(tokenizer, QUESTIONS[1]), seed=11, max_denoising_steps=16)
+        assert whole == "".join(r.text for r in expected[1])
+
+    def test_another_seed_gives_other_draws(self, nano_pair):
+        model, tokenizer = nano_pair
+        story = prompt(tokenizer, QUESTIONS[-1])
+        texts = {generate(model, tokenizer, story, seed=seed, max_tokens=64, max_denoising_steps=12) for seed in range(3)}
+        assert len(texts) > 1
+
+    def test_no_seed_is_a_fresh_one_and_told(self, nano_pair):
+        model, tokenizer = nano_pair
+        seeds = {next(stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[0]))).seed for _ in range(2)}
+        assert len(seeds) == 2
+
+    @pytest.mark.slow
+    def test_today_or_after_a_hundred_other_requests(self, nano_pair, expected):
+        model, tokenizer = nano_pair
+        for i in range(100):
+            generate(model, tokenizer, prompt(tokenizer, QUESTIONS[i % 6]), seed=i, max_denoising_steps=4)
+        for question, before in zip(QUESTIONS, expected):
+            after = list(stream_generate(model, tokenizer, prompt(tokenizer, question), seed=11, max_denoising_steps=16))
+            assert [r.tokens for r in after] == [r.tokens for r in before]
+
+
+class TestCausalMode:
+    def test_batch_equals_alone(self, nano_pair):
+        model, tokenizer = nano_pair
+        for temperature in (None, 0.8):
+            alone = [generate(model, tokenizer, prompt(tokenizer, q), mode="ar", seed=5, temperature=temperature, max_tokens=20)
+                     for q in QUESTIONS]
+            answers = batch_generate(model, tokenizer, [prompt(tokenizer, q) for q in QUESTIONS], mode="ar", seed=5,
+                                     temperature=temperature, max_tokens=20)
+            assert [a.text for a in answers] == alone
+
+    def test_greedy_follows_the_next_token_logits(self, nano_pair):
+        from mlx_diffgemma.cache import Cache
+
+        model, tokenizer = nano_pair
+        ids = prompt(tokenizer, QUESTIONS[4])
+        out = [r.token for r in stream_generate(model, tokenizer, ids, mode="ar", max_tokens=12)]
+        logits = model.encode([mx.array(ids + out)], [Cache(model.config.text)], logits="all").logits[0]
+        assert np.array(logits.argmax(-1))[len(ids) - 1 : -1].tolist() == out
+
+    def test_one_response_a_token_with_the_whole_row_of_logprobs(self, nano_pair):
+        model, tokenizer = nano_pair
+        responses = list(stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[0]), mode="ar"))
+        assert all(len(r.tokens) == 1 for r in responses)
+        assert float(mx.exp(responses[0].logprobs).sum()) == pytest.approx(1, abs=1e-4)
+        assert responses[-1].finish_reason == "stop"
+
+    def test_options_of_canvases_are_refused(self, nano_pair):
+        with pytest.raises(UserError, match="max_denoising_steps has no meaning"):
+            stream_generate(*nano_pair, "fox", mode="ar", max_denoising_steps=3)
+        with pytest.raises(UserError, match="on_step"):
+            stream_generate(*nano_pair, "fox", mode="ar", on_step=print)
+
+
+class TestFigures:
+    def test_fields(self, nano_pair):
+        model, tokenizer = nano_pair
+        steps = []
+        ids = prompt(tokenizer, QUESTIONS[-1])
+        responses = list(stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=10, max_tokens=150,
+                                         on_step=steps.append))
+        last = responses[-1]
+        assert isinstance(last, GenerationResponse)
+        assert sum(r.steps for r in responses) == len(steps)
+        assert [r.canvas_index for r in responses] == list(range(len(responses)))
+        assert [r.finish_reason for r in responses[:-1]] == [None] * (len(responses) - 1)
+        assert last.prompt_tokens == len(ids)
+        assert all(len(r.logprobs) >= len(r.tokens) for r in responses)
+        assert all((r.logprobs <= 1e-6).all() for r in responses)
+        assert last.tokens_per_forward == pytest.approx(sum(len(r.logprobs) for r in responses) / len(steps))
+        assert last.peak_memory > 0
+        assert not last.from_draft
+
+    def test_the_limit_cuts_the_text(self, nano_pair):
+        model, tokenizer = nano_pair
+        ids = prompt(tokenizer, QUESTIONS[-1])
+        whole = list(stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=6, max_tokens=64))
+        cut = list(stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=6, max_tokens=5))
+        assert cut[-1].tokens == whole[0].tokens[:5]
+        assert cut[-1].finish_reason == "length"
+        assert cut[-1].generation_tokens == 5
+        assert cut[-1].tokens_per_forward == whole[0].tokens_per_forward, "counted before the cut, as the reference does"
+
+
+def scripted(monkeypatch, model, canvases):
+    """Commit the given ids, one list a canvas, in place of what the model would."""
+    left = list(canvases)
+
+    def record(session, row, outcome, flags):
+        ids = left.pop(0)
+        from mlx_diffgemma.session import CanvasStep
+
+        argmax = mx.array(ids + [0] * (64 - len(ids)), dtype=mx.int32)
+        return CanvasStep(session.canvas_index, session.step, 1, argmax, argmax, outcome.accepted[row], outcome.entropy[row],
+                          outcome.logprob[row], 0.0, "converged" if ids[-1] != 9 else "max_steps")
+
+    monkeypatch.setattr(Loop, "_record", staticmethod(record))
+
+
+class TestEndings:
+    def run(self, nano_pair, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = list(stream_generate(*nano_pair, "fox", seed=0, **options))
+        return out, [str(w.message) for w in caught if w.category is GenerationWarning]
+
+    def test_empty(self, nano_pair, monkeypatch):
+        scripted(monkeypatch, nano_pair[0], [[5]])
+        out, told = self.run(nano_pair)
+        assert (out[-1].text, out[-1].finish_reason) == ("", "empty")
+        assert "empty" in told[0]
+
+    def test_only_an_empty_thought_is_empty_too(self, nano_pair, monkeypatch):
+        thought = nano_pair[1].encode("<|channel>thought\n<channel|>", add_special_tokens=False)
+        scripted(monkeypatch, nano_pair[0], [[*thought, 5]])
+        assert self.run(nano_pair)[0][-1].finish_reason == "empty"
+
+    def test_unconverged(self, nano_pair, monkeypatch):
+        scripted(monkeypatch, nano_pair[0], [[300, 5, 9]])
+        out, told = self.run(nano_pair)
+        assert not out[-1].converged
+        assert "did not converge" in told[0]
+
+    def test_stop_and_length(self, nano_pair, monkeypatch):
+        scripted(monkeypatch, nano_pair[0], [[300] * 64, [300, 5]])
+        assert [r.finish_reason for r in self.run(nano_pair)[0]] == [None, "stop"]
+        scripted(monkeypatch, nano_pair[0], [[300] * 64])
+        assert self.run(nano_pair, max_tokens=64)[0][-1].finish_reason == "length"
+        scripted(monkeypatch, nano_pair[0], [[300, 300, 5]])
+        out, _ = self.run(nano_pair, max_tokens=2)
+        assert (out[-1].finish_reason, out[-1].tokens) == ("stop", (300, 300, 5)), "the end token is no part of the limit"
+
+    def test_closing_early_leaves_nothing_behind(self, nano_pair):
+        model, tokenizer = nano_pair
+        ids = prompt(tokenizer, QUESTIONS[1])
+        expected = generate(model, tokenizer, ids, seed=2)
+        stream = stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[-1]), seed=2, max_denoising_steps=4)
+        next(stream)
+        stream.close()
+        assert generate(model, tokenizer, ids, seed=2) == expected
+
+    def test_two_streams_may_be_interleaved(self, nano_pair):
+        model, tokenizer = nano_pair
+        ids = [prompt(tokenizer, "Tell me a story about Mia the cat and a drum."), prompt(tokenizer, QUESTIONS[-1])]
+        options = dict(seed=4, max_denoising_steps=5, max_tokens=128)
+        alone = [[r.tokens for r in stream_generate(model, tokenizer, i, **options)] for i in ids]
+        streams, mixed = [stream_generate(model, tokenizer, i, **options) for i in ids], [[], []]
+        while any(len(m) < len(a) for m, a in zip(mixed, alone)):
+            for stream, into in zip(streams, mixed):
+                if (response := next(stream, None)) is not None:
+                    into.append(response.tokens)
+        assert mixed == alone
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("text", ["", "   ", "\n"])
+    def test_empty_prompt(self, nano_pair, text):
+        with pytest.raises(UserError, match="prompt is empty"):
+            stream_generate(*nano_pair, text)
+
+    def test_foreign_ids(self, nano_pair):
+        with pytest.raises(UserError, match="outside 0 to 1023"):
+            stream_generate(*nano_pair, [5, 200_000])
+
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_what_has_no_meaning_is_refused_by_name(self, nano_pair, name):
+        with pytest.raises(UserError, match=f"{name}= is not supported"):
+            stream_generate(*nano_pair, "fox", **{name: 1})
+
+    def test_unknown_keywords_are_named(self, nano_pair):
+        with pytest.raises(UserError, match="'temprature'; did you mean 'temperature'"):
+            stream_generate(*nano_pair, "fox", temprature=1)
+        with pytest.raises(UserError, match="did you mean 'temperature'"):
+            generate(*nano_pair, "fox", temp=1)
+
+    @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": 2.5}, {"temperature": -1}, {"top_p": 0},
+                                         {"top_k": -1}, {"mode": "turbo"}, {"prefill_step_size": 1}])
+    def test_out_of_range(self, options):
+        with pytest.raises(UserError):
+            GenerationOptions(**options)
+
+    def test_sampling_numbers_out_of_range(self, nano_pair):
+        for options in ({"max_denoising_steps": 0}, {"entropy_bound": -1.0}, {"t_min": 0.9}):
+            with pytest.raises(UserError):
+                stream_generate(*nano_pair, "fox", **options)
+
+    def test_seeds_must_match_the_prompts(self, nano_pair):
+        with pytest.raises(UserError, match="one entry a prompt"):
+            batch_generate(*nano_pair, ["a", "b"], seeds=[1])
+
+    def test_prompt_longer_than_the_context(self, nano_pair):
+        with pytest.raises(UserError, match="8,129 tokens and the context holds 8,192"):
+            stream_generate(*nano_pair, [300] * 8129)
+
+    def test_token_limit(self):
+        assert token_limit(100, None, 64, 8192) == 4096
+        assert token_limit(8000, None, 64, 8192) == 192
+        assert token_limit(8128, None, 64, 8192) == 64
+        assert token_limit(8000, 192, 64, 8192) == 192
+        with pytest.raises(UserError, match="at most 192"):
+            token_limit(8000, 193, 64, 8192)
