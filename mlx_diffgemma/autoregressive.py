@@ -17,6 +17,8 @@ from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.sampler import draw_next
 
+CLEAR_EVERY = 256  # tokens between two clearings of MLX's cache of freed buffers
+
 
 @dataclass(frozen=True)
 class CausalPolicy:
@@ -49,6 +51,7 @@ class CausalLoop:
 
     def __init__(self, model: DiffusionGemma, sessions: Iterable[CausalSession], prefill_step_size: int):
         self.model, self.sessions, self.prefill_step_size = model, list(sessions), prefill_step_size
+        self.steps = 0
 
     @property
     def active(self) -> list[CausalSession]:
@@ -62,6 +65,7 @@ class CausalLoop:
                 self.model.encode([mx.array(session.pending[:size])], [session.cache])
                 session.pending = session.pending[size:]
                 mx.eval(session.cache.arrays)
+                mx.clear_cache()
 
     def advance(self) -> list[tuple[CausalSession, int, mx.array]]:
         """The next token of every active session with its log-probabilities [vocabulary] at temperature 1."""
@@ -81,6 +85,9 @@ class CausalLoop:
         for session, token in zip(rows, tokens.tolist(), strict=True):
             session.tokens.append(token)
             session.pending = [token]
+        self.steps += 1
+        if self.steps % CLEAR_EVERY == 0:
+            mx.clear_cache()
         return [(session, session.tokens[-1], logprobs[row]) for row, session in enumerate(rows)]
 
     @staticmethod

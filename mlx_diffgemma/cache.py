@@ -63,8 +63,9 @@ class Cache:
         if entries is not None:
             keys, values = mx.concatenate((entries[0], keys), axis=2), mx.concatenate((entries[1], values), axis=2)
         window = self.windows[layer]
-        if window is not None and not self.keep_all:
-            keys, values = _cut((keys, values), max(0, keys.shape[2] - (window - 1)), keys.shape[2])
+        if window is not None and not self.keep_all and keys.shape[2] > window - 1:
+            # A slice would keep the whole array alive.
+            keys, values = (mx.contiguous(t[:, :, t.shape[2] - (window - 1) :]) for t in (keys, values))
         self._entries[layer] = (keys, values)
 
     def advance(self, count: int) -> None:

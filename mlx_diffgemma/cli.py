@@ -11,7 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,7 +105,7 @@ def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: b
     try:
         with live or contextlib.nullcontext():
             for response in responses:
-                parts.append(response)
+                parts.append(replace(response, logprobs=None))
                 if not live:
                     print(response.text, end="", flush=True)
     except KeyboardInterrupt:
@@ -116,8 +116,9 @@ def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: b
         if thought := "".join(part.thought for part in parts).strip():
             errors.print(thought, style="dim", markup=False)
         errors.print(summary(parts[-1]), style="dim", markup=False)
-    if as_json and parts:
-        print(json.dumps(_record(parts, interrupted), ensure_ascii=False), flush=True)
+    if as_json:
+        record = _record(parts, interrupted) if parts else {"text": "", "tokens": [], "finish_reason": "interrupted"}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
     if interrupted:
         errors.print(f"interrupted after {sum(len(part.tokens) for part in parts)} tokens")
         raise typer.Exit(130)
@@ -143,9 +144,10 @@ def info(model: Annotated[str, typer.Argument(help=f"'{nano.NAME}', a folder, or
          revision: Revision = None, as_json: Json = False) -> None:
     """Print what a checkpoint is: shapes, parameters, memory, quantisation."""
     from mlx_diffgemma import hub
+    from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.info import inspect
 
-    found = inspect(hub.resolve(model, revision))
+    found = inspect(hub.resolve(model, revision, before_weights=ModelConfig.from_folder))
     if as_json:
         print(json.dumps(found.record()))
         return

@@ -72,9 +72,9 @@ class TextConfig:
             **{key: _positive(raw, key) for key in ("vocab_size", "hidden_size", "intermediate_size",
                                                     "moe_intermediate_size", "num_experts", "top_k_experts")},
             num_attention_heads=heads,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            final_logit_softcapping=float(raw.get("final_logit_softcapping", 30.0)),
-            max_position_embeddings=int(raw.get("max_position_embeddings", 131_072)),
+            rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+            final_logit_softcapping=float(raw.get("final_logit_softcapping") or 30.0),
+            max_position_embeddings=int(raw.get("max_position_embeddings") or 131_072),
             pad_token_id=int(raw.get("pad_token_id") or 0),
             layers=_layers(raw, heads),
         )
@@ -140,7 +140,7 @@ class ModelConfig:
                             f"expected {MODEL_TYPE!r}.{advice}")
         if not isinstance(raw.get("text_config"), Mapping):
             raise UserError("config.json lacks text_config; download the checkpoint again.")
-        if not raw.get("tie_word_embeddings", True):
+        if raw.get("tie_word_embeddings") is False:
             raise UserError("config.json: tie_word_embeddings is false; only tied checkpoints exist and are supported.")
         return cls(text=TextConfig.from_dict(raw["text_config"]), canvas_length=int(raw.get("canvas_length") or 256),
                    vision=raw.get("vision_config"), image_token_id=raw.get("image_token_id"),

@@ -39,7 +39,7 @@ def compute_dtype(stored: mx.Dtype, override: str | None = None) -> mx.Dtype:
 def memory_limit() -> int:
     """Bytes a model may take: the GPU's recommended working set on a Mac, elsewhere the memory of the machine."""
     if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
+        return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
     if mx.cuda.is_available():
         return int(mx.device_info(mx.gpu).get("total_memory", 0)) or _physical_memory()
     return _physical_memory()
@@ -51,23 +51,45 @@ def check_memory(needed: int, what: str) -> None:
     if needed <= limit:
         return
     remedy = "take a conversion with fewer bits"
-    if mx.metal.is_available():
+    if mx.metal.is_available() and needed < 0.9 * _physical_memory():
         remedy += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
     raise UserError(f"{what} needs {needed / 1e9:.1f} GB, this machine allows {limit / 1e9:.1f} GB; {remedy}.")
 
 
 @contextlib.contextmanager
-def wired_memory() -> Iterator[None]:
-    """Keep the model in the Mac GPU's wired memory for the time of a generation; nothing elsewhere."""
+def generation_memory() -> Iterator[None]:
+    """For the time of a generation keep the model in the Mac GPU's wired memory and bound MLX's cache of freed buffers.
+
+    Generations may overlap and end in any order: the first sets the limits, the last restores them.  Nothing is set
+    elsewhere than on Metal.
+    """
     if not mx.metal.is_available():
         yield
         return
-    before = mx.set_wired_limit(memory_limit())
+    if _limits.running == 0:
+        _limits.before = (mx.set_wired_limit(memory_limit()), mx.set_cache_limit(memory_limit() // 8))
+    _limits.running += 1
     try:
         yield
     finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+        _limits.running -= 1
+        if _limits.running == 0:
+            mx.synchronize()
+            mx.set_wired_limit(_limits.before[0])
+            mx.set_cache_limit(_limits.before[1])
+
+
+class _Limits:
+    running = 0
+    before = (0, 0)
+
+
+_limits = _Limits()
+
+
+def exact_float32() -> None:
+    """Ask MLX for true float32 products where it would take TF32; only before its first product."""
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def describe(dtype: mx.Dtype) -> dict[str, str]:
@@ -79,6 +101,7 @@ def describe(dtype: mx.Dtype) -> dict[str, str]:
         "backend": "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu",
         "dtype": str(dtype).removeprefix("mlx.core."),
         "blas": blas(),
+        "tf32": os.environ.get("MLX_ENABLE_TF32", "default"),
         "mlx": mx.__version__,
         "os": platform.platform(),
         "python": platform.python_version(),

@@ -26,7 +26,8 @@ from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.nano.tasks import TASKS, Example, Task, held_out_examples
 from mlx_diffgemma.tokenizer import chat_ids
 
-SUITES: dict[str, tuple[str, ...]] = {"nano": tuple(TASKS)}
+# "find" was trained too but not learnt: nano answers it no better than chance, as its card says.
+SUITES: dict[str, tuple[str, ...]] = {"nano": tuple(name for name in TASKS if name != "find")}
 Progress = Callable[[str, int, int], None]
 
 

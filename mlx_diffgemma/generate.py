@@ -24,14 +24,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma import hub
 from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
-from mlx_diffgemma.device import wired_memory
+from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy, check_sampling
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session
 from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.weights import check_supported, load_model
 
 MODES = ("diffusion", "ar")
 DEFAULT_TOKEN_LIMIT = 4096
@@ -156,7 +156,7 @@ def load(model: str, *, revision: str | None = None, dtype: str | None = None) -
 
     ``dtype`` overrides the compute dtype: float32, bfloat16 or float16.  Errors: UserError.
     """
-    folder = hub.resolve(model, revision)
+    folder = hub.resolve(model, revision, before_weights=check_supported)
     loaded = load_model(folder, dtype)
     return loaded, load_tokenizer(folder, loaded.config.generation.eos_token_ids)
 
@@ -218,13 +218,15 @@ def batch_generate(
     each prompt its own, else all take ``seed``.
     """
     chosen = GenerationOptions.from_keywords(options)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if seeds is not None and len(seeds) != len(prompts):
         raise UserError(f"seeds must have one entry a prompt: got {len(seeds)} for {len(prompts)} prompts.")
     requests = [_Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index])
                 for index, prompt in enumerate(prompts)]
     answers: list[GenerationResponse | None] = [None] * len(requests)
     run = _batch_causal if chosen.mode == "ar" else _batch_canvases
-    with wired_memory():
+    with generation_memory():
         for index, response in run(model, requests, policy or chosen.policy(model), chosen, batch_size):
             answers[index] = response
             if on_answer:
@@ -234,9 +236,10 @@ def batch_generate(
 
 def summary(response: GenerationResponse) -> str:
     """The figures of a finished answer in two lines."""
+    canvases = f"{response.tokens_per_forward:.1f} tokens a forward, {response.canvas_index + 1} canvas(es), "
     return (f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
             f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s, "
-            f"{response.tokens_per_forward:.1f} tokens a forward, {response.canvas_index + 1} canvases, "
+            f"{canvases if response.steps else ''}"
             f"peak memory {response.peak_memory:.2f} GB, finished by {response.finish_reason}, seed {response.seed}")
 
 
@@ -254,7 +257,7 @@ class _Request:
     produced: int = 0  # tokens, end token included
     cut: int = 0  # tokens, cut at the limit, end token left out
     forwards: int = 0
-    anything: bool = False  # whether text, thought or a call has come
+    anything: bool = False  # whether text or a call has come
     responses: list[GenerationResponse] = field(default_factory=list)
 
     @classmethod
@@ -290,26 +293,31 @@ class _Request:
         over = self.cut + len(visible) - self.limit
         if over > 0:
             visible, tokens, ended = visible[:-over], tokens[: len(visible) - over], False
+        elif ended and self.cut + len(visible) == self.limit:
+            tokens = tokens[:-1]  # the limit leaves no place for the end token, but the answer is whole
         self.cut += len(visible)
         delta = self.parser.feed(visible)
         text, thought, calls = delta.answer, delta.thought, delta.tool_calls
         if done:
             rest = self.parser.finish()
             text, thought = text + rest.answer, thought + rest.thought
-        self.anything = self.anything or bool(text.strip() or thought.strip() or calls)
+        self.anything = self.anything or bool(text.strip() or calls)
         reason = None if not done else "length" if not ended else "stop" if self.anything else "empty"
-        now, index = time.perf_counter(), len(self.responses)
+        now, index = time.perf_counter(), len(self.responses) if steps else 0
+        if steps:
+            logprobs = logprobs[: len(tokens)]
         response = GenerationResponse(
             text=text, token=int(tokens[-1]) if tokens else -1, logprobs=logprobs, from_draft=False,
             prompt_tokens=len(self.ids), prompt_tps=len(self.ids) / max(self.prefill_seconds, 1e-9),
-            generation_tokens=self.cut + ended,
-            generation_tps=(self.cut + ended) / max(now - self.began - self.prefill_seconds, 1e-9),
+            generation_tokens=min(self.cut + ended, self.limit),
+            generation_tps=min(self.cut + ended, self.limit) / max(now - self.began - self.prefill_seconds, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9, finish_reason=reason, tokens=tuple(int(t) for t in tokens),
             thought=thought, tool_calls=calls, steps=steps,
             tokens_per_forward=self.produced / self.forwards if self.forwards else 1.0,
             canvas_index=index, converged=converged, seed=self.seed,
         )
-        self.responses.append(response)
+        # The causal mode's rows over the vocabulary are for the caller; keeping them would grow by a megabyte a token.
+        self.responses.append(response if steps else replace(response, logprobs=None))
         self._warn(response)
         return response
 
@@ -362,11 +370,11 @@ def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, o
                      on_step: OnStep | None, progress: Callable[[int, int], None] | None) -> Iterator[GenerationResponse]:
     session = _session(model, request, policy)
     loop = Loop(model, [session], options.prefill_step_size, progress)
-    with wired_memory():
+    with generation_memory():
         request.begin()
         while loop.active:
             for _, step in loop.advance():
-                request.prefill_seconds = loop.first_prefill_seconds
+                request.prefill_seconds = session.prefill_seconds
                 if on_step:
                     on_step(step)
                 if step.stopped:
@@ -375,7 +383,7 @@ def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, o
 
 def _stream_causal(model: DiffusionGemma, request: _Request, options: GenerationOptions) -> Iterator[GenerationResponse]:
     loop = _causal_loop(model, [request], options)
-    with wired_memory():
+    with generation_memory():
         request.begin()
         loop.prefill()
         while loop.active:
@@ -407,6 +415,7 @@ def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy:
         for session, step in loop.advance():
             if step.stopped:
                 index = owner[id(session)]
+                requests[index].prefill_seconds = session.prefill_seconds
                 requests[index].add_canvas(session.canvases[-1], session.finished)
                 if session.finished:
                     del owner[id(session)]
@@ -426,6 +435,7 @@ def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], policy: P
         while loop.active:
             for session, token, _ in loop.advance():
                 row = place[id(session)]
+                group[row].prefill_seconds = group[row].prefill_seconds or time.perf_counter() - group[row].began
                 group[row].add([token], None, done=session.finished)
                 if session.finished:
                     yield first + row, group[row].whole()

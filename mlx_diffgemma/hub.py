@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,10 +22,11 @@ from mlx_diffgemma.errors import UserError
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, before_weights: Callable[[Path], object] | None = None) -> Path:
     """The folder of ``model``; a Hub repository is downloaded with a progress bar, an interrupted download goes on.
 
-    Errors: UserError when there is no such folder or repository, or no network to ask.
+    ``before_weights`` is called with the folder when only the small files are there, and may refuse the model by an
+    error before gigabytes are fetched.  Errors: UserError when there is no such folder or repository, or no network to ask.
     """
     if model == nano.NAME:
         return nano.FOLDER
@@ -35,7 +37,11 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if looks_local:
         raise UserError(f"There is no folder {model!r}; give a checkpoint folder, a Hub id like owner/name, or {nano.NAME!r}.")
     try:
+        if before_weights:
+            before_weights(Path(snapshot_download(model, revision=revision, allow_patterns=["*.json"])))
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(f"{model} on the Hub asks you to accept its terms first: open its page, accept, then `hf auth login`."
                         ) from None
@@ -44,7 +50,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"There is neither a folder nor a Hub repository {model!r}; check the spelling, or log in with "
                         "`hf auth login` if it is private.") from None
-    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the xet transport
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(f"{model} could not be fetched from {endpoint} ({type(error).__name__}); check the network and run "
                         "the command again, it goes on where it stopped, or give a local folder.") from None

@@ -21,18 +21,18 @@ STYLES = ((0.005, "bold"), (0.1, "green"), (0.7, "yellow"), (2.0, "red"), (float
 
 
 class LiveCanvas:
-    """Draws finished canvases plainly and the one in flight in colour; a context manager.
+    """Draws the canvas in flight, thoughts and all; a context manager.
 
-    Only reads the steps it is given, and leaves the finished text on the screen to its caller.
+    Only reads the steps it is given.  The finished answer is its caller's to print: a frame of one canvas fits a screen
+    and can be wiped, a whole answer may not.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, eos_ids: Iterable[int], console: Console | None = None,
                  clock: Callable[[], float] = time.monotonic):
         self._decode = tokenizer.decode
         self._eos = set(eos_ids)
-        self._done = Text()
         self._clock, self._drawn = clock, -1.0
-        self._live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="visible")
+        self._live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> LiveCanvas:
         self._live.start()
@@ -50,9 +50,7 @@ class LiveCanvas:
         canvas = self._render(step)
         footer = Text(f"\ncanvas {step.canvas_index + 1}, step {step.step + 1} of at most {step.max_steps}, "
                       f"mean entropy {step.mean_entropy:.3f} nats", style="dim")
-        self._live.update(self._done + canvas + footer, refresh=True)
-        if step.stopped:
-            self._done += Text(canvas.plain)
+        self._live.update(canvas + footer, refresh=True)
 
     def _render(self, step: CanvasStep) -> Text:
         ids, entropy, text = np.array(step.argmax).tolist(), np.array(step.entropy).tolist(), Text()
@@ -60,5 +58,5 @@ class LiveCanvas:
         styles = [next(style for bound, style in STYLES if nats <= bound) for nats in entropy[:end]]
         # Neighbours of one style are decoded together, so that a character of several tokens stays whole.
         for style, run in itertools.groupby(zip(ids[:end], styles, strict=True), key=lambda pair: pair[1]):
-            text.append(self._decode([token for token, _ in run], skip_special_tokens=False), style=style)
+            text.append(self._decode([token for token, _ in run], skip_special_tokens=True), style=style)
         return text

@@ -22,6 +22,7 @@ from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
@@ -93,6 +94,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def rope_frequencies(layer: LayerConfig) -> mx.array:
+    """[head_dim / 2] float32, computed on the CPU: one bit more or less in a power shows at long contexts."""
+    pairs = np.arange(layer.head_dim // 2)
+    exponent = mx.array((2 * pairs).astype(np.float32) / np.float32(layer.head_dim))
+    powers = mx.power(mx.array(layer.rope_theta, dtype=mx.float32), exponent, stream=mx.cpu)
+    return mx.where(mx.array(pairs < layer.rotated), mx.divide(1.0, powers, stream=mx.cpu), 0.0)
+
+
 def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.array]:
     """(cos, sin) of shape [rows, 1, head_dim / 2], float32.
 
@@ -100,10 +109,7 @@ def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.ar
     angles are products of float32 numbers exactly as in the reference; MLX's fused RoPE divides and, on Metal, uses fast
     trigonometry, which drifts at long contexts.
     """
-    pairs = mx.arange(layer.head_dim // 2)
-    exponent = (2 * pairs).astype(mx.float32) / layer.head_dim
-    frequencies = mx.where(pairs < layer.rotated, 1.0 / mx.power(layer.rope_theta, exponent), 0.0)
-    angles = positions.astype(mx.float32)[:, None, None] * frequencies
+    angles = positions.astype(mx.float32)[:, None, None] * rope_frequencies(layer)
     return mx.cos(angles), mx.sin(angles)
 
 
@@ -418,7 +424,8 @@ class DiffusionGemma(nn.Module):
         """Soft-capped float32 logits."""
         cap = self.config.text.final_logit_softcapping
         logits = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
-        return mx.tanh(logits / cap) * cap
+        # The cap would turn an overflow into a confident token; it must stay visible as what it is.
+        return mx.where(mx.isfinite(logits), mx.tanh(logits / cap) * cap, mx.nan)
 
 
 def _per_row(segments: Sequence[Segment], canvas: mx.array, causal: mx.array) -> mx.array:

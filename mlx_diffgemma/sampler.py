@@ -88,12 +88,14 @@ def sample_step(
 def inverse_cdf(probabilities: mx.array, u: mx.array) -> mx.array:
     """The token at which the running sum of ``probabilities`` [..., vocabulary] (of any total) passes ``u`` of it.
 
-    Never a token of probability zero, also when rounding carries ``u`` times the total up to the total.
+    Never a token of probability zero: not when rounding carries ``u`` times the total up to the total, and not when a
+    parallel scan leaves the running sum uneven where it should be flat.
     """
     running = mx.cumsum(probabilities, axis=-1)
-    total = running[..., -1:]
-    passed = (running <= u[..., None] * total).sum(axis=-1)
-    return mx.minimum(passed, (running < total).sum(axis=-1)).astype(mx.int32)
+    possible = probabilities > 0
+    passed = possible & (running > u[..., None] * running[..., -1:])
+    last = mx.argmax(mx.where(possible, running, -1.0), axis=-1)
+    return mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), last).astype(mx.int32)
 
 
 def truncate(probabilities: mx.array, numbers: StepNumbers) -> mx.array:

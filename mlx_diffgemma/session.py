@@ -86,6 +86,7 @@ class Session:
         self.cache = Cache(model.config.text)
         self.pending = np.array(ids, dtype=np.int32)  # ids the cache does not hold yet
         self.prompt_length = self.pending.size
+        self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
         self.finished = False
         self.canvas: mx.array | None = None  # None between two canvases
@@ -137,6 +138,7 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
         for session, size in zip(waiting, sizes, strict=True):
             session.pending = session.pending[size:]
         mx.eval([array for s in waiting for array in s.cache.arrays])
+        mx.clear_cache()
         done += sum(sizes)
         if progress:
             progress(done, total)
@@ -149,7 +151,6 @@ class Loop:
                  progress: Progress | None = None):
         self.model, self.prefill_step_size, self.progress = model, prefill_step_size, progress
         self.sessions = list(sessions)
-        self.first_prefill_seconds = 0.0
         self._carried: list[Session] = []  # the sessions of the rows of _scaled
         self._scaled: mx.array | None = None  # the last step's scaled logits [rows, length, vocabulary]
 
@@ -164,7 +165,8 @@ class Loop:
         if opening:
             began = time.perf_counter()
             prefill(self.model, opening, self.prefill_step_size, self.progress)
-            self.first_prefill_seconds = self.first_prefill_seconds or time.perf_counter() - began
+            for session in opening:
+                session.prefill_seconds = session.prefill_seconds or time.perf_counter() - began
             for session in opening:
                 session.open_canvas()
         # Rows that go on come first, in the order of the last step's logits; a session taken out of the loop drops out.

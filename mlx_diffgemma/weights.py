@@ -28,22 +28,31 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     Errors: UserError for anything wrong with the folder, naming the file or the tensor; and when the model would not fit
     this machine's memory.
     """
-    config = ModelConfig.from_folder(folder)
-    if config.quantization:
-        raise UserError(f"{folder} is quantised ({config.quantization}); quantised checkpoints are not supported yet, use a "
-                        "bf16 one.")
+    config = check_supported(folder)
     model = DiffusionGemma(config)
-    weights = collect(folder, {key: value.shape for key, value in tree_flatten(model.parameters())})
+    expected = {key: value.shape for key, value in tree_flatten(model.parameters())}
+    weights = collect(folder, expected)
     target = compute_dtype(weights["model.decoder.embed_tokens.weight"].dtype, dtype)
     check_memory(sum(value.size for value in weights.values()) * target.size, f"{folder.name} in {target}")
-    model.update(tree_unflatten([(key, value.astype(target)) for key, value in weights.items()]))
+    # Read and cast tensor by tensor, dropping each original, so that at no time two copies of the model are held.
+    for key in expected:
+        value = weights.pop(key).astype(target)
+        mx.eval(value)
+        model.update(tree_unflatten([(key, value)]))
     model.eval()
-    # Layer by layer, so that at no time two copies of the whole model are held.
-    mx.eval(model.model.decoder.embed_tokens.parameters())
-    for layer in model.model.decoder.layers:
-        mx.eval(layer.parameters())
-    mx.eval(model.parameters())
     return model
+
+
+def check_supported(folder: Path) -> ModelConfig:
+    """The config of a folder that may hold no weights yet.  Errors: UserError for what this package cannot run."""
+    config = ModelConfig.from_folder(folder)
+    if config.quantization:
+        raise UserError(f"{folder.name} is quantised ({config.quantization.get('bits', '?')} bits); quantised checkpoints "
+                        "are not supported yet, use a bf16 one.")
+    if (folder / INDEX).exists():
+        size = (read_json(folder / INDEX).get("metadata") or {}).get("total_size", 0)
+        check_memory(int(size) if mx.default_device() == mx.gpu else 0, folder.name)
+    return config
 
 
 def collect(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:

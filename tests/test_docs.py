@@ -57,7 +57,7 @@ def test_the_cuda_sequence_leaves_the_cuda_library(tmp_path):
     """The documented lines, run in an environment of their own; CUDA's own libraries (gigabytes) are left out."""
     block = next(b for b in blocks((ROOT / "docs" / "cuda.md").read_text(encoding="utf-8"), "bash") if "uninstall" in b)
     install, *rest = block.strip().splitlines()
-    assert install == "pip install 'mlx-diffgemma[cuda]'"
+    assert install == "pip install '.[cuda]'"
     venv.create(tmp_path, with_pip=True)
     version = importlib.metadata.version("mlx")
     both = [f"{name}=={version}" for name in ("mlx", "mlx-cuda-13", "mlx-cpu")]

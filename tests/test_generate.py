@@ -29,12 +29,14 @@ def prompt(tokenizer, question, **options):
     return chat_ids(tokenizer, [{"role": "user", "content": question}], **options)
 
 
-class TestSameSeedSameText:
-    @pytest.fixture(scope="class")
-    def expected(self, nano_pair):
-        model, tokenizer = nano_pair
-        return [list(stream_generate(model, tokenizer, prompt(tokenizer, q), seed=11, max_denoising_steps=16)) for q in QUESTIONS]
+@pytest.fixture(scope="module")
+def expected(nano_pair):
+    """What each question's answer is, asked alone."""
+    model, tokenizer = nano_pair
+    return [list(stream_generate(model, tokenizer, prompt(tokenizer, q), seed=11, max_denoising_steps=16)) for q in QUESTIONS]
 
+
+class TestSameSeedSameText:
     def test_again_and_in_a_batch(self, nano_pair, expected):
         model, tokenizer = nano_pair
         texts = ["".join(r.text for r in rs) for rs in expected]
@@ -126,9 +128,9 @@ class TestFigures:
         assert [r.canvas_index for r in responses] == list(range(len(responses)))
         assert [r.finish_reason for r in responses[:-1]] == [None] * (len(responses) - 1)
         assert last.prompt_tokens == len(ids)
-        assert all(len(r.logprobs) >= len(r.tokens) for r in responses)
+        assert all(len(r.logprobs) == len(r.tokens) for r in responses)
         assert all((r.logprobs <= 1e-6).all() for r in responses)
-        assert last.tokens_per_forward == pytest.approx(sum(len(r.logprobs) for r in responses) / len(steps))
+        assert last.tokens_per_forward == pytest.approx(sum(len(r.tokens) for r in responses) / len(steps))
         assert last.peak_memory > 0
         assert not last.from_draft
 
@@ -189,7 +191,8 @@ class TestEndings:
         assert self.run(nano_pair, max_tokens=64)[0][-1].finish_reason == "length"
         scripted(monkeypatch, nano_pair[0], [[300, 300, 5]])
         out, _ = self.run(nano_pair, max_tokens=2)
-        assert (out[-1].finish_reason, out[-1].tokens) == ("stop", (300, 300, 5)), "the end token is no part of the limit"
+        assert (out[-1].finish_reason, out[-1].tokens) == ("stop", (300, 300)), "whole, but no place for the end token"
+        assert out[-1].generation_tokens == len(out[-1].logprobs) == 2
 
     def test_closing_early_leaves_nothing_behind(self, nano_pair):
         model, tokenizer = nano_pair
@@ -248,6 +251,8 @@ class TestBadInput:
     def test_seeds_must_match_the_prompts(self, nano_pair):
         with pytest.raises(UserError, match="one entry a prompt"):
             batch_generate(*nano_pair, ["a", "b"], seeds=[1])
+        with pytest.raises(UserError, match="batch_size must be at least 1"):
+            batch_generate(*nano_pair, ["a"], batch_size=0)
 
     def test_prompt_longer_than_the_context(self, nano_pair):
         with pytest.raises(UserError, match="8,129 tokens and the context holds 8,192"):

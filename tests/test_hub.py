@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -114,6 +115,18 @@ def test_interrupted_download_goes_on(server):
     assert again.returncode == 0, again.stderr
     downloaded = next(home.rglob("model.safetensors"))
     assert downloaded.read_bytes() == (nano.FOLDER / "model.safetensors").read_bytes()
+
+
+def test_a_model_that_cannot_be_run_is_refused_before_its_weights_are_fetched(server, tmp_path):
+    handler, endpoint, home = server
+    handler.root = tmp_path / "quantised"
+    shutil.copytree(nano.FOLDER, handler.root)
+    config = json.loads((handler.root / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 64}}
+    (handler.root / "config.json").write_text(json.dumps(config))
+    out = command(endpoint, home, "generate", "--model", REPO, "-p", "fox")
+    assert out.returncode == 2
+    assert "is quantised (4 bits)" in out.stderr
+    assert not any(line.startswith("GET") and "safetensors" in line for line in handler.log)
 
 
 def test_no_such_repository(server):

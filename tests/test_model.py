@@ -127,6 +127,11 @@ def test_bidirectional_blocks_see_their_own_future(tiny):
     assert not mx.allclose(hidden(rows, block)[8:11], hidden(changed, block)[8:11], atol=1e-3)
 
 
+def test_an_overflow_is_not_capped_into_a_token(tiny):
+    hidden = mx.full((1, 64), 1e38)
+    assert not mx.isfinite(tiny._head(hidden)).all().item()
+
+
 def test_one_canvas_too_few_caches_is_refused(tiny):
     with pytest.raises(ValueError, match="2 canvas rows but 1"):
         tiny.denoise(mx.array(CANVAS), [encoded(tiny, SHORT)])

@@ -61,6 +61,11 @@ class TestInverseCdf:
         for u in (0.0, largest):
             assert inverse_cdf(p, mx.array([u, u])).tolist() == [1, 1]
 
+    def test_an_uneven_running_sum_cannot_pick_an_impossible_token(self, monkeypatch):
+        uneven = mx.array([[0.5, 0.4999, 0.5001, 1.0]])
+        monkeypatch.setattr(mx, "cumsum", lambda *a, **k: uneven)
+        assert inverse_cdf(mx.array([[0.5, 0.0, 0.0, 0.5]]), mx.array([0.5])).tolist() == [3]
+
     def test_any_total(self):
         assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.24])).tolist() == [0]
         assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.26])).tolist() == [1]

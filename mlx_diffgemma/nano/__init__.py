@@ -7,4 +7,5 @@ from pathlib import Path
 
 NAME = "nano"
 VERSION = "nano-1"
+SHA256 = "922702c834246289f981b0dbdec40beda01cca17e8a1af3a576da60d600ea637"  # of model.safetensors
 FOLDER = Path(__file__).with_name("checkpoint")

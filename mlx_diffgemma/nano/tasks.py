@@ -44,9 +44,12 @@ CASES = ("upper", "lower", "title")
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction: ``task``, canonical ``key`` of the input, user ``prompt`` and the right ``answer``."""
+    """One instruction: canonical ``key`` of the input, user ``prompt`` and the right ``answer``.
 
-    task: str
+    ``split`` and ``key`` decide whether it is held out; the yes/no tasks share one split.
+    """
+
+    split: str
     key: str
     prompt: str
     answer: str
@@ -54,7 +57,7 @@ class Example:
 
     @property
     def held_out(self) -> bool:
-        return is_held_out(self.task, self.key)
+        return is_held_out(self.split, self.key)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ class Task:
     exact: bool = True
 
 
-def is_held_out(task: str, key: str) -> bool:
-    """Whether the input ``key`` of ``task`` is kept out of training."""
-    return hashlib.sha256(f"{task}\n{key}".encode()).digest()[0] % HELD_OUT_SHARE == 0
+def is_held_out(split: str, key: str) -> bool:
+    """Whether the input ``key`` is kept out of training."""
+    return hashlib.sha256(f"{split}\n{key}".encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def draw(task: Task, rng: random.Random, held_out: bool, wide: bool = False) -> Example:
@@ -178,12 +181,13 @@ def make_reverse(rng: random.Random, wide: bool = False) -> Example:
 
 
 def make_compare(rng: random.Random, wide: bool = False) -> Example:  # noqa: ARG001
-    if rng.random() < 0.5:
-        a, b = rng.sample(range(0, 100), 2)
-        word = rng.choice(("greater", "less"))
-        yes = (a > b) == (word == "greater")
-        return Example("compare", f"{a} {word} {b}", f"Is {a} {word} than {b}?", "yes" if yes else "no",
-                       f"{a} and {b}.")
+    a, b = rng.sample(range(0, 100), 2)
+    word = rng.choice(("greater", "less"))
+    yes = (a > b) == (word == "greater")
+    return Example("compare", f"{a} {word} {b}", f"Is {a} {word} than {b}?", "yes" if yes else "no", f"{a} and {b}.")
+
+
+def make_find(rng: random.Random, wide: bool = False) -> Example:  # noqa: ARG001
     words = rng.sample(WORDS, rng.randint(3, 6))
     wanted = rng.choice(words) if rng.random() < 0.5 else rng.choice(WORDS)
     text = " ".join(words)
@@ -311,7 +315,8 @@ TASKS: dict[str, Task] = {task.name: task for task in (
     Task("add", make_add, exact_score, 0.22),
     Task("case", make_case, exact_score, 0.11),
     Task("reverse", make_reverse, exact_score, 0.10),
-    Task("compare", make_compare, exact_score, 0.08),
+    Task("compare", make_compare, exact_score, 0.04),
+    Task("find", make_find, exact_score, 0.04),
     Task("copy", make_copy, exact_score, 0.04),
     Task("story", make_story, story_score, 0.08, exact=False),
 )}

@@ -45,7 +45,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 class Recipe:
     """Everything that decides the result, written into the card."""
 
-    steps: int = 6000
+    steps: int = 5200
     wide_steps: int = 2309  # so many steps draw from the tasks' wide ranges and from the early mix of shapes
     muon_lr: float = 0.02
     adam_lr: float = 3e-3

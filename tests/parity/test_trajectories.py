@@ -47,6 +47,7 @@ def test_two_hundred_canvases_on_nano(capsys):
     with capsys.disabled():
         print(f"\n{result}")
     assert result.canvases >= 200
+    assert len(result.ended) <= 0.02 * result.canvases
     assert result.ok, result
 
 
@@ -59,4 +60,5 @@ def test_fifty_canvases_on_random_checkpoints(shape, tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{result}")
     assert result.canvases >= 50
+    assert len(result.ended) <= 0.02 * result.canvases
     assert result.ok, result
