@@ -43,7 +43,7 @@ def test_nano(together):
 @pytest.mark.slow
 def test_two_hundred_canvases_on_nano(capsys):
     model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
-    result = compare_trajectories(model, reference, nano_prompts(176), "nano", canvases=3)
+    result = compare_trajectories(model, reference, nano_prompts(200), "nano", canvases=3)
     with capsys.disabled():
         print(f"\n{result}")
     assert result.canvases >= 200
