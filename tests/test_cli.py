@@ -214,7 +214,9 @@ def test_ctrl_c_ends_cleanly_with_what_was_finished(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(config))
     process = subprocess.Popen([*COMMAND, "generate", "--model", str(folder), "-p", "Tell me a story.", "--json"], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                               cwd=Path(__file__).parents[1])
+                               cwd=Path(__file__).parents[1],
+                               # a shell's background jobs ignore the signal, and so would a child of the tests there
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     first = process.stdout.read(1)
     assert first
     time.sleep(0.5)
