@@ -6,8 +6,8 @@ max(1e-5, r), 99 % of the rows within max(2e-5, 4 r), and every row beyond that 
 experts so close that rounding chooses between them.
 
 Trajectories run with the same random numbers on both sides and must agree in every accepted mask, canvas and argmax, up
-to the first decision whose margin is below ten times the reference's spread of that very quantity; there the comparison
-of that sequence ends and the decision is listed.
+to the first decision whose margin is below ten times the reference's spread of that very quantity along the trajectory;
+there the comparison of that sequence ends and the decision is listed.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _compare_row(result: TrajectoryResult, reference: Reference, model: Diffusio
                 names.append("stop")
             if names:  # the first is the cause: another mask makes another canvas, another argmax another stop
                 judge = _Decision(reference, model, canvas, step, draws, index, number, max_steps)
-                result.ended.append(judge.margin(names[0], mine))
+                result.ended.append(judge.first(names, mine))
                 return
         if len(ours[index]) != len(canvas.steps):
             result.ended.append(Ended(index, len(canvas.steps), "step count", np.inf, 0.0))
@@ -231,12 +231,27 @@ class _Decision:
         length = model.config.canvas_length
         self.u = draws.step(index, 0, number, index * length, length).u.astype(np.float64)
         g = self.generation
-        temperature = g.t_min + (g.t_max - g.t_min) * (max_steps - number) / max_steps
-        self.scaled = []
+        self.scaled, self.router = [], []
         for name in reference.variants:
-            cache = reference.encode(canvas.prefix.tolist(), name).cache
-            logits, _ = reference.denoise(cache, step.canvas_in, step.scaled_in, name)
-            self.scaled.append(logits.astype(np.float64) / temperature)
+            # Each variant goes through the canvas with its own self-conditioning, because rounding is carried on by it.
+            cache, scaled = reference.encode(canvas.prefix.tolist(), name).cache, None
+            for past, before in enumerate(canvas.steps[: number + 1]):
+                logits, margins = reference.denoise(cache, before.canvas_in, scaled, name)
+                scaled = logits / (g.t_min + (g.t_max - g.t_min) * (max_steps - past) / max_steps)
+            self.scaled.append(scaled.astype(np.float64))
+            self.router.append(margins.astype(np.float64))
+
+    def first(self, names: Sequence[str], mine: CanvasStep) -> Ended:
+        """The decision that made the difference: the first of ``names``, unless the router stood at a tie before it.
+
+        Two experts that swap move a row's logits far, so every later decision may differ by any margin; the tie itself is
+        the decision then, held against the variants' spread of the very same margin.
+        """
+        row = int(self.router[0].argmin())
+        spread = max(abs(float(margins[row] - self.router[0][row])) for margins in self.router[1:])
+        tie = Ended(self.index, self.number, "router", float(self.router[0][row]), spread)
+        direct = self.margin(names[0], mine)
+        return tie if tie.excused and not direct.excused else direct
 
     def margin(self, name: str, mine: CanvasStep) -> Ended:
         quantity: Callable[[np.ndarray], np.ndarray] = getattr(self, f"_{name}")

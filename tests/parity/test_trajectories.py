@@ -52,13 +52,15 @@ def test_two_hundred_canvases_on_nano(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fifty_canvases_on_random_checkpoints(shape, tmp_path, capsys):
-    folder = make_checkpoint(tmp_path, shape, seed=1, calm=False)
-    model, reference = load_model(folder, "float32"), Reference(folder)
-    result = compare_trajectories(model, reference, default_prompts(model, 30, seed=1), shape, canvases=2)
-    with capsys.disabled():
-        print(f"\n{result}")
-    assert result.canvases >= 50
-    assert len(result.ended) <= 0.02 * result.canvases
-    assert result.ok, result
+def test_two_hundred_canvases_on_random_checkpoints(tmp_path, capsys):
+    results = []
+    for shape in SHAPES:
+        folder = make_checkpoint(tmp_path / shape, shape, seed=1, calm=False)
+        model, reference = load_model(folder, "float32"), Reference(folder)
+        results.append(compare_trajectories(model, reference, default_prompts(model, 30, seed=1), shape, canvases=2))
+        with capsys.disabled():
+            print(f"\n{results[-1]}")
+    assert all(e.excused for result in results for e in result.ended)
+    canvases = sum(result.canvases for result in results)
+    assert canvases >= 200
+    assert sum(len(result.ended) for result in results) <= 0.02 * canvases
