@@ -238,6 +238,7 @@ class _Decision:
             for past, before in enumerate(canvas.steps[: number + 1]):
                 logits, margins = reference.denoise(cache, before.canvas_in, scaled, name)
                 scaled = logits / (g.t_min + (g.t_max - g.t_min) * (max_steps - past) / max_steps)
+            assert scaled is not None, "a canvas has at least one step"
             self.scaled.append(scaled.astype(np.float64))
             self.router.append(margins.astype(np.float64))
 
