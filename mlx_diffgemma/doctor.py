@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,7 +132,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _seconds(run: object) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
-    run()  # type: ignore[operator]
+    run()
     return time.perf_counter() - began

@@ -4,7 +4,7 @@ A suite is a set of tasks; ``nano`` is the one the built-in model was trained fo
 prompt has its own seed, so a figure does not depend on the batch size.
 
     >>> report = evaluate(model, tokenizer, "nano", limit=500, seeds=[0])
-    >>> report.table()
+    >>> report.exact_mean
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class ReferencePolicy:
-    """The reference sampler.  Lengths in nats; ``temperature`` scales the schedule, 0 takes the argmax for the draw."""
+    """The reference sampler.  Bound and threshold in nats; ``temperature`` scales the schedule, 0 takes the argmax for the draw."""
 
     max_steps: int
     entropy_bound: float

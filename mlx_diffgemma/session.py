@@ -85,7 +85,6 @@ class Session:
         self.length = canvas_length or model.config.canvas_length
         self.cache = Cache(model.config.text)
         self.pending = np.array(ids, dtype=np.int32)  # ids the cache does not hold yet
-        self.prompt_length = self.pending.size
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
         self.finished = False
@@ -101,11 +100,6 @@ class Session:
     def start(self) -> int:
         """The position in the answer at which the current canvas begins."""
         return self.canvas_index * self.length
-
-    @property
-    def forwards(self) -> int:
-        """Denoising forwards so far."""
-        return sum(canvas.steps for canvas in self.canvases) + self.step
 
     def open_canvas(self) -> None:
         self.canvas = mx.array(self.policy.seed(self.draws, self.canvas_index, 0, self.start, self.length))

@@ -406,6 +406,7 @@ def optimisers(weights: Weights, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def train(out: Path, recipe: Recipe, threads: int, compile_layers: bool) -> None:
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ there the comparison of that sequence ends and the decision is listed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -185,8 +185,7 @@ def run_ours(model: DiffusionGemma, prompts: Sequence[Sequence[int]], draws: Seq
              max_steps: int) -> list[list[list[CanvasStep]]]:
     """Our trajectories: for each prompt, its canvases, each a list of steps."""
     generation = model.config.generation
-    policy = ReferencePolicy(max_steps, generation.entropy_bound, generation.t_min, generation.t_max,
-                             generation.confidence_threshold, generation.stability_threshold)
+    policy = _policy(model, max_steps)
     limit = canvases * model.config.canvas_length
     sessions = [Session(model, ids, policy, d, generation.eos_token_ids, limit) for ids, d in zip(prompts, draws, strict=True)]
     out: dict[int, list[list[CanvasStep]]] = {id(session): [] for session in sessions}
@@ -221,6 +220,10 @@ def _compare_row(result: TrajectoryResult, reference: Reference, model: Diffusio
         result.ended.append(Ended(len(theirs), 0, "canvas count", np.inf, 0.0))
 
 
+def _policy(model: DiffusionGemma, max_steps: int) -> ReferencePolicy:
+    return ReferencePolicy.from_config(replace(model.config.generation, max_denoising_steps=max_steps))
+
+
 class _Decision:
     """The margins of the decisions of one step, and how far the reference's variants are apart in each quantity."""
 
@@ -230,14 +233,14 @@ class _Decision:
         self.generation = model.config.generation
         length = model.config.canvas_length
         self.u = draws.step(index, 0, number, index * length, length).u.astype(np.float64)
-        g = self.generation
+        policy = _policy(model, max_steps)
         self.scaled, self.router = [], []
         for name in reference.variants:
             # Each variant goes through the canvas with its own self-conditioning, because rounding is carried on by it.
             cache, scaled = reference.encode(canvas.prefix.tolist(), name).cache, None
             for past, before in enumerate(canvas.steps[: number + 1]):
                 logits, margins = reference.denoise(cache, before.canvas_in, scaled, name)
-                scaled = logits / (g.t_min + (g.t_max - g.t_min) * (max_steps - past) / max_steps)
+                scaled = logits / policy.schedule(past)
             assert scaled is not None, "a canvas has at least one step"
             self.scaled.append(scaled.astype(np.float64))
             self.router.append(margins.astype(np.float64))

@@ -39,11 +39,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """One denoising step of one row; ``scaled`` are the temperature-scaled logits [length, vocabulary]."""
+    """One denoising step of one row; all arrays are [length]."""
 
     canvas_in: np.ndarray
-    scaled_in: np.ndarray | None
-    scaled: np.ndarray
     canvas: np.ndarray
     argmax: np.ndarray
     accepted: np.ndarray
@@ -176,10 +174,9 @@ class _Recorder:
         def denoise(**inputs: object) -> object:
             self.in_step = True
             before = inputs["finished_denoising"].clone()
-            with mock.patch.object(torch, "multinomial", self._multinomial), _catch_scaled(inputs) as scaled:
+            with mock.patch.object(torch, "multinomial", self._multinomial):
                 out = step(**inputs)
-            self.steps[-1].append({"canvas_in": inputs["current_canvas"], "scaled_in": inputs["self_conditioning_logits"],
-                                   "scaled": scaled(), "canvas": out[0], "argmax": out[1], "before": before,
+            self.steps[-1].append({"canvas_in": inputs["current_canvas"], "canvas": out[0], "argmax": out[1], "before": before,
                                    "finished": out[3].clone(), "accepted": self.sampler.accepted_token_mask})
             self.in_step, self.step = False, self.step + 1
             return out
@@ -215,9 +212,8 @@ class _Recorder:
             for step in steps:
                 if step["before"][row]:
                     break
-                pick = {name: _numpy(step[name][row]) for name in ("canvas_in", "scaled", "canvas", "argmax", "accepted")}
-                scaled_in = None if step["scaled_in"] is None else _numpy(step["scaled_in"][row])
-                canvas.steps.append(ReferenceStep(scaled_in=scaled_in, stopped=bool(step["finished"][row]), **pick))
+                pick = {name: _numpy(step[name][row]) for name in ("canvas_in", "canvas", "argmax", "accepted")}
+                canvas.steps.append(ReferenceStep(stopped=bool(step["finished"][row]), **pick))
             canvases.append(canvas)
             if ends & set(committed.tolist()):
                 break
@@ -237,19 +233,6 @@ def _stay_double() -> Iterator[None]:
 
     with mock.patch.object(torch.Tensor, "float", keep), mock.patch.object(torch.nn.functional, "softmax", double_softmax):
         yield
-
-
-@contextlib.contextmanager
-def _catch_scaled(inputs: dict[str, object]) -> Iterator[Callable[[], torch.Tensor]]:
-    """The processed logits of a step before the reference rounds or replaces them."""
-    processor, caught = inputs["logits_processor"], []
-
-    def process(*args: object, **kwargs: object) -> torch.Tensor:
-        caught.append(processor(*args, **kwargs))
-        return caught[-1]
-
-    inputs["logits_processor"] = process
-    yield lambda: caught[-1]
 
 
 @contextlib.contextmanager
