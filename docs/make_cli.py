@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mlx_diffgemma.cli import app
 
-COMMANDS = ("generate", "info", "doctor", "evaluate", "parity")
 FILE = Path(__file__).with_name("cli.md")
 
 
 def page() -> str:
     parts = ["# Command line\n\nMade from the command's own help by `python docs/make_cli.py`.\n"]
-    for command in ("", *COMMANDS):
+    for command in ("", *get_command(app).commands):
         arguments = [*command.split(), "--help"]
         help_text = CliRunner().invoke(app, arguments, prog_name="mlx-diffgemma", env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
         parts.append(f"## mlx-diffgemma {command}".rstrip() + f"\n\n```\n{help_text.output.strip()}\n```\n")

@@ -5,7 +5,8 @@
     >>> generate(model, tokenizer, chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}]))
 """
 
-from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.convert import convert
+from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
 from mlx_diffgemma.generate import (
     GenerationOptions,
     GenerationResponse,
@@ -21,6 +22,7 @@ from mlx_diffgemma.tokenizer import chat_ids
 __version__ = "0.1.0"
 
 __all__ = [
-    "CanvasStep", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError", "UserError",
-    "batch_generate", "chat_ids", "generate", "load", "stream_generate",
+    "CanvasStep", "CheckpointWarning", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError",
+    "UserError",
+    "batch_generate", "chat_ids", "convert", "generate", "load", "stream_generate",
 ]

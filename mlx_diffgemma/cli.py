@@ -13,15 +13,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import mlx.core as mx
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from mlx_diffgemma import __version__, nano
-from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
 from mlx_diffgemma.generate import (
     GenerationOptions,
     GenerationResponse,
@@ -30,13 +31,18 @@ from mlx_diffgemma.generate import (
     stream_generate,
     summary,
 )
+from mlx_diffgemma.recipes import MODES, RECIPES
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
+
+if TYPE_CHECKING:
+    from mlx_diffgemma.convert import Conversion
 
 DEFAULTS = GenerationOptions()
 app = typer.Typer(name="mlx-diffgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="DiffusionGemma on Apple silicon with MLX.", rich_markup_mode=None)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
+SHOWN = (GenerationWarning, CheckpointWarning)  # warnings meant for the user
 
 Model = Annotated[str, typer.Option("--model", help=f"'{nano.NAME}' (built in), a checkpoint folder, or a Hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
@@ -158,7 +164,8 @@ def info(model: Annotated[str, typer.Argument(help=f"'{nano.NAME}', a folder, or
         ("parameters", f"{found.parameters / 1e6:,.1f} M, {found.active / 1e6:,.1f} M active"),
         ("stored", f"{found.stored_bytes / 1e9:,.3f} GB ({', '.join(f'{k} {v / 1e9:,.3f}' for k, v in found.dtypes.items())})"),
         ("this machine allows", f"{found.memory_limit / 1e9:,.1f} GB"),
-        ("quantisation", json.dumps(found.config.quantization) if found.config.quantization else "none"),
+        ("quantisation", found.quantisation),
+        ("bits per weight", f"{found.bits_per_weight:.2f}"),
         ("layers", f"{len(text.layers)}: " + "".join("F" if layer.window is None else "s" for layer in text.layers)
          + " (s sliding, F full)"),
         ("hidden / dense MLP / expert", f"{text.hidden_size} / {text.intermediate_size} / {text.moe_intermediate_size}"),
@@ -175,9 +182,91 @@ def info(model: Annotated[str, typer.Argument(help=f"'{nano.NAME}', a folder, or
     output.print(table)
 
 
+@app.command("convert")
+def convert_command(
+    hf_path: Annotated[str, typer.Option("--hf-path", "--model", help=f"The checkpoint: a folder, a Hub id, or '{nano.NAME}'.")],
+    mlx_path: Annotated[Path, typer.Option(help="The folder to write.")] = Path("mlx_model"),
+    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantise by the recipe 4bit, or --q-mode's.")] = False,
+    q_bits: Annotated[int | None, typer.Option(help="Bits of the experts (of everything with uniform-4bit).")] = None,
+    q_group_size: Annotated[int | None, typer.Option(help="Group size of the experts.")] = None,
+    q_mode: Annotated[str | None, typer.Option(help="Mode of the experts: " + ", ".join(MODES) + ".")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "--quant-predicate", help="Which tensors get how many bits: "
+                                               + ", ".join(RECIPES) + ". See docs/recipes.md.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store what is not quantised as float16, bfloat16 or float32. Default: as it "
+                                              "is.")] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Undo a quantisation.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and whether it fits this machine; of a "
+                                          "Hub repository only headers are fetched.")] = False,
+    upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing conversion.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert or quantise a checkpoint, in far less memory than it takes."""
+    from mlx_diffgemma import hub
+    from mlx_diffgemma.convert import ConvertOptions, check_target, convert, partial_folder, plan
+
+    options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
+    if (chosen := options.chosen()) and chosen.warning:
+        errors.print(f"warning: {chosen.warning}", markup=False)
+    if dry_run:
+        if not overwrite:
+            check_target(mlx_path.expanduser().absolute(), overwrite, resume=True)
+        conversion = plan(hf_path, *hub.headers(hf_path, revision), options)
+        _print_conversion(conversion, as_json)
+        return
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+                  console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+        try:
+            target = convert(hf_path, mlx_path, quantize, q_group_size, q_bits, q_mode, dtype, upload_repo, revision, dequantize,
+                             recipe, overwrite, resume, lambda done, total: bar.update(task, completed=done, total=total))
+        except KeyboardInterrupt:
+            where = partial_folder(mlx_path.expanduser().absolute())
+            errors.print("interrupted" + (f"; {where} is kept, run again with --resume to go on" if where.exists() else ""))
+            raise typer.Exit(130) from None
+    from mlx_diffgemma.info import inspect
+
+    found = inspect(target)
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        output.print(f"{target}: {_count(found.stored_bytes, 'B')}, {found.bits_per_weight:.2f} bits per weight", soft_wrap=True)
+
+
+def _print_conversion(conversion: Conversion, as_json: bool) -> None:
+    from mlx_diffgemma import cost
+    from mlx_diffgemma.device import compute_dtype, memory_limit
+
+    size = compute_dtype(mx.bfloat16).size
+    weights = sum(o.memory_bytes(size) for o in conversion.outputs)
+    limit, longest = memory_limit(), conversion.config.text.max_position_embeddings
+    needs = {n: cost.run_bytes(conversion.config, weights, n, size) for n in sorted({min(c, longest) for c in cost.CONTEXTS})}
+    if as_json:
+        print(json.dumps({
+            "classes": [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in conversion.rows()],
+            "bytes": conversion.bytes_out, "bits_per_weight": conversion.bits_per_weight, "files": len(conversion.shards()),
+            "memory_limit": limit, "memory_needed": needs}))
+        return
+    table = Table("class", "tensors", "weights", "from", "to", "precision", "bits")
+    for row in conversion.rows():
+        table.add_row(row.kind, str(row.tensors), _count(row.parameters), _count(row.bytes_in, "B"), _count(row.bytes_out, "B"),
+                      row.precision, f"{row.bits_per_weight:.2f}")
+    table.add_section()
+    table.add_row("all", str(len(conversion.outputs)), _count(sum(o.size for o in conversion.outputs)),
+                  _count(conversion.bytes_in, "B"), _count(conversion.bytes_out, "B"), "", f"{conversion.bits_per_weight:.2f}")
+    output.print(table)
+    files = len(conversion.shards())
+    output.print(f"{files} file{'s' if files > 1 else ''} would be written; bits are per weight. Weights, K/V cache and the "
+                 f"logits\nof a step take of the {_count(limit, 'B')} this machine allows, by tokens of context:")
+    for context, needed in needs.items():
+        output.print(f"  {context:>7,}  {_count(needed, 'B'):>8}  {'fits' if needed <= limit else 'DOES NOT FIT'}")
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: golden outputs in float32 and bfloat16, step time, one JSON line to paste."""
+    """Check this machine: golden outputs in float32, bfloat16 and 4 bits, step time, one JSON line to paste."""
     from mlx_diffgemma.doctor import diagnose
 
     with _status("recomputing nano's golden outputs"):
@@ -186,9 +275,9 @@ def doctor(as_json: Json = False) -> None:
         for key, value in result.machine.items():
             output.print(f"{key:8} {value}")
         output.print(f"{'memory':8} {result.memory_limit / 1e9:.1f} GB for a model")
-        table = Table("dtype", "largest logit difference", "KL, nats", "same argmax", "same steps", "ms a step", "")
+        table = Table("", "largest logit difference", "KL, nats", "same argmax", "same steps", "ms a step", "")
         for c in result.checks:
-            table.add_row(c.dtype, f"{c.logits:.2e}", f"{c.kl:.2e}", f"{c.argmax:.1%}", f"{c.trajectory}/{c.trajectory_steps}",
+            table.add_row(c.name, f"{c.logits:.2e}", f"{c.kl:.2e}", f"{c.argmax:.1%}", f"{c.trajectory}/{c.trajectory_steps}",
                           f"{c.milliseconds_per_step:.1f}", "ok" if c.ok else "WRONG")
         output.print(table)
     print(json.dumps(result.record()))
@@ -302,12 +391,13 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point: mistakes of the user become one line and exit code 2."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point, with ``sys.argv``'s arguments or others: mistakes of the user become one line and exit code 2."""
     warnings.showwarning = _show_warning
-    warnings.simplefilter("always", GenerationWarning)
+    for category in SHOWN:
+        warnings.simplefilter("always", category)
     try:
-        app()
+        app(arguments)
     except UserError as error:
         errors.print(f"error: {error}", markup=False)
         sys.exit(2)
@@ -317,7 +407,7 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, GenerationWarning):
+    if issubclass(category, SHOWN):
         errors.print(f"warning: {message}", markup=False)
 
 
@@ -333,6 +423,14 @@ def _json_object(text: str | None, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option} must be a JSON object, got {text}.")
     return value
+
+
+def _count(number: float, unit: str = "") -> str:
+    """12.3 GB, 4.56 M and the like."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}{unit}"
+    return f"{number:.0f} {unit}".strip()
 
 
 def _or_dash(value: float | None) -> str:

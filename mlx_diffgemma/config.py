@@ -20,6 +20,7 @@ from typing import Any
 from mlx_diffgemma.errors import UserError
 
 MODEL_TYPE = "diffusion_gemma"
+MARK = "mlx_diffgemma"  # the key of config.json under which our converter says what it did
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

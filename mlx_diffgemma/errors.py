@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint that runs, but not as well as its user would expect."""
+
+
 class NonFiniteLogitsError(RuntimeError):
     """The model returned NaN or infinity: a damaged checkpoint or a numerical bug, never something to sample from."""

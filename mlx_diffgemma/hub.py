@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     HTTPError,  # of httpx or httpx2, whichever the installed client speaks
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.storage import Stored, from_header, read_headers
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
+SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+WANTED = [*SMALL, "*.safetensors"]
 
 
 def resolve(model: str, revision: str | None = None, before_weights: Callable[[Path], object] | None = None) -> Path:
@@ -28,23 +34,70 @@ def resolve(model: str, revision: str | None = None, before_weights: Callable[[P
     ``before_weights`` is called with the folder when only the small files are there, and may refuse the model by an
     error before gigabytes are fetched.  Errors: UserError when there is no such folder or repository, or no network to ask.
     """
-    if model == nano.NAME:
-        return nano.FOLDER
-    path = Path(model).expanduser()
+    if folder := _local(model):
+        return folder
+    with _told(model, revision):
+        if before_weights:
+            before_weights(Path(snapshot_download(model, revision=revision, allow_patterns=SMALL)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+
+
+def headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, Stored]]:
+    """(folder, tensors) of ``model`` without its weights: of a Hub repository only headers and small files are fetched.
+
+    The tensors of a repository cannot be read.  Errors: UserError as ``resolve``.
+    """
+    if local := _local(model):
+        return local, read_headers(local)
+    with _told(model, revision):
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=SMALL))
+        found = get_safetensors_metadata(model, revision=folder.name)  # the commit that was fetched
+    return folder, {name: tensor for file, metadata in found.files_metadata.items() for name, tensor in from_header(
+        {name: vars(info) for name, info in metadata.tensors.items()}, folder / file, 0).items()}
+
+
+def check_upload(repo: str) -> None:
+    """Errors: UserError when nobody is logged in to the Hub who could write to ``repo``, or its name is none."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise UserError(f"{repo!r} is no Hub repository; give owner/name.") from None
+    with _told(repo, None):
+        try:
+            HfApi().whoami()
+        except LocalTokenNotFoundError:
+            raise UserError(f"Nobody is logged in who could upload to {repo}; run `hf auth login` with a write token.") from None
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Create ``repo`` if need be and put all of ``folder`` there."""
+    with _told(repo, None):
+        HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Converted with mlx-diffgemma")
+
+
+def _local(model: str) -> Path | None:
+    """The folder of a model that is on this machine; None for what can only be a Hub id.  Errors: UserError."""
+    path = nano.FOLDER if model == nano.NAME else Path(model).expanduser()
     if path.is_dir():
         return path
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
-    if looks_local:
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"There is no folder {model!r}; give a checkpoint folder, a Hub id like owner/name, or {nano.NAME!r}.")
+    return None
+
+
+@contextlib.contextmanager
+def _told(model: str, revision: str | None) -> Iterator[None]:
+    """What can go wrong with the Hub, as UserError."""
     try:
-        if before_weights:
-            before_weights(Path(snapshot_download(model, revision=revision, allow_patterns=["*.json"])))
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+        yield
     except UserError:
         raise
     except GatedRepoError:
         raise UserError(f"{model} on the Hub asks you to accept its terms first: open its page, accept, then `hf auth login`."
                         ) from None
+    except NotASafetensorsRepoError:
+        raise UserError(f"{model} on the Hub holds no safetensors file; only safetensors checkpoints are read.") from None
     except RevisionNotFoundError:
         raise UserError(f"{model} on the Hub has no revision {revision!r}.") from None
     except (RepositoryNotFoundError, HFValidationError):

@@ -224,6 +224,28 @@ class ExpertLinear(nn.Module):
         return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_indices)
 
 
+    def to_quantized(self, group_size: int, bits: int, mode: str) -> QuantizedExpertLinear:
+        """As MLX's own layers have it, for ``nn.quantize``."""
+        return QuantizedExpertLinear(self.weight, group_size, bits, mode)
+
+
+class QuantizedExpertLinear(nn.Module):
+    """:class:`ExpertLinear` with quantised matrices, packed along the inputs."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+        if biases:  # affine only
+            self.biases = biases[0]
+        self.freeze()
+
+    def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
+        """Rows [n, 1, inputs] through the expert of each; ``experts`` [n]."""
+        return mx.gather_qmm(x, self.weight, self.scales, self.get("biases"), rhs_indices=experts, transpose=True,
+                             group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=sorted_indices)
+
+
 class Experts(nn.Module):
     """Gated MLPs of which each row takes its own few; source: DiffusionGemmaTextExperts."""
 
@@ -346,12 +368,18 @@ class DiffusionGemma(nn.Module):
 
     def embed(self, ids: mx.array) -> mx.array:
         """Scaled token embeddings; ids of any shape."""
-        return self.model.decoder.embed_tokens(ids) * self.embed_scale
+        # A table in a floating-point mode gives bfloat16 whatever the compute dtype.
+        return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self.embed_scale
 
     def soft_embed(self, probabilities: mx.array) -> mx.array:
         """Scaled mean embedding under ``probabilities`` [..., vocabulary]."""
-        table = self.model.decoder.embed_tokens.weight
-        return (probabilities.astype(table.dtype) @ table) * self.embed_scale
+        table, probabilities = self.model.decoder.embed_tokens, probabilities.astype(self.dtype)
+        if isinstance(table, nn.QuantizedEmbedding):
+            mean = mx.quantized_matmul(probabilities, table.weight, table.scales, table.get("biases"), transpose=False,
+                                       group_size=table.group_size, bits=table.bits, mode=table.mode)
+        else:
+            mean = probabilities @ table.weight
+        return mean * self.embed_scale
 
     def encode(
         self,

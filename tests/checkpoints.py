@@ -27,6 +27,10 @@ SHAPES: dict[str, dict[str, Any]] = {
                         experts=6, top_k=2, vocab=189, kinds=[SLIDING, SLIDING, FULL], dialect="per_layer"),
 }
 
+# Rows that groups of 64 divide, for quantisation.
+DIVISIBLE = dict(hidden=128, heads=4, kv=2, head_dim=32, global_kv=1, global_head_dim=64, layers=6, window=16, canvas=24,
+                 experts=8, top_k=2, vocab=320)
+
 
 def config_dict(hidden: int, heads: int, kv: int, head_dim: int, global_kv: int, global_head_dim: int, layers: int,
                 window: int, canvas: int, experts: int, top_k: int, vocab: int, kinds: list[str] | None = None,
@@ -110,7 +114,7 @@ GENERATION = {"max_denoising_steps": 8, "sampler_config": {"_cls_name": "Entropy
 def make_checkpoint(folder: Path, shape: str = "five-and-one", seed: int = 0, shards: int = 2, calm: bool = True,
                     extra: dict[str, np.ndarray] | None = None) -> Path:
     """A checkpoint folder without tokenizer, in ``shards`` files with an index."""
-    config = config_dict(**SHAPES[shape])
+    config = config_dict(**(DIVISIBLE if shape == "divisible" else SHAPES[shape]))
     weights = random_weights(config, seed, calm) | (extra or {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

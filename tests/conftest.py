@@ -18,6 +18,12 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def divisible_folder(tmp_path_factory):
+    """A random model whose rows groups of 64 divide, float32 in two files."""
+    return make_checkpoint(tmp_path_factory.mktemp("divisible"), "divisible")
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """A random lively model of six layers; window 16, canvas 24, 301 tokens."""
     model = load_model(tiny_folder, "float32")

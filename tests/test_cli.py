@@ -172,7 +172,10 @@ class TestOtherCommands:
         assert code == 0
         assert record["ok"]
         assert record["nano"] == nano.VERSION
-        assert {c["dtype"] for c in record["checks"]} == {"float32", "bfloat16"}
+        assert {c["name"]: c["ok"] for c in record["checks"]} == {"float32": True, "bfloat16": True, "4bit": True}
+        packed = record["checks"][2]
+        assert packed["logits"] < 1e-3, "the reference on the dequantised weights"
+        assert packed["trajectory"] == packed["trajectory_steps"]
         assert {"device", "chip", "blas", "mlx", "os"} <= set(record["machine"])
 
     def test_doctor_notices_other_numbers(self, monkeypatch, capsys):
@@ -203,7 +206,7 @@ class TestOtherCommands:
 
     def test_version_and_help(self):
         assert CliRunner().invoke(app, ["--version"]).output.strip()
-        for command in ("generate", "info", "doctor", "evaluate", "parity"):
+        for command in ("generate", "info", "convert", "doctor", "evaluate", "parity"):
             assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from mlx_diffgemma.cost import count_parameters
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.info import count_parameters
 from tests.checkpoints import SHAPES, config_dict
 
 RELEASED = {

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_diffgemma import nano
+from mlx_diffgemma.recipes import RECIPES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -22,6 +25,16 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_the_cli_page_is_current():
     assert runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]() == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_recipes_is_what_was_measured():
+    record = json.loads((ROOT / "bench" / "results" / "recipes-nano.json").read_text(encoding="utf-8"))
+    assert record["settings"]["model"] == nano.VERSION
+    assert {"original", *RECIPES} <= record["recipes"].keys()
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "bench" / "recipes.py"))["table"](record) in page
+    named = set(re.findall(r"`([^`]+)`", page.split("| recipe |")[1].split("Bits are")[0]))
+    assert named == set(RECIPES), "the page's first table has every recipe"
 
 
 def test_the_python_snippets_run(capsys):

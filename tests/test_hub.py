@@ -121,12 +121,36 @@ def test_a_model_that_cannot_be_run_is_refused_before_its_weights_are_fetched(se
     handler, endpoint, home = server
     handler.root = tmp_path / "quantised"
     shutil.copytree(nano.FOLDER, handler.root)
-    config = json.loads((handler.root / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 64}}
+    config = json.loads((handler.root / "config.json").read_text()) | {"quantization": {"bits": 7, "group_size": 64}}
     (handler.root / "config.json").write_text(json.dumps(config))
     out = command(endpoint, home, "generate", "--model", REPO, "-p", "fox")
     assert out.returncode == 2
-    assert "is quantised (4 bits)" in out.stderr
+    assert "has 2, 3, 4, 5, 6 or 8 bits, not 7" in out.stderr
     assert not any(line.startswith("GET") and "safetensors" in line for line in handler.log)
+
+
+def test_a_dry_run_fetches_headers_only(server):
+    _, endpoint, home = server
+    out = command(endpoint, home, "convert", "--hf-path", REPO, "-q", "--dry-run", "--json")
+    assert out.returncode == 0, out.stderr
+    local = command(endpoint, home, "convert", "--hf-path", "nano", "-q", "--dry-run", "--json")
+    assert json.loads(out.stdout)["classes"] == json.loads(local.stdout)["classes"]
+    assert not list(home.rglob("model.safetensors"))
+
+
+def test_convert_from_the_hub(server, tmp_path):
+    _, endpoint, home = server
+    out = command(endpoint, home, "convert", "--hf-path", REPO, "-q", "--mlx-path", str(tmp_path / "out"))
+    assert out.returncode == 0, out.stderr
+    assert f"base_model: {REPO}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_is_converted_for_an_upload_that_nobody_may_make(server, tmp_path):
+    _, endpoint, home = server
+    out = command(endpoint, home, "convert", "--hf-path", "nano", "-q", "--mlx-path", str(tmp_path / "out"), "--upload-repo", REPO)
+    assert out.returncode == 2
+    assert out.stderr.strip().splitlines()[-1].startswith("error: Nobody is logged in who could upload to")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_such_repository(server):

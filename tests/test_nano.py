@@ -9,9 +9,10 @@ import pytest
 
 from mlx_diffgemma import nano
 from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
-from mlx_diffgemma.info import inspect, read_header
+from mlx_diffgemma.info import inspect
 from mlx_diffgemma.nano import golden
 from mlx_diffgemma.nano.tasks import NARROW_STAGES, TASKS, draw, held_out_examples, story_score
+from mlx_diffgemma.storage import read_header
 
 CARD = (nano.FOLDER / "README.md").read_text(encoding="utf-8")
 
@@ -72,7 +73,7 @@ class TestContract:
 
     def test_stored_dtype_is_the_cards(self):
         header = read_header(nano.FOLDER / "model.safetensors")
-        assert {e["dtype"] for k, e in header.items() if k != "__metadata__"} == {"BF16"}
+        assert {tensor.dtype for tensor in header.values()} == {"BF16"}
         assert "bfloat16" in CARD
 
     def test_the_modes_have_their_own_layer_scalars(self, nano_pair):

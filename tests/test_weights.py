@@ -1,13 +1,16 @@
 import json
 import shutil
+import warnings
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma import device, weights
-from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.weights import INDEX, load_model
+from mlx_diffgemma import device
+from mlx_diffgemma.convert import convert
+from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.storage import INDEX
+from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 
 
@@ -19,7 +22,7 @@ def folder(tiny_folder, tmp_path):
 
 def rewrite(folder, change):
     """Apply ``change`` to all tensors of a folder and write them as one file."""
-    tensors = dict(weights.read_tensors(folder))
+    tensors = {name: array for path in folder.glob("*.safetensors") for name, array in mx.load(str(path)).items()}
     mx.eval(tensors)
     change(tensors)
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
@@ -107,11 +110,65 @@ def test_no_weights_at_all(folder):
         load_model(folder)
 
 
-def test_quantised_checkpoints_are_refused_for_now(folder):
-    raw = json.loads((folder / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 64}}
+def test_scales_without_a_word_in_the_config(divisible_folder, tmp_path):
+    folder = convert(str(divisible_folder), tmp_path / "q", recipe="4bit")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization"], raw["quantization_config"]
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="quantised"):
+    with pytest.raises(UserError, match="names no quantisation"):
         load_model(folder)
+
+
+def test_a_word_in_the_config_that_the_files_contradict(divisible_folder, tmp_path):
+    folder = convert(str(divisible_folder), tmp_path / "q", recipe="4bit")
+    raw = json.loads((folder / "config.json").read_text())
+    path = "model.decoder.layers.0.mlp.up_proj"
+    raw["quantization"][path] = False
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=f"{path} is not quantised, the files say otherwise"):
+        load_model(folder)
+
+
+def test_a_wrong_group_size_in_the_config(divisible_folder, tmp_path):
+    folder = convert(str(divisible_folder), tmp_path / "q", recipe="4bit")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization"]["group_size"] = 32
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="experts.* has shape"):
+        load_model(folder)
+
+
+def test_a_foreign_quantisation_is_refused(folder):
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="only checkpoints quantised by MLX tools are read"):
+        load_model(folder)
+
+
+class TestWarning:
+    """Community conversions from before mlx-vlm's fix have everything at their lowest precision, and no mark of ours."""
+
+    @staticmethod
+    def warnings_of(folder, recipe, change=lambda raw: None):
+        made = convert(str(folder), folder.parent / recipe, recipe=recipe, overwrite=True)
+        raw = json.loads((made / "config.json").read_text())
+        change(raw)
+        (made / "config.json").write_text(json.dumps(raw))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_model(made)
+        return [str(w.message) for w in caught if issubclass(w.category, CheckpointWarning)]
+
+    def test_low_attention_and_no_mark(self, divisible_folder):
+        (message,) = self.warnings_of(divisible_folder, "uniform-4bit", lambda raw: raw.pop("mlx_diffgemma"))
+        assert "attention at 4 bits" in message
+        assert "hf download --force-download" in message
+
+    def test_attention_at_eight_bits(self, divisible_folder):
+        assert not self.warnings_of(divisible_folder, "4bit", lambda raw: raw.pop("mlx_diffgemma"))
+
+    def test_our_own_uniform_conversion_was_warned_about_when_it_was_made(self, divisible_folder):
+        assert not self.warnings_of(divisible_folder, "uniform-4bit")
 
 
 def test_the_cpu_computes_in_float32(folder):

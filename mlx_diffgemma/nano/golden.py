@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +22,29 @@ ROWS = 16  # canvas rows whose logits are kept
 
 
 @dataclass(frozen=True)
-class Golden:
+class Outputs:
     """``next_token`` [vocabulary] logits after the prompt; ``first`` and ``conditioned`` [ROWS, vocabulary] logits of the
-    canvas without and with ``scaled`` logits as self-conditioning (only their token ids and values are kept);
-    ``argmax`` and ``accepted`` [steps, length] of the trajectory under Draws(SEED)."""
+    canvas without and with self-conditioning; ``argmax`` and ``accepted`` [steps, length] of the trajectory under
+    Draws(SEED)."""
 
-    model_sha256: str
-    prompt: np.ndarray
-    canvas: np.ndarray
-    belief: np.ndarray  # [length] tokens the self-conditioning logits are peaked at
     next_token: np.ndarray
     first: np.ndarray
     conditioned: np.ndarray
     argmax: np.ndarray
     accepted: np.ndarray
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The inputs, and what they give with nano as it is (``original``) and as ``convert -q`` packs it (``quantised``:
+    the reference on the dequantised weights)."""
+
+    model_sha256: str
+    prompt: np.ndarray
+    canvas: np.ndarray
+    belief: np.ndarray  # [length] tokens the self-conditioning logits are peaked at
+    original: Outputs
+    quantised: Outputs
 
     def scaled(self, vocabulary: int) -> np.ndarray:
         """The self-conditioning logits [length, vocabulary]: 4 at the believed token, 0 elsewhere."""
@@ -46,7 +56,16 @@ class Golden:
 def load() -> Golden:
     with np.load(FILE, allow_pickle=False) as data:
         arrays = {key: data[key] for key in data.files}
-    return Golden(model_sha256=str(arrays.pop("model_sha256")), **arrays)
+    original, quantised = (Outputs(**{f.name: arrays[f"{group}.{f.name}"] for f in fields(Outputs)})
+                           for group in ("original", "quantised"))
+    return Golden(str(arrays["model_sha256"]), arrays["prompt"], arrays["canvas"], arrays["belief"], original, quantised)
+
+
+def save(golden: Golden) -> None:
+    flat = {key: value for key, value in vars(golden).items() if not isinstance(value, Outputs)}
+    for group in ("original", "quantised"):
+        flat |= {f"{group}.{key}": value for key, value in vars(getattr(golden, group)).items()}
+    np.savez_compressed(FILE, **flat)
 
 
 def sha256(path: Path) -> str:
@@ -56,25 +75,34 @@ def sha256(path: Path) -> str:
 def make() -> Golden:
     """Computed with transformers."""
     from mlx_diffgemma.config import ModelConfig
-    from mlx_diffgemma.parity.reference import Reference
+    from mlx_diffgemma.convert import convert
     from mlx_diffgemma.tokenizer import chat_ids, load_tokenizer
 
     config = ModelConfig.from_folder(nano.FOLDER)
     tokenizer = load_tokenizer(nano.FOLDER, config.generation.eos_token_ids)
     prompt = np.array(chat_ids(tokenizer, [{"role": "user", "content": PROMPT}]), dtype=np.int32)
-    reference, draws = Reference(nano.FOLDER), Draws(SEED, config.text.vocab_size)
-    step = draws.step(0, 0, 0, 0, config.canvas_length)
-    encoded = reference.encode(prompt.tolist())
-    first, _ = reference.denoise(encoded.cache, step.initial)
-    golden = Golden(sha256(nano.FOLDER / "model.safetensors"), prompt, step.initial, step.renoise,
-                    reference.next_token_logits(encoded), first[:ROWS], first[:0], first[:0], first[:0])
-    conditioned, _ = reference.denoise(encoded.cache, step.initial, golden.scaled(config.text.vocab_size))
-    steps = reference.trajectories([prompt.tolist()], [draws], 1)[0][0].steps
-    return Golden(**{**asdict(golden), "conditioned": conditioned[:ROWS],
-                     "argmax": np.stack([s.argmax for s in steps]).astype(np.int32),
-                     "accepted": np.stack([s.accepted for s in steps])})
+    step = Draws(SEED, config.text.vocab_size).step(0, 0, 0, 0, config.canvas_length)
+    empty = Outputs(*[np.zeros(0)] * len(fields(Outputs)))
+    golden = Golden(sha256(nano.FOLDER / "model.safetensors"), prompt, step.initial, step.renoise, empty, empty)
+    with tempfile.TemporaryDirectory() as name:
+        packed = convert("nano", Path(name) / "packed", quantize=True)
+        plain = convert(str(packed), Path(name) / "plain", dequantize=True, dtype="float32")
+        return replace(golden, original=_reference(nano.FOLDER, golden, config.text.vocab_size),
+                       quantised=_reference(plain, golden, config.text.vocab_size))
+
+
+def _reference(folder: Path, golden: Golden, vocabulary: int) -> Outputs:
+    from mlx_diffgemma.parity.reference import Reference
+
+    reference = Reference(folder)
+    encoded = reference.encode(golden.prompt.tolist())
+    first, _ = reference.denoise(encoded.cache, golden.canvas)
+    conditioned, _ = reference.denoise(encoded.cache, golden.canvas, golden.scaled(vocabulary))
+    steps = reference.trajectories([golden.prompt.tolist()], [Draws(SEED, vocabulary)], 1)[0][0].steps
+    return Outputs(reference.next_token_logits(encoded), first[:ROWS], conditioned[:ROWS],
+                   np.stack([s.argmax for s in steps]).astype(np.int32), np.stack([s.accepted for s in steps]))
 
 
 if __name__ == "__main__":
-    np.savez_compressed(FILE, **asdict(make()))
+    save(make())
     print(f"wrote {FILE}")

@@ -1,0 +1,494 @@
+"""Converts and quantises a checkpoint, tensor by tensor, in a fraction of its size.
+
+A :class:`Conversion` says what every tensor becomes; it is made from headers and config alone, so that a dry run is the
+same plan not carried out.  Rows are read, quantised and written a slice at a time into ``TARGET.partial``, which gets its
+config.json last and then the target's name: what is interrupted can be resumed and is never taken for a model.
+
+    >>> convert("google/diffusiongemma-26B-A4B-it", "diffusiongemma-4bit", quantize=True)
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlx_diffgemma
+from mlx_diffgemma import hub
+from mlx_diffgemma.config import FULL, MARK, ModelConfig, read_json
+from mlx_diffgemma.device import dtype_named
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.layouts import SLICE, Arrangement, Tensor, arrange
+from mlx_diffgemma.model_card import model_card
+from mlx_diffgemma.recipes import CLASSES, Precision, Quantization, Recipe, kind_of, recipe_named, to_config
+from mlx_diffgemma.storage import DTYPES, INDEX, SafetensorsWriter, Stored, read_headers
+
+SHARD_SIZE = 5 * 10**9  # bytes of an output file, as mlx-lm has it
+JOURNAL = "conversion.jsonl"  # of a partial folder: the plan's fingerprint, then what is finished
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+WRITTEN = {"config.json", "generation_config.json", INDEX, "README.md"}
+Progress = Callable[[int, int], None]  # source bytes done, of all
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to make of a checkpoint, in mlx-lm's words.  Errors: UserError for words that contradict each other.
+
+    ``recipe`` alone quantises; with ``quantize`` alone it is the one of that ``q_mode``, for affine "4bit".  ``q_bits``,
+    ``q_group_size`` and ``q_mode`` set the recipe's experts (everything in a uniform recipe).  ``dtype`` is for what is
+    not quantised; None leaves it as stored.
+    """
+
+    quantize: bool = False
+    recipe: str | None = None
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str | None = None
+    dtype: str | None = None
+    dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = self.quantize or self.recipe is not None
+        if self.dequantize and wanted:
+            raise UserError("Either quantise or dequantise, not both at once; leave -d out, or -q and --recipe.")
+        for name in ("q_bits", "q_group_size", "q_mode"):
+            if getattr(self, name) is not None and not wanted:
+                raise UserError(f"--{name.replace('_', '-')} has no effect without -q; add -q, or --recipe with a name.")
+        if self.dtype is not None:
+            dtype_named(self.dtype)
+        recipe = self.chosen()
+        if recipe and not recipe.quantises and (self.quantize or self.q_bits or self.q_group_size or self.q_mode):
+            raise UserError(f"Recipe {recipe.name} quantises nothing; leave -q and the --q- options out, or take another recipe.")
+
+    def chosen(self) -> Recipe | None:
+        """The recipe with its changes; None when the precision is to stay as it is, or to be undone."""
+        if self.recipe is None and not self.quantize:
+            return None
+        recipe = recipe_named(self.recipe or "4bit")
+        return recipe.changed(self.q_bits, self.q_group_size, self.q_mode)
+
+    def command(self) -> str:
+        """These options as a command line spells them."""
+        words = ["-q"] if self.quantize else ["-d"] if self.dequantize else []
+        for name in ("recipe", "q_bits", "q_group_size", "q_mode", "dtype"):
+            if (value := getattr(self, name)) is not None:
+                words.append(f"--{name.replace('_', '-')} {value}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One matrix or other tensor of the result: ``source`` holds what it is made from by suffix ("" where there is none).
+
+    ``shape`` is the unpacked one; ``arrays`` what is written, by name in the file.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    source: Mapping[str, Tensor]
+    before: Precision | None
+    after: Precision | None
+    dtype: mx.Dtype
+    arrays: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(tensor.nbytes(DTYPES[tensor.stored.dtype]) for tensor in self.source.values())
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(math.prod(shape) * dtype.size for dtype, shape in self.arrays.values())
+
+    def memory_bytes(self, element_size: int) -> int:
+        """What it takes when run: packed weights as they are, what is floating in the compute dtype."""
+        return sum(math.prod(shape) * (element_size if mx.issubdtype(dtype, mx.floating) else dtype.size)
+                   for dtype, shape in self.arrays.values())
+
+    def slices(self) -> Iterator[dict[str, mx.array]]:
+        """The arrays to write, by name, a range of rows at a time and in order.
+
+        Errors: UserError where a number is not finite.
+        """
+        columns = self.shape[-1] if self.shape else 1
+        rows, step = self.size // max(columns, 1), max(1, SLICE // (4 * max(columns, 1)))
+        for start in range(0, rows, step):
+            read = {suffix: tensor.read(start, min(start + step, rows)) for suffix, tensor in self.source.items()}
+            made = self._convert(read)
+            finite = [mx.isfinite(array).all() for array in made if mx.issubdtype(array.dtype, mx.floating)]
+            mx.eval(*made, *finite)
+            if not all(flag.item() for flag in finite):
+                stored = {DTYPES[tensor.stored.dtype] for tensor in self.source.values()}
+                raise UserError(f"Tensor {self.path} holds numbers that are not finite" + (
+                    "; download the checkpoint again." if self.dtype in stored else
+                    f" in {str(self.dtype).removeprefix('mlx.core.')}; leave --dtype out."))
+            yield dict(zip(self.arrays, made, strict=True))
+
+    def _convert(self, read: Mapping[str, mx.array]) -> list[mx.array]:
+        if self.before is not None and self.after is not None:  # kept as it is
+            values = [read[suffix] for suffix in ("weight", "scales", "biases") if suffix in read]
+            return [v.astype(self.dtype) if mx.issubdtype(v.dtype, mx.floating) else v for v in values]
+        if self.before is not None:
+            return [self.before.dequantize(read, self.dtype)]
+        (values,) = read.values()
+        values = values.astype(self.dtype) if mx.issubdtype(values.dtype, mx.floating) else values
+        return [values] if self.after is None else list(self.after.quantize(values).values())
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A plan: every output, in the order of the files, and the config that goes with them.
+
+    ``name`` is what the user called the source, ``folder`` where its small files lie.
+    """
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    options: ConvertOptions
+    outputs: tuple[Output, ...]
+    source: Arrangement
+    raw_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(output.bytes_in for output in self.outputs)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(output.bytes_out for output in self.outputs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_out / sum(output.size for output in self.outputs)
+
+    @property
+    def recipe(self) -> str | None:
+        """The name under which the result is marked."""
+        recipe = self.options.chosen()
+        return recipe.name if recipe else None
+
+    def rows(self) -> list[ClassRow]:
+        """What becomes of each class of tensors."""
+        found = []
+        for kind in (*CLASSES, "other"):
+            own = [output for output in self.outputs if output.kind == kind]
+            if own:
+                precisions = sorted({"as stored" if o.after is None else str(o.after) for o in own})
+                found.append(ClassRow(kind, len(own), sum(o.size for o in own), sum(o.bytes_in for o in own),
+                                      sum(o.bytes_out for o in own), " / ".join(precisions)))
+        return found
+
+    def shards(self) -> dict[str, list[Output]]:
+        """Outputs by file name."""
+        groups: list[list[Output]] = [[]]
+        filled = 0
+        for output in self.outputs:
+            if groups[-1] and filled + output.bytes_out > SHARD_SIZE:
+                groups.append([])
+                filled = 0
+            groups[-1].append(output)
+            filled += output.bytes_out
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+    def fingerprint(self) -> str:
+        """Differs when anything that decides the written bytes does: sources, options, versions, device."""
+        sources = {piece.stored.path for o in self.outputs for t in o.source.values() for piece in t.pieces}
+        files = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(sources)]
+        plan = [(o.path, asdict(o.after) if o.after else None, str(o.dtype)) for o in self.outputs]
+        versions = (mlx_diffgemma.__version__, mx.__version__, str(mx.default_device()))
+        return hashlib.sha256(json.dumps([files, plan, versions, self.raw_config]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A line of the dry run: one class of tensors."""
+
+    kind: str
+    tensors: int
+    parameters: int
+    bytes_in: int
+    bytes_out: int
+    precision: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_out / self.parameters
+
+
+def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: ConvertOptions) -> Conversion:
+    """Errors: UserError when the checkpoint is not whole or the options do not fit it."""
+    config = ModelConfig.from_folder(folder)
+    found = arrange(stored, config, name)
+    recipe = options.chosen()
+    quantised = dict(found.precisions)
+    if config.quantization:
+        quantization = Quantization.from_config(config.quantization)
+        for key in found.vision:
+            if key.endswith(".scales") and (precision := quantization.of(key.removesuffix(".scales"), True)):
+                quantised[key.removesuffix(".scales")] = precision
+    if quantised and recipe is not None:
+        raise UserError(f"{name} is quantised already ({', '.join(sorted({str(p) for p in quantised.values()}))}); convert the "
+                        "original checkpoint instead, or dequantise this one first with -d, which loses no more but gains nothing.")
+    if options.dequantize and not quantised:
+        raise UserError(f"{name} is not quantised; leave -d out.")
+    tensors = {**found.tensors, **found.vision}
+    default = DTYPES.get(tensors["model.decoder.norm.weight"].stored.dtype, mx.bfloat16)
+    outputs = []
+    for key in sorted(tensors):
+        path, dot, suffix = key.rpartition(".")
+        if path in quantised:
+            if suffix == "weight":
+                outputs.append(_quantised_output(path, tensors, quantised[path], options, default))
+            continue
+        outputs.append(_float_output(key, path if dot and suffix == "weight" else key, tensors[key], recipe, options))
+    raw, generation = _configs(folder, config, {output.path: output.after for output in outputs}, bool(found.vision))
+    if dtype := options.dtype or ("bfloat16" if recipe and recipe.name == "bf16" else None):
+        for part in (raw, raw["text_config"]):
+            part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part} or {"dtype": dtype}
+    conversion = Conversion(name, folder, config, options, tuple(outputs), found, raw, generation)
+    raw[MARK] = {"version": mlx_diffgemma.__version__, "recipe": conversion.recipe}
+    return conversion
+
+
+def convert(hf_path: str, mlx_path: str | Path = "mlx_model", quantize: bool = False, q_group_size: int | None = None,
+            q_bits: int | None = None, q_mode: str | None = None, dtype: str | None = None, upload_repo: str | None = None,
+            revision: str | None = None, dequantize: bool = False, recipe: str | None = None, overwrite: bool = False,
+            resume: bool = False, progress: Progress | None = None) -> Path:
+    """Convert the checkpoint ``hf_path`` (folder, Hub id or "nano") to the folder ``mlx_path``, which is returned.
+
+    Options as in :class:`ConvertOptions`.  ``overwrite`` replaces an existing conversion, ``resume`` goes on with one that
+    was interrupted.  Errors: UserError; nothing is left then but what ``resume`` can use.
+    """
+    options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
+    target = Path(mlx_path).expanduser().absolute()
+    check_target(target, overwrite, resume)
+    if upload_repo:
+        hub.check_upload(upload_repo)
+    folder = hub.resolve(hf_path, revision, before_weights=ModelConfig.from_folder)
+    if folder.resolve() == target.resolve():
+        raise UserError(f"{target} is the checkpoint to convert; choose another --mlx-path.")
+    conversion = plan(hf_path, folder, read_headers(folder), options)
+    write(conversion, target, resume, upload_repo, progress)
+    if upload_repo:
+        hub.upload(target, upload_repo)
+    return target
+
+
+def check_target(target: Path, overwrite: bool, resume: bool) -> None:
+    """Errors: UserError when ``target`` may not be written."""
+    if target.exists():
+        if not overwrite:
+            raise UserError(f"{target} exists already; choose another --mlx-path, or add --overwrite to replace it.")
+        if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").exists()):
+            raise UserError(f"{target} holds something that is no checkpoint and is not overwritten; choose another --mlx-path.")
+    if partial_folder(target).exists() and not (resume or overwrite):
+        raise UserError(f"An interrupted conversion lies in {partial_folder(target)}; add --resume to go on with it, or "
+                        "--overwrite to begin anew.")
+
+
+def write(conversion: Conversion, target: Path, resume: bool = False, upload_repo: str | None = None,
+          progress: Progress | None = None) -> None:
+    """Carry a plan out, in place of what lies at ``target``.  Errors: UserError as ``convert``."""
+    conversion.source.check_copies()
+    partial = partial_folder(target)
+    done = _finished(partial, conversion.fingerprint()) if resume else ()
+    if not done and partial.exists():
+        (partial / "config.json").unlink(missing_ok=True)  # first, so that it is no checkpoint while it is removed
+        shutil.rmtree(partial)
+    _check_disk(conversion, target, partial)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --mlx-path.") from None
+    cache_limit = mx.set_cache_limit(4 * SLICE)
+    try:
+        _write_weights(conversion, partial, done, progress)
+        _write_files(conversion, partial, upload_repo)
+        _rename(partial, target)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so there is nothing to go on with
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"The disk of {target} filled up; free {_gb(conversion.bytes_out)} in all and run again with --resume."
+                            ) from None
+        raise UserError(f"Converting stopped ({error}); when that is put right, run again with --resume.") from None
+    finally:
+        mx.set_cache_limit(cache_limit)
+
+
+def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, options: ConvertOptions) -> Output:
+    is_matrix = path != key and len(tensor.shape) > 1 and tensor.stored.is_float
+    kind = "vision" if kind_of(path) == "vision" else kind_of(path) if is_matrix else "other"
+    after = recipe.precision(kind) if recipe and is_matrix else None
+    if after:
+        if kind == "vision" and tensor.shape[-1] % after.group_size:
+            after = None  # 4,304 inputs of the released tower divide by 16 only
+        else:
+            after.check(path, tensor.shape[-1])
+    stored = tensor.stored
+    if stored.dtype not in DTYPES:
+        raise UserError(f"{stored.path.name}: tensor {stored.name!r} is stored as {stored.dtype}, which is not supported; known "
+                        f"are {', '.join(DTYPES)}.")
+    dtype = DTYPES[stored.dtype]
+    if stored.is_float and (wanted := options.dtype or ("bfloat16" if recipe and recipe.name == "bf16" else None)):
+        dtype = dtype_named(wanted)
+    if after:
+        arrays = {f"{path}.{suffix}": array for suffix, array in after.packed(tensor.shape, dtype).items()}
+    else:  # experts go by the released layout's name, which every reader knows
+        arrays = {path if kind == "experts" else key: (dtype, tensor.shape)}
+    return Output(path, kind, tensor.shape, {"": tensor}, None, after, dtype, arrays)
+
+
+def _quantised_output(path: str, tensors: Mapping[str, Tensor], before: Precision, options: ConvertOptions,
+                      default: mx.Dtype) -> Output:
+    source = {suffix: tensors[f"{path}.{suffix}"] for suffix in ("weight", "scales", "biases") if f"{path}.{suffix}" in tensors}
+    scales = source["scales"]
+    dtype = dtype_named(options.dtype) if options.dtype else DTYPES[scales.stored.dtype] if scales.stored.is_float else default
+    shape = (*scales.shape[:-1], scales.shape[-1] * before.group_size)
+    kind = kind_of(path)
+    if options.dequantize:
+        arrays = {path if kind == "experts" else f"{path}.weight": (dtype, shape)}
+        return Output(path, kind, shape, source, before, None, dtype, arrays)
+    arrays = {f"{path}.{suffix}": array for suffix, array in before.packed(shape, dtype).items()}
+    return Output(path, kind, shape, source, before, before, dtype, arrays)
+
+
+def _configs(folder: Path, config: ModelConfig, precisions: Mapping[str, Precision | None],
+             has_vision: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json in the older dialect and generation_config.json with every number of the sampler: mlx-vlm needs both."""
+    raw = copy.deepcopy(dict(config.raw))
+    raw.pop("quantization", None)
+    raw.pop("quantization_config", None)
+    if any(precisions.values()):
+        # the second name is where the Hub looks
+        raw["quantization"] = raw["quantization_config"] = to_config(precisions)
+    text = raw["text_config"]
+    shapes = {kind: {(layer.head_dim, layer.num_kv_heads) for layer in config.text.layers if layer.kind == kind}
+              for kind in {layer.kind for layer in config.text.layers}}
+    if "per_layer_config" in text and all(len(found) == 1 for found in shapes.values()):
+        del text["per_layer_config"]
+        for kind, ((size, heads),) in shapes.items():
+            names = ("global_head_dim", "num_global_key_value_heads") if kind == FULL else ("head_dim", "num_key_value_heads")
+            text |= dict(zip(names, (size, heads), strict=True))
+    if not has_vision:
+        raw["vision_config"] = None  # mlx-vlm refuses a vision_config without its weights
+    path = folder / "generation_config.json"
+    generation = copy.deepcopy(read_json(path) if path.exists() else dict(raw.get("generation_config") or {}))
+    own = config.generation
+    numbers = {"max_denoising_steps": own.max_denoising_steps, "t_min": own.t_min, "t_max": own.t_max,
+               "confidence_threshold": own.confidence_threshold, "stability_threshold": own.stability_threshold,
+               "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": own.entropy_bound},
+               "eos_token_id": list(own.eos_token_ids), "pad_token_id": own.pad_token_id}
+    generation |= {key: value for key, value in numbers.items() if generation.get(key) is None}
+    raw["generation_config"] = generation
+    return raw, generation
+
+
+def _write_weights(conversion: Conversion, partial: Path, done: Iterable[str], progress: Progress | None) -> None:
+    """A resumed run begins its journal anew with what is ``done``, so that a line cut off in the last one is gone."""
+    finished, total, done = 0, conversion.bytes_in, set(done)
+    entries = [{"fingerprint": conversion.fingerprint()}, *({"finished": path} for path in sorted(done))]
+    (partial / f"{JOURNAL}.new").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    (partial / f"{JOURNAL}.new").rename(partial / JOURNAL)
+    with (partial / JOURNAL).open("a", encoding="utf-8") as journal:
+        for name, outputs in conversion.shards().items():
+            arrays = {key: array for output in outputs for key, array in output.arrays.items()}
+            writer = SafetensorsWriter(partial / name, arrays, {"format": "mlx"})
+            try:
+                for output in outputs:
+                    if output.path not in done:
+                        places = dict.fromkeys(output.arrays, 0)
+                        for part in output.slices():
+                            for key, values in part.items():
+                                places[key] = writer.write(key, places[key], values)
+                        writer.sync()
+                        journal.write(json.dumps({"finished": output.path}) + "\n")
+                        journal.flush()
+                    finished += output.bytes_in
+                    if progress:
+                        progress(finished, total)
+            finally:
+                writer.close()
+
+
+def _write_files(conversion: Conversion, partial: Path, upload_repo: str | None) -> None:
+    """All but the weights; config.json last, so that no earlier state can be loaded."""
+    for pattern in COPIED:
+        for path in conversion.folder.glob(pattern):
+            if path.name not in WRITTEN and not path.name.endswith(".index.json") and path.is_file():
+                shutil.copyfile(path, partial / path.name)
+    mapping = {key: name for name, outputs in conversion.shards().items() for output in outputs for key in output.arrays}
+    _write_json(partial / INDEX, {"metadata": {"total_size": conversion.bytes_out,
+                                               "total_parameters": sum(output.size for output in conversion.outputs)},
+                                  "weight_map": dict(sorted(mapping.items()))})
+    _write_json(partial / "generation_config.json", conversion.generation_config)
+    (partial / "README.md").write_text(model_card(conversion, upload_repo), encoding="utf-8")
+    _write_json(partial / "config.json.new", conversion.raw_config)
+    (partial / JOURNAL).unlink()
+    (partial / "config.json.new").rename(partial / "config.json")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rename(partial: Path, target: Path) -> None:
+    old = target.with_name(f"{target.name}.old")
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finished(partial: Path, fingerprint: str) -> set[str]:
+    """Outputs a partial folder holds whole.  Errors: UserError when it was made from something else."""
+    journal = partial / JOURNAL
+    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
+    entries = [json.loads(line) for line in text.split("\n")[:-1]]  # a last line that was cut off does not count
+    if not entries:
+        return set()
+    if entries[0]["fingerprint"] != fingerprint:
+        raise UserError(f"{partial} was begun from another checkpoint, with other options or another version; add --overwrite to "
+                        "begin anew.")
+    return {entry["finished"] for entry in entries[1:]}
+
+
+def _check_disk(conversion: Conversion, target: Path, partial: Path) -> None:
+    ground = target.parent
+    while not ground.exists():
+        ground = ground.parent
+    held = sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.exists() else 0
+    needed, free = conversion.bytes_out + 50_000_000 - held, shutil.disk_usage(ground).free
+    if needed > free:
+        raise UserError(f"{target} needs {_gb(needed)} on disk, {_gb(free)} are free; make room or choose another --mlx-path.")
+
+
+def partial_folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"

@@ -1,0 +1,218 @@
+"""Which tensors get which precision: the recipes, and the ``quantization`` entry of config.json they become.
+
+A recipe is one row: a precision for every class of matrices, None where it stays as it is.  Norms, scales and scalars
+always stay.  Precision decides how many denoising steps a canvas needs, so every recipe but the two that say otherwise
+keeps embedding, attention, router and dense MLP at 8 bits: measured by others 63 forwards in bf16 against 167 in uniform
+4 bits for the same four canvases, by us on nano in docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_diffgemma.errors import UserError
+
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+CLASSES = ("embedding", "attention", "router", "dense_mlp", "experts", "self_conditioning", "vision")
+_PATTERNS = {
+    "embedding": re.compile(r"\.embed_tokens$"),
+    "attention": re.compile(r"\.self_attn\.[qkvo]_proj$"),
+    "router": re.compile(r"\.router\.proj$"),
+    "dense_mlp": re.compile(r"\.mlp\.(gate|up|down)_proj$"),
+    "experts": re.compile(r"\.experts\.(gate_up|down)_proj$"),
+    "self_conditioning": re.compile(r"\.self_conditioning\.(gate|up|down)_proj$"),
+}
+
+# What MLX can store: (bits, group sizes) of each mode; the first group size is the mode's default.
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to store a matrix; ``group_size`` weights of a row share a scale.  Errors: UserError for what MLX lacks."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"Unknown quantisation mode {self.mode!r}; use one of {', '.join(MODES)}.")
+        bits, groups = MODES[self.mode]
+        if self.bits not in bits:
+            raise UserError(f"Mode {self.mode} has {_or(bits)} bits, not {self.bits}.")
+        if self.group_size not in groups:
+            raise UserError(f"Mode {self.mode} has groups of {_or(sorted(groups))}, not {self.group_size}.")
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" if self.mode == "affine" else self.mode
+
+    def check(self, path: str, columns: int) -> None:
+        """Errors: UserError when rows of ``columns`` cannot be stored so."""
+        if columns % self.group_size:
+            raise UserError(f"{path} has rows of {columns} weights, which groups of {self.group_size} do not divide; choose "
+                            "another group size or recipe.")
+
+    def packed(self, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
+        """(dtype, shape) of the arrays a matrix [..., columns] of ``dtype`` becomes, by their last name."""
+        *leading, columns = shape
+        groups = (*leading, columns // self.group_size)
+        arrays = {"weight": (mx.uint32, (*leading, columns * self.bits // 32))}
+        if self.mode == "affine":
+            return arrays | {"scales": (dtype, groups), "biases": (dtype, groups)}
+        return arrays | {"scales": (mx.uint8, groups)}
+
+    def quantize(self, rows: mx.array) -> dict[str, mx.array]:
+        """The arrays of ``packed``."""
+        made = mx.quantize(rows, self.group_size, self.bits, mode=self.mode)
+        return dict(zip(("weight", "scales", "biases")[: len(made)], made, strict=True))
+
+    def dequantize(self, arrays: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """What the packed arrays mean, computed in float32 and rounded once."""
+        scales, biases = (a.astype(mx.float32) if a is not None and mx.issubdtype(a.dtype, mx.floating) else a
+                          for a in (arrays["scales"], arrays.get("biases")))
+        return mx.dequantize(arrays["weight"], scales, biases, self.group_size, self.bits, mode=self.mode,
+                             dtype=mx.float32).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    summary: str
+    embedding: Precision | None
+    attention: Precision | None
+    router: Precision | None
+    dense_mlp: Precision | None
+    experts: Precision | None
+    self_conditioning: Precision | None
+    vision: Precision | None
+    uniform: bool = False  # one precision for the whole backbone, whatever it is changed to
+    warning: str = ""
+
+    def precision(self, kind: str) -> Precision | None:
+        """Of a class of matrices; None also for what is no such class."""
+        found = getattr(self, kind) if kind in CLASSES else None
+        assert found is None or isinstance(found, Precision)
+        return found
+
+    @property
+    def quantises(self) -> bool:
+        return any(self.precision(kind) for kind in CLASSES)
+
+    def changed(self, bits: int | None, group_size: int | None, mode: str | None) -> Recipe:
+        """With other experts; in a uniform recipe, with another precision everywhere.
+
+        What is not given stays as it is, or takes the new mode's default.  Errors: UserError as Precision.
+        """
+        if self.experts is None or (bits, group_size, mode) == (None, None, None):
+            return self
+        new = self.experts
+        if mode and mode != new.mode:
+            if mode not in MODES:
+                raise UserError(f"Unknown quantisation mode {mode!r}; use one of {', '.join(MODES)}.")
+            own = new.bits if new.bits in MODES[mode][0] else MODES[mode][0][0]
+            new = Precision(bits or own, group_size or MODES[mode][1][0], mode)
+        new = Precision(bits or new.bits, group_size or new.group_size, new.mode)
+        kinds = [kind for kind in CLASSES if self.precision(kind)] if self.uniform else ["experts"]
+        own_rows: dict[str, Any] = dict.fromkeys(kinds, new)
+        name = f"{self.name} with {'everything' if self.uniform else 'experts'} at {new} in groups of {new.group_size}"
+        changed = replace(self, **own_rows, name=name, summary=name)
+        return next((recipe for recipe in RECIPES.values() if recipe.same_rows(changed)), changed)
+
+    def same_rows(self, other: Recipe) -> bool:
+        return self.uniform == other.uniform and all(self.precision(kind) == other.precision(kind) for kind in CLASSES)
+
+
+def _core(name: str, summary: str, experts: Precision, core: Precision | None = Precision(8, 64),  # noqa: B008 (frozen)
+          vision: Precision | None = None) -> Recipe:
+    """Everything but the experts at one precision."""
+    return Recipe(name, summary, embedding=core, attention=core, router=core, dense_mlp=core, experts=experts,
+                  self_conditioning=core, vision=vision)
+
+
+RECIPES = {recipe.name: recipe for recipe in (
+    Recipe("bf16", "nothing quantised, stored in bfloat16", None, None, None, None, None, None, None),
+    _core("8bit", "all matrices of the backbone at 8 bits", Precision(8, 64)),
+    _core("6bit", "experts 6 bits, the rest 8", Precision(6, 64)),
+    _core("5bit", "experts 5 bits, the rest 8", Precision(5, 64)),
+    _core("4bit", "experts 4 bits, the rest 8: the default of -q", Precision(4, 64)),
+    _core("4bit-bf16-core", "experts 4 bits, the rest not quantised", Precision(4, 64), core=None),
+    _core("mxfp8", "experts mxfp8, the rest 8 bits", Precision(8, 32, "mxfp8")),
+    _core("mxfp4", "experts mxfp4, the rest 8 bits", Precision(4, 32, "mxfp4")),
+    _core("nvfp4", "experts nvfp4, the rest 8 bits", Precision(4, 16, "nvfp4")),
+    _core("3bit", "experts 3 bits, the rest and vision 8: the smallest", Precision(3, 64), vision=Precision(8, 64)),
+    replace(_core("uniform-4bit", "everything 4 bits, for comparison only", Precision(4, 64), core=Precision(4, 64)), uniform=True,
+            warning="uniform-4bit is for comparison only: embedding, attention and router at 4 bits make canvases converge "
+                    "late or not at all; take 4bit."),
+)}
+
+
+def recipe_named(name: str) -> Recipe:
+    """Errors: UserError for an unknown name."""
+    if name not in RECIPES:
+        raise UserError(f"Unknown recipe {name!r}; use one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def kind_of(path: str) -> str:
+    """The class of the matrix at a module path, or "other"."""
+    if path.startswith(VISION):
+        return "vision"
+    return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(path)), "other")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The ``quantization`` entry of a config.json: one default, and what differs by module path (None: not quantised)."""
+
+    default: Precision
+    overrides: Mapping[str, Precision | None]
+
+    @classmethod
+    def from_config(cls, raw: Mapping[str, Any]) -> Quantization:
+        """An override without ``mode`` is affine whatever the default, as MLX tools read it.  Errors: UserError."""
+        def precision(entry: Mapping[str, Any], where: str) -> Precision:
+            if not all(isinstance(entry.get(key), int) for key in ("bits", "group_size")):
+                raise UserError(f"config.json: {where} must give bits and group_size, got {dict(entry)}; only checkpoints "
+                                "quantised by MLX tools are read.")
+            return Precision(entry["bits"], entry["group_size"], entry.get("mode") or "affine")
+
+        overrides = {path: precision(value, f"quantization.{path}") if isinstance(value, Mapping) else None
+                     for path, value in raw.items() if isinstance(value, Mapping) or value is False}
+        return cls(precision(raw, "quantization"), overrides)
+
+    def of(self, path: str, has_scales: bool) -> Precision | None:
+        """The precision of the module at ``path``, whose file has or has no scales.
+
+        Errors: UserError when the two disagree.
+        """
+        found = self.overrides.get(path, self.default if has_scales else None)
+        if (found is not None) != has_scales:
+            raise UserError(f"config.json says that {path} is {'' if found else 'not '}quantised, the files say otherwise; "
+                            "download the checkpoint again.")
+        return found
+
+
+def to_config(precisions: Mapping[str, Precision | None]) -> dict[str, Any]:
+    """The ``quantization`` entry for modules of these precisions; the experts' is the default.
+
+    Modules that are not quantised are left out, as every reader sees that they have no scales.
+    """
+    used = {path: precision for path, precision in precisions.items() if precision}
+    default = next((p for path, p in used.items() if kind_of(path) == "experts"), next(iter(used.values())))
+    return asdict(default) | {path: asdict(p) for path, p in sorted(used.items()) if p != default}
+
+
+def _or(values: Iterable[object]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last

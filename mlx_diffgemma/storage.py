@@ -1,0 +1,169 @@
+"""Safetensors files: what a checkpoint folder holds, ranges of rows out of it, and files written piece by piece.
+
+Whole tensors are read by ``mx.load``; this module is for what it cannot do: to check files before anything is read, to
+read a part of a tensor, and to write a file without ever holding it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.config import read_json
+from mlx_diffgemma.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes, as the format's own library has it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file; ``offset`` is its first byte there, ``dtype`` the format's own name."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in ("BF16", "F16", "F32")
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Rows [stop - start, columns] of the tensor, all axes but the last taken as one.
+
+        Errors: UserError when the file ends early or holds a dtype that is not read.
+        """
+        if self.dtype not in DTYPES:
+            raise UserError(f"{self.path.name}: tensor {self.name!r} is stored as {self.dtype}, which is not supported; known "
+                            f"are {', '.join(DTYPES)}.")
+        dtype = DTYPES[self.dtype]
+        row = self.columns * dtype.size
+        buffer = bytearray((stop - start) * row)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * row)
+            view, filled = memoryview(buffer), 0
+            while filled < len(buffer):  # one read gives 2 GB at most
+                got = file.readinto(view[filled:])
+                if not got:
+                    raise UserError(f"{self.path} ends inside tensor {self.name!r}; download it again.")
+                filled += got
+        return _from_bytes(np.frombuffer(buffer, dtype=np.uint8), dtype).reshape(stop - start, self.columns)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """What a safetensors file holds.  Errors: UserError when its header is damaged or the file is cut off."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(HEADER_LIMIT, path.stat().st_size):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        tensors = from_header(header, path, 8 + length)
+        end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
+        if end > path.stat().st_size:
+            raise ValueError(f"it should have {end:,} bytes and has {path.stat().st_size:,}")
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None
+    return tensors
+
+
+def from_header(header: Mapping[str, Mapping[str, object]], path: Path, start: int) -> dict[str, Stored]:
+    """The entries of a parsed header whose data begin at byte ``start``.  Errors: ValueError for an impossible entry."""
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])  # type: ignore[attr-defined]
+        begin, end = (int(n) for n in entry["data_offsets"])  # type: ignore[attr-defined]
+        if (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].size) or not 0 <= begin <= end:
+            raise ValueError(f"tensor {name!r} of shape {shape} in {dtype} cannot take {end - begin:,} bytes")
+        tensors[name] = Stored(name, path, dtype, shape, start + begin, end - begin)
+    return tensors
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, from the files its index names or all there are.
+
+    Errors: UserError for a missing, cut off or damaged file, and for a tensor the index promises but no file has.
+    """
+    if (folder / INDEX).exists():
+        mapping = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(mapping, dict):
+            raise UserError(f"{folder / INDEX} has no weight_map; download the file again.")
+        files = sorted(set(mapping.values()))
+    else:
+        mapping, files = {}, sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file; only safetensors checkpoints are read.")
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, which its index names; download the checkpoint again.")
+        tensors |= read_header(folder / name)
+    if lost := sorted(mapping.keys() - tensors.keys()):
+        raise UserError(f"{folder}: no file holds tensor {lost[0]!r}, which the index names; download the checkpoint again.")
+    return tensors
+
+
+class SafetensorsWriter:
+    """A safetensors file whose tensors are known beforehand and arrive row by row, in any order.
+
+    ``tensors`` maps names to (dtype, shape), in the order of the file.  An existing file of the same tensors is gone on
+    with, so that an interrupted conversion can be resumed.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], metadata: Mapping[str, str]):
+        header, self.offsets, end = {"__metadata__": dict(metadata)}, dict[str, int](), 0
+        for name, (dtype, shape) in tensors.items():
+            size = math.prod(shape) * dtype.size
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}  # type: ignore[dict-item]
+            self.offsets[name], end = end, end + size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+        self.start = 8 + len(text)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.pwrite(self.file, struct.pack("<Q", len(text)) + text, 0)
+        os.ftruncate(self.file, self.start + end)
+
+    def write(self, name: str, offset: int, values: mx.array) -> int:
+        """Write ``values`` from byte ``offset`` of the tensor on; returns the offset behind them."""
+        view, place = memoryview(_to_bytes(values).data), self.start + self.offsets[name] + offset
+        size = view.nbytes
+        while view.nbytes:  # one write takes 2 GB at most
+            written = os.pwrite(self.file, view, place)
+            view, place = view[written:], place + written
+        return offset + size
+
+    def sync(self) -> None:
+        os.fsync(self.file)
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+def _from_bytes(buffer: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    # numpy has no bfloat16: two-byte tensors travel as uint16
+    array = mx.array(buffer.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.size]))
+    return array if array.dtype == dtype else array.view(dtype)
+
+
+def _to_bytes(values: mx.array) -> np.ndarray:
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[values.dtype.size]
+    return np.ascontiguousarray(np.array(values if values.dtype == unsigned else values.view(unsigned))).reshape(-1).view(np.uint8)
