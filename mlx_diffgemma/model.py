@@ -15,7 +15,7 @@ sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,10 +26,11 @@ import numpy as np
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
-from mlx_diffgemma.masks import causal_mask
+from mlx_diffgemma.masks import Mask, causal_mask
 
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
 SORT_FROM = 64
+SCORES = 2**26  # attention scores that are held at once: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,41 @@ class Attention(nn.Module):
             (segment.cache.append if segment.write == "append" else segment.cache.hold)(index, keys, values)
         if past is not None:
             keys, values = mx.concatenate((past[0], keys), axis=2), mx.concatenate((past[1], values), axis=2)
-        mask = None
-        if not segment.canvas:
-            mask = causal_mask(keys.shape[2] - segment.rows, segment.rows, self.window, segment.blocks)
         # In float32: MLX has no fused kernel at head sizes 256 and 512 and would round the scores to the compute dtype,
-        # which at attention scale 1 moves the weights visibly in bf16.
-        out = mx.fast.scaled_dot_product_attention(*(t.astype(mx.float32) for t in (queries, keys, values)), scale=1.0, mask=mask)
+        # which at attention scale 1 moves the weights visibly in bf16.  For the same reason the scores are held in full, so
+        # long contexts go a few rows at a time.
+        parts = []
+        for start, stop, first, last in self._row_blocks(segment, keys.shape[2]):
+            mask: Mask = None
+            if segment.blocks:
+                whole = causal_mask(keys.shape[2] - segment.rows, segment.rows, self.window, segment.blocks)
+                assert isinstance(whole, mx.array)
+                mask = whole[start:stop]
+            elif not segment.canvas:
+                mask = causal_mask(last - first - (stop - start), stop - start, self.window)
+            block = queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last]
+            parts.append(mx.fast.scaled_dot_product_attention(*(t.astype(mx.float32) for t in block), scale=1.0, mask=mask))
+        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return out.astype(queries.dtype)
+
+    def _row_blocks(self, segment: Segment, keys: int) -> Iterator[tuple[int, int, int, int]]:
+        """Rows start to stop, and the keys first to last that they see: as many rows as keep the scores within bounds.
+
+        A single row left over joins the block before it: it would take other kernels and round differently.
+        """
+        past, sees_all = keys - segment.rows, segment.canvas or bool(segment.blocks)
+        width = keys if sees_all or self.window is None else min(keys, 2 * self.window)
+        rows = max(2, SCORES // (self.heads * width))
+        if self.window is not None and not sees_all:
+            rows = min(rows, max(2, self.window))
+        start = 0
+        while start < segment.rows:
+            stop = segment.rows if segment.rows - start <= rows + 1 else start + rows
+            if sees_all:
+                yield start, stop, 0, keys
+            else:
+                yield start, stop, 0 if self.window is None else max(0, past + start - self.window + 1), past + stop
+            start = stop
 
 
 class MLP(nn.Module):

@@ -7,9 +7,12 @@ acceptance rule is that of arXiv 2505.24857.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+
+CHUNK = 64  # tokens of the vocabulary that are looked at as one before any is looked at alone
 
 
 class Flag:
@@ -37,7 +40,8 @@ class StepNumbers:
 class SamplerStep(NamedTuple):
     """``canvas`` and ``argmax`` ids, ``accepted`` mask, ``entropy`` in nats and ``logprob`` of the argmax: [batch, length].
 
-    ``scaled`` are the temperature-scaled logits, the next step's self-conditioning; ``flags`` [batch, Flag.COUNT].
+    ``scaled`` are the temperature-scaled logits, the next step's self-conditioning, computed only when used; ``flags``
+    [batch, Flag.COUNT].
     """
 
     canvas: mx.array
@@ -62,40 +66,87 @@ def sample_step(
     ``u`` and ``renoise`` [batch, length] are the step's draws; ``history`` [batch, stability, length] the argmax of the
     steps before (-1 where there was none).  The argmax canvas of the last step run is what gets committed.
     """
-    scaled = logits / numbers.temperature[:, None, None]
-    normalised = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
-    probabilities = mx.exp(normalised)
-    # A probability that underflows to zero contributes nothing, as p log p does in the limit.
-    entropy = -mx.where(probabilities > 0, probabilities * normalised, 0.0).sum(axis=-1)
-    argmax = mx.argmax(scaled, axis=-1)
-    drawn = mx.where(numbers.greedy[:, None], argmax, inverse_cdf(truncate(probabilities, numbers), u))
+    temperature = numbers.temperature[:, None, None]
+    argmax = mx.argmax(logits, axis=-1)
+    top = mx.take_along_axis(logits, argmax[..., None], axis=-1)
+    weights, weighted = _weigh(logits, top, temperature)  # the one exponential of a step
+    total = _sums(weights).sum(axis=-1)
+    # -sum p log p with log p = scaled - top - log total
+    entropy = mx.maximum(mx.log(total) - _sums(weighted).sum(axis=-1) / total, 0.0)
+    drawn = mx.where(numbers.greedy[:, None], argmax, inverse_cdf(truncate(weights, numbers), u))
     accepted = accept(entropy, numbers.entropy_bound)
     mean_entropy = entropy.mean(axis=-1)
     stop = is_stable(argmax, history) & (mean_entropy < numbers.confidence)
-    finite = mx.isfinite(logits).all(axis=(-2, -1))
+    finite = mx.isfinite(total + entropy).all(axis=-1)  # a NaN or infinity anywhere has reached one of the sums
     flags = mx.stack([stop, mean_entropy, ~finite, first_position(argmax, eos_ids)], axis=-1)
     return SamplerStep(
         canvas=mx.where(accepted, drawn, renoise),  # every position not accepted now, whatever it was before
         argmax=argmax,
         accepted=accepted,
         entropy=entropy,
-        logprob=mx.take_along_axis(normalised, argmax[..., None], axis=-1)[..., 0],
-        scaled=scaled,
+        logprob=-mx.log(total),
+        scaled=logits / temperature,
         flags=flags.astype(mx.float32),
     )
+
+
+@partial(mx.compile, shapeless=True)
+def _weigh(logits: mx.array, top: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array]:
+    """exp of the scaled distance d from ``top``, and d exp d, in one pass over the logits."""
+    distance = (logits - top) / temperature
+    weights = mx.exp(distance)
+    return weights, distance * weights
+
+
+def _chunked(x: mx.array, fill: float) -> mx.array:
+    """[..., vocabulary] as [..., chunks, CHUNK], the last chunk filled up."""
+    if missing := -x.shape[-1] % CHUNK:
+        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=fill)
+    return x.reshape(*x.shape[:-1], -1, CHUNK)
+
+
+def _sums(x: mx.array) -> mx.array:
+    """[..., chunks] the sum of each chunk; two short sums round less than one long one."""
+    return _chunked(x, 0.0).sum(axis=-1)
 
 
 def inverse_cdf(probabilities: mx.array, u: mx.array) -> mx.array:
     """The token at which the running sum of ``probabilities`` [..., vocabulary] (of any total) passes ``u`` of it.
 
-    Never a token of probability zero: not when rounding carries ``u`` times the total up to the total, and not when a
-    parallel scan leaves the running sum uneven where it should be flat.
+    First the chunk is found by the chunks' sums, then the token in it.  Never a token of probability zero: not when
+    rounding carries ``u`` times the total up to the total, and not when a parallel scan leaves the running sum uneven
+    where it should be flat.
     """
-    running = mx.cumsum(probabilities, axis=-1)
-    possible = probabilities > 0
-    passed = possible & (running > u[..., None] * running[..., -1:])
+    chunks = _chunked(probabilities, 0.0)
+    sums = chunks.sum(axis=-1)
+    chunk, before = _passing(sums, u * sums.sum(axis=-1))
+    inside = mx.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
+    token, _ = _passing(inside, u * sums.sum(axis=-1) - before)
+    return (chunk * CHUNK + token).astype(mx.int32)
+
+
+def _passing(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+    """The first possible entry of ``weights`` [..., n] whose running sum exceeds ``target`` [...], or the last possible one;
+    and the sum before it."""
+    running, possible = mx.cumsum(weights, axis=-1), weights > 0
+    passed = possible & (running > target[..., None])
     last = mx.argmax(mx.where(possible, running, -1.0), axis=-1)
-    return mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), last).astype(mx.int32)
+    index = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), last)
+    return index, mx.take_along_axis(running - weights, index[..., None], axis=-1)[..., 0]
+
+
+def largest(x: mx.array, k: int) -> mx.array:
+    """Indices [..., k] of the ``k`` largest entries of ``x`` [..., vocabulary], in no order.
+
+    Exact in two stages: the k largest lie in the k chunks with the largest maxima.
+    """
+    chunks = _chunked(x, -mx.inf)
+    if chunks.shape[-2] <= k:
+        return mx.argpartition(-x, k - 1, axis=-1)[..., :k]
+    chosen = mx.argpartition(-chunks.max(axis=-1), k - 1, axis=-1)[..., :k]
+    candidates = mx.take_along_axis(chunks, chosen[..., None], axis=-2).flatten(-2)
+    inner = mx.argpartition(-candidates, k - 1, axis=-1)[..., :k]
+    return mx.take_along_axis(chosen, inner // CHUNK, axis=-1) * CHUNK + inner % CHUNK
 
 
 def truncate(probabilities: mx.array, numbers: StepNumbers) -> mx.array:

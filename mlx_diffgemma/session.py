@@ -199,7 +199,7 @@ class Loop:
             [s.policy for s in rows], [s.step for s in rows], logits, np.stack([d.u for d in draws]),
             np.stack([d.renoise for d in draws]), history, mx.array(rows[0].eos_ids),
         )
-        mx.eval(outcome)
+        mx.eval([value for name, value in outcome._asdict().items() if name != "scaled"])  # that waits until it is used
         return outcome
 
     @staticmethod

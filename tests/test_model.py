@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import model as model_module
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.model import Segment
 
@@ -135,3 +136,48 @@ def test_an_overflow_is_not_capped_into_a_token(tiny):
 def test_one_canvas_too_few_caches_is_refused(tiny):
     with pytest.raises(ValueError, match="2 canvas rows but 1"):
         tiny.denoise(mx.array(CANVAS), [encoded(tiny, SHORT)])
+
+
+class TestRowBlocks:
+    """Long contexts go a few rows at a time; nothing shows but the memory."""
+
+    LENGTH = 151  # far beyond the window of 16
+
+    def run(self, model, monkeypatch, scores=None):
+        """(logits of the prompt and of a canvas, the largest score array of each kind of call)"""
+        calls, attention = [], mx.fast.scaled_dot_product_attention
+
+        def spy(queries, keys, values, **options):
+            calls.append((queries.shape[1] * queries.shape[2] * keys.shape[2], queries.shape[2], keys.shape[2]))
+            return attention(queries, keys, values, **options)
+
+        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+        if scores is not None:
+            monkeypatch.setattr(model_module, "SCORES", scores)
+        cache = Cache(model.config.text)
+        ids = mx.array(np.random.default_rng(3).integers(1, 300, self.LENGTH))
+        (causal,) = model.encode([ids], [cache], logits="all").logits
+        canvas = model.denoise(ids[None, :24], [cache]).logits
+        monkeypatch.undo()
+        return (causal, canvas, *cache.arrays), calls
+
+    @pytest.mark.parametrize("scores", [1, 4 * 151 * 5, 4 * 151 * 23, 4 * 40 * 16])
+    def test_identical_for_every_bound(self, tiny, monkeypatch, scores):
+        whole, _ = self.run(tiny, monkeypatch)
+        blocks, calls = self.run(tiny, monkeypatch, scores)
+        assert len(calls) > 12, "there are blocks"
+        assert all(mx.array_equal(a, b) for a, b in zip(whole, blocks))
+
+    def test_no_array_beyond_the_bound(self, tiny, monkeypatch):
+        heads, scores = 4, 4 * 151 * 20
+        _, calls = self.run(tiny, monkeypatch, scores)
+        # one row more than the bound allows, where it would be left over alone
+        assert max(size for size, _, _ in calls) <= scores + heads * (self.LENGTH + 24)
+        assert min(rows for _, rows, _ in calls) >= 2
+
+    def test_sliding_layers_read_only_their_window(self, tiny, monkeypatch):
+        _, calls = self.run(tiny, monkeypatch)
+        window = 16
+        causal = [(rows, keys) for _, rows, keys in calls if keys != self.LENGTH and rows != 24]
+        assert causal
+        assert all(rows <= window + 1 and keys <= rows + window - 1 for rows, keys in causal)

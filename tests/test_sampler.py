@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma.sampler import (
+    CHUNK,
     Flag,
     StepNumbers,
     accept,
@@ -12,6 +13,7 @@ from mlx_diffgemma.sampler import (
     first_position,
     inverse_cdf,
     is_stable,
+    largest,
     sample_step,
     truncate,
 )
@@ -62,9 +64,25 @@ class TestInverseCdf:
             assert inverse_cdf(p, mx.array([u, u])).tolist() == [1, 1]
 
     def test_an_uneven_running_sum_cannot_pick_an_impossible_token(self, monkeypatch):
-        uneven = mx.array([[0.5, 0.4999, 0.5001, 1.0]])
-        monkeypatch.setattr(mx, "cumsum", lambda *a, **k: uneven)
+        uneven = mx.concatenate([mx.array([[0.5, 0.4999, 0.5001]]), mx.ones((1, CHUNK - 3))], axis=-1)
+        real = mx.cumsum
+        monkeypatch.setattr(mx, "cumsum", lambda x, axis: uneven if x.shape[-1] == CHUNK else real(x, axis=axis))
         assert inverse_cdf(mx.array([[0.5, 0.0, 0.0, 0.5]]), mx.array([0.5])).tolist() == [3]
+
+    @pytest.mark.parametrize("vocabulary", [CHUNK, CHUNK + 1, 1000, 4096])
+    def test_chunks_do_not_show(self, vocabulary):
+        """Against one running sum in float64, except where u lies within rounding of an edge."""
+        rng = np.random.default_rng(vocabulary)
+        p = np.exp(rng.normal(0, 3, (400, vocabulary))).astype(np.float32)
+        p[rng.random(p.shape) < 0.3] = 0
+        u = rng.random(400).astype(np.float32)
+        running = np.cumsum(p.astype(np.float64), axis=-1)
+        target = u * running[:, -1]
+        clear = np.abs(running - target[:, None]).min(-1) > 1e-5 * running[:, -1]
+        got = np.array(inverse_cdf(mx.array(p), mx.array(u)))
+        assert clear.mean() > 0.9
+        assert (got == (running <= target[:, None]).sum(-1))[clear].all()
+        assert (p[np.arange(400), got] > 0).all()
 
     def test_any_total(self):
         assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.24])).tolist() == [0]
@@ -74,6 +92,16 @@ class TestInverseCdf:
         p, u = np.array([0.1, 0.2, 0.3, 0.4]), (np.arange(20_000) + 0.5) / 20_000
         got = np.array(inverse_cdf(mx.array(np.tile(p, (20_000, 1)).astype(np.float32)), mx.array(u.astype(np.float32))))
         np.testing.assert_allclose(np.bincount(got) / 20_000, p, atol=2e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [5, CHUNK, 1000, 20_000])
+@pytest.mark.parametrize("k", [1, 4, 64])
+def test_the_largest_are_found_exactly(vocabulary, k):
+    k = min(k, vocabulary)
+    x = np.random.default_rng(k).normal(size=(3, 2, vocabulary)).astype(np.float32)
+    x[0] = -np.abs(x[0])  # the filling of the last chunk must not win
+    got = np.sort(np.array(largest(mx.array(x), k)), axis=-1)
+    assert (got == np.sort(np.argsort(-x, axis=-1)[..., :k], axis=-1)).all()
 
 
 class TestTruncate:
