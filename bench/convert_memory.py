@@ -104,6 +104,8 @@ def main() -> None:
     print(json.dumps(record, indent=1))
     shutil.rmtree(source)
     shutil.rmtree(target)
+    if not record["within_bound"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

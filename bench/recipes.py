@@ -34,7 +34,7 @@ from mlx_diffgemma.info import inspect
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.nano.tasks import held_out_examples
 from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.recipes import RECIPES
+from mlx_diffgemma.recipes import RECIPES, recipe_named
 from mlx_diffgemma.session import Loop, Session
 
 ROOT = Path(__file__).parent.parent
@@ -69,9 +69,10 @@ def measure(arguments: argparse.Namespace) -> None:
             source = str(convert(arguments.model, work / "original", recipe=arguments.original))
         settings = {key: getattr(arguments, key) for key in ("original", "tasks", "limit", "prompts", "rows", "seed")}
         settings["model"] = nano.VERSION if arguments.model == nano.NAME else arguments.model
-        record = _begin(arguments.output, settings)
+        for recipe in arguments.recipes.split(","):
+            recipe_named(recipe)  # an unknown name is refused before anything is measured
         model, tokenizer = load(source)
-        record["machine"] = describe(model.dtype)
+        record = _begin(arguments.output, settings, describe(model.dtype))
         cases = answers(model, tokenizer, arguments.tasks, arguments.prompts, arguments.seed)
         for index, rows in enumerate(log_probabilities(model, cases, arguments.rows, arguments.seed)):
             np.save(work / f"{index}.npy", rows)
@@ -89,13 +90,13 @@ def measure(arguments: argparse.Namespace) -> None:
                 shutil.rmtree(folder)
 
 
-def _begin(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record to go on with, or a new one when the settings differ."""
+def _begin(path: Path, settings: dict[str, Any], machine: dict[str, str]) -> dict[str, Any]:
+    """The record to go on with, or a new one when the settings or the machine differ."""
     if path.exists():
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record["settings"] == settings:
+        if (record["settings"], record["machine"]) == (settings, machine):
             return record
-    return {"command": "python bench/recipes.py", "settings": settings, "levels": LEVELS, "recipes": {}}
+    return {"command": "python bench/recipes.py", "settings": settings, "machine": machine, "levels": LEVELS, "recipes": {}}
 
 
 def answers(model: DiffusionGemma, tokenizer: Any, tasks: str, prompts: int, seed: int) -> list[Case]:

@@ -205,16 +205,13 @@ def convert_command(
 ) -> None:
     """Convert or quantise a checkpoint, in far less memory than it takes."""
     from mlx_diffgemma import hub
-    from mlx_diffgemma.convert import ConvertOptions, check_target, convert, partial_folder, plan
+    from mlx_diffgemma.convert import ConvertOptions, convert, partial_folder, plan
 
     options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
     if (chosen := options.chosen()) and chosen.warning:
         errors.print(f"warning: {chosen.warning}", markup=False)
     if dry_run:
-        if not overwrite:
-            check_target(mlx_path.expanduser().absolute(), overwrite, resume=True)
-        conversion = plan(hf_path, *hub.headers(hf_path, revision), options)
-        _print_conversion(conversion, as_json)
+        _print_conversion(plan(hf_path, *hub.headers(hf_path, revision), options), as_json)
         return
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
                   console=errors, transient=True, disable=not errors.is_terminal) as bar:
@@ -223,8 +220,9 @@ def convert_command(
             target = convert(hf_path, mlx_path, quantize, q_group_size, q_bits, q_mode, dtype, upload_repo, revision, dequantize,
                              recipe, overwrite, resume, lambda done, total: bar.update(task, completed=done, total=total))
         except KeyboardInterrupt:
-            where = partial_folder(mlx_path.expanduser().absolute())
-            errors.print("interrupted" + (f"; {where} is kept, run again with --resume to go on" if where.exists() else ""))
+            where = partial_folder(mlx_path.expanduser().resolve())
+            again = "--overwrite --resume" if overwrite else "--resume"
+            errors.print("interrupted" + (f"; {where} is kept, run again with {again} to go on" if where.exists() else ""))
             raise typer.Exit(130) from None
     from mlx_diffgemma.info import inspect
 
@@ -239,8 +237,7 @@ def _print_conversion(conversion: Conversion, as_json: bool) -> None:
     from mlx_diffgemma import cost
     from mlx_diffgemma.device import compute_dtype, memory_limit
 
-    size = compute_dtype(mx.bfloat16).size
-    weights = sum(o.memory_bytes(size) for o in conversion.outputs)
+    size, weights = compute_dtype(mx.bfloat16).size, conversion.memory_bytes
     limit, longest = memory_limit(), conversion.config.text.max_position_embeddings
     needs = {n: cost.run_bytes(conversion.config, weights, n, size) for n in sorted({min(c, longest) for c in cost.CONTEXTS})}
     if as_json:

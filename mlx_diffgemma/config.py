@@ -101,6 +101,8 @@ class GenerationConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> GenerationConfig:
         """null means absent, since transformers writes it for every unset field."""
         sampler = raw.get("sampler_config") or {}
+        if not isinstance(sampler, Mapping):
+            raise UserError(f"generation_config.json: sampler_config must be an object, got {sampler!r}.")
         if (name := sampler.get("_cls_name", "EntropyBoundSamplerConfig")) != "EntropyBoundSamplerConfig":
             raise UserError(f"generation_config.json asks for the sampler {name!r}; only EntropyBoundSamplerConfig is known.")
         eos = raw.get("eos_token_id")
@@ -143,9 +145,14 @@ class ModelConfig:
             raise UserError("config.json lacks text_config; download the checkpoint again.")
         if raw.get("tie_word_embeddings") is False:
             raise UserError("config.json: tie_word_embeddings is false; only tied checkpoints exist and are supported.")
-        return cls(text=TextConfig.from_dict(raw["text_config"]), canvas_length=int(raw.get("canvas_length") or 256),
-                   vision=raw.get("vision_config"), image_token_id=raw.get("image_token_id"),
-                   quantization=raw.get("quantization") or raw.get("quantization_config"), raw=raw)
+        try:
+            return cls(text=TextConfig.from_dict(raw["text_config"]), canvas_length=int(raw.get("canvas_length") or 256),
+                       vision=raw.get("vision_config"), image_token_id=raw.get("image_token_id"),
+                       quantization=raw.get("quantization") or raw.get("quantization_config"), raw=raw)
+        except UserError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"config.json has a field of the wrong kind ({error}); download the file again.") from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -162,6 +169,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} has no {path.name}; give a folder that holds a DiffusionGemma checkpoint.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download the file again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download the file again.")
     return content

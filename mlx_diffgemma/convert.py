@@ -1,16 +1,18 @@
 """Converts and quantises a checkpoint, tensor by tensor, in a fraction of its size.
 
 A :class:`Conversion` says what every tensor becomes; it is made from headers and config alone, so that a dry run is the
-same plan not carried out.  Rows are read, quantised and written a slice at a time into ``TARGET.partial``, which gets its
-config.json last and then the target's name: what is interrupted can be resumed and is never taken for a model.
+same plan not carried out.  Rows are read, quantised and written a slice at a time below ``TARGET.partial``; when all is there
+the folder gets the target's name.  What is interrupted can be resumed and is never taken for a model.
 
     >>> convert("google/diffusiongemma-26B-A4B-it", "diffusiongemma-4bit", quantize=True)
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -18,23 +20,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 import mlx_diffgemma
-from mlx_diffgemma import hub
-from mlx_diffgemma.config import FULL, MARK, ModelConfig, read_json
-from mlx_diffgemma.device import dtype_named
+from mlx_diffgemma import hub, nano
+from mlx_diffgemma.config import FULL, MARK, MODEL_TYPE, ModelConfig, read_json
+from mlx_diffgemma.device import compute_dtype, dtype_named
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.layouts import SLICE, Arrangement, Tensor, arrange
+from mlx_diffgemma.layouts import SLICE, Arrangement, Tensor, arrange, row_slices
 from mlx_diffgemma.model_card import model_card
 from mlx_diffgemma.recipes import CLASSES, Precision, Quantization, Recipe, kind_of, recipe_named, to_config
 from mlx_diffgemma.storage import DTYPES, INDEX, SafetensorsWriter, Stored, read_headers
 
 SHARD_SIZE = 5 * 10**9  # bytes of an output file, as mlx-lm has it
-JOURNAL = "conversion.jsonl"  # of a partial folder: the plan's fingerprint, then what is finished
+# A partial folder holds the result as far as it got, and a journal: the plan's fingerprint, then what is finished.
+JOURNAL, RESULT = "conversion.jsonl", "result"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 WRITTEN = {"config.json", "generation_config.json", INDEX, "README.md"}
 Progress = Callable[[int, int], None]  # source bytes done, of all
@@ -67,7 +71,8 @@ class ConvertOptions:
         if self.dtype is not None:
             dtype_named(self.dtype)
         recipe = self.chosen()
-        if recipe and not recipe.quantises and (self.quantize or self.q_bits or self.q_group_size or self.q_mode):
+        changes = (self.q_bits, self.q_group_size, self.q_mode)
+        if recipe and not recipe.quantises and (self.quantize or changes != (None, None, None)):
             raise UserError(f"Recipe {recipe.name} quantises nothing; leave -q and the --q- options out, or take another recipe.")
 
     def chosen(self) -> Recipe | None:
@@ -122,31 +127,33 @@ class Output:
     def slices(self) -> Iterator[dict[str, mx.array]]:
         """The arrays to write, by name, a range of rows at a time and in order.
 
-        Errors: UserError where a number is not finite.
+        Errors: UserError where a weight is not finite.
         """
-        columns = self.shape[-1] if self.shape else 1
-        rows, step = self.size // max(columns, 1), max(1, SLICE // (4 * max(columns, 1)))
-        for start in range(0, rows, step):
-            read = {suffix: tensor.read(start, min(start + step, rows)) for suffix, tensor in self.source.items()}
+        for start, stop in row_slices(self.shape):
+            read = {suffix: tensor.read(start, stop) for suffix, tensor in self.source.items()}
             made = self._convert(read)
-            finite = [mx.isfinite(array).all() for array in made if mx.issubdtype(array.dtype, mx.floating)]
-            mx.eval(*made, *finite)
-            if not all(flag.item() for flag in finite):
-                stored = {DTYPES[tensor.stored.dtype] for tensor in self.source.values()}
-                raise UserError(f"Tensor {self.path} holds numbers that are not finite" + (
-                    "; download the checkpoint again." if self.dtype in stored else
-                    f" in {str(self.dtype).removeprefix('mlx.core.')}; leave --dtype out."))
+            mx.eval(made)
             yield dict(zip(self.arrays, made, strict=True))
 
     def _convert(self, read: Mapping[str, mx.array]) -> list[mx.array]:
         if self.before is not None and self.after is not None:  # kept as it is
             values = [read[suffix] for suffix in ("weight", "scales", "biases") if suffix in read]
-            return [v.astype(self.dtype) if mx.issubdtype(v.dtype, mx.floating) else v for v in values]
+            return [self._cast(v) if mx.issubdtype(v.dtype, mx.floating) else v for v in values]
         if self.before is not None:
             return [self.before.dequantize(read, self.dtype)]
         (values,) = read.values()
-        values = values.astype(self.dtype) if mx.issubdtype(values.dtype, mx.floating) else values
+        values = self._cast(values) if mx.issubdtype(values.dtype, mx.floating) else values
         return [values] if self.after is None else list(self.after.quantize(values).values())
+
+    def _cast(self, values: mx.array) -> mx.array:
+        """In the dtype of the result.  Before it is quantised, because a quantiser hides what is not a number."""
+        cast = values.astype(self.dtype)
+        # Buffers of the vision tower may be infinite on purpose: they bound activations.
+        if (self.kind != "vision" or self.after) and not mx.isfinite(cast).all().item():
+            raise UserError(f"Tensor {self.path} holds numbers that are not finite" + (
+                f" in {_name(self.dtype)}; leave --dtype out." if mx.isfinite(values).all().item() else
+                "; download the checkpoint again."))
+        return cast
 
 
 @dataclass(frozen=True)
@@ -175,13 +182,22 @@ class Conversion:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.bytes_out / sum(output.size for output in self.outputs)
+        """Of the text backbone, scales included."""
+        backbone = [output for output in self.outputs if output.kind != "vision"]
+        return 8 * sum(output.bytes_out for output in backbone) / sum(output.size for output in backbone)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the text backbone takes when it is run here: as stored on a GPU, on a CPU with float32 for what is floating."""
+        element = compute_dtype(next(o.dtype for o in self.outputs if o.path == "model.decoder.norm")).size
+        return sum(o.memory_bytes(element) for o in self.outputs if o.kind != "vision")
 
     @property
     def recipe(self) -> str | None:
-        """The name under which the result is marked."""
-        recipe = self.options.chosen()
-        return recipe.name if recipe else None
+        """The name under which the result is marked: the recipe's, or the source's own where its precision is kept."""
+        if recipe := self.options.chosen():
+            return recipe.name
+        return None if self.options.dequantize else (self.config.raw.get(MARK) or {}).get("recipe")
 
     def rows(self) -> list[ClassRow]:
         """What becomes of each class of tensors."""
@@ -189,7 +205,7 @@ class Conversion:
         for kind in (*CLASSES, "other"):
             own = [output for output in self.outputs if output.kind == kind]
             if own:
-                precisions = sorted({"as stored" if o.after is None else str(o.after) for o in own})
+                precisions = sorted({_name(o.dtype) if o.after is None else str(o.after) for o in own})
                 found.append(ClassRow(kind, len(own), sum(o.size for o in own), sum(o.bytes_in for o in own),
                                       sum(o.bytes_out for o in own), " / ".join(precisions)))
         return found
@@ -250,7 +266,12 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
     if options.dequantize and not quantised:
         raise UserError(f"{name} is not quantised; leave -d out.")
     tensors = {**found.tensors, **found.vision}
-    default = DTYPES.get(tensors["model.decoder.norm.weight"].stored.dtype, mx.bfloat16)
+    default = DTYPES[tensors["model.decoder.norm.weight"].stored.dtype]
+    for key in [key for key in found.vision if key.endswith(".scales")]:
+        path, precision = key.removesuffix(".scales"), quantised[key.removesuffix(".scales")]
+        shape = (*tensors[key].shape[:-1], tensors[key].shape[-1] * precision.group_size)
+        if tensors[f"{path}.weight"].shape != precision.packed(shape, default)["weight"][1]:
+            raise UserError(f"{name}: {path} is not packed as config.json says ({precision}); download the checkpoint again.")
     outputs = []
     for key in sorted(tensors):
         path, dot, suffix = key.rpartition(".")
@@ -278,15 +299,21 @@ def convert(hf_path: str, mlx_path: str | Path = "mlx_model", quantize: bool = F
     was interrupted.  Errors: UserError; nothing is left then but what ``resume`` can use.
     """
     options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
-    target = Path(mlx_path).expanduser().absolute()
+    hf_path = hf_path if hf_path == nano.NAME else os.path.expanduser(hf_path)
+    target = Path(mlx_path).expanduser().resolve()
     check_target(target, overwrite, resume)
+    # All that can be refused is refused from headers alone, before gigabytes are fetched or an upload is begun.
+    conversion = plan(hf_path, *hub.headers(hf_path, revision), options)
+    _check_disk(conversion, target)
     if upload_repo:
         hub.check_upload(upload_repo)
-    folder = hub.resolve(hf_path, revision, before_weights=ModelConfig.from_folder)
-    if folder.resolve() == target.resolve():
-        raise UserError(f"{target} is the checkpoint to convert; choose another --mlx-path.")
+    folder = hub.resolve(hf_path, revision)
+    source = folder.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise UserError(f"{target} and the checkpoint to convert lie in each other; choose another --mlx-path.")
     conversion = plan(hf_path, folder, read_headers(folder), options)
-    write(conversion, target, resume, upload_repo, progress)
+    conversion.source.check_copies()
+    write(conversion, target, overwrite, resume, upload_repo, progress)
     if upload_repo:
         hub.upload(target, upload_repo)
     return target
@@ -294,45 +321,84 @@ def convert(hf_path: str, mlx_path: str | Path = "mlx_model", quantize: bool = F
 
 def check_target(target: Path, overwrite: bool, resume: bool) -> None:
     """Errors: UserError when ``target`` may not be written."""
-    if target.exists():
-        if not overwrite:
-            raise UserError(f"{target} exists already; choose another --mlx-path, or add --overwrite to replace it.")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").exists()):
-            raise UserError(f"{target} holds something that is no checkpoint and is not overwritten; choose another --mlx-path.")
-    if partial_folder(target).exists() and not (resume or overwrite):
-        raise UserError(f"An interrupted conversion lies in {partial_folder(target)}; add --resume to go on with it, or "
-                        "--overwrite to begin anew.")
-
-
-def write(conversion: Conversion, target: Path, resume: bool = False, upload_repo: str | None = None,
-          progress: Progress | None = None) -> None:
-    """Carry a plan out, in place of what lies at ``target``.  Errors: UserError as ``convert``."""
-    conversion.source.check_copies()
     partial = partial_folder(target)
-    done = _finished(partial, conversion.fingerprint()) if resume else ()
-    if not done and partial.exists():
-        (partial / "config.json").unlink(missing_ok=True)  # first, so that it is no checkpoint while it is removed
-        shutil.rmtree(partial)
-    _check_disk(conversion, target, partial)
+    try:
+        if target.exists():
+            if not overwrite:
+                raise UserError(f"{target} exists already; choose another --mlx-path, or add --overwrite to replace it.")
+            if not _is_checkpoint(target):
+                raise UserError(f"{target} holds something that is no checkpoint and is not overwritten; choose another "
+                                "--mlx-path.")
+        if partial.exists():
+            if not partial.is_dir() or {path.name for path in partial.iterdir()} - {JOURNAL, f"{JOURNAL}.new", RESULT}:
+                raise UserError(f"{partial} is in the way and is not ours; move it, or choose another --mlx-path.")
+            if not (resume or overwrite):
+                raise UserError(f"An interrupted conversion lies in {partial}; add --resume to go on with it, or --overwrite to "
+                                "begin anew.")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --mlx-path.") from None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is empty or holds a DiffusionGemma checkpoint and nothing else, so that no other work is lost."""
+    if not folder.is_dir():
+        return False
+    known = [*COPIED, "README.md", "*.safetensors", ".gitattributes", ".cache"]
+    names = [path.name for path in folder.iterdir()]
+    if not names:
+        return True
+    try:
+        model_type = read_json(folder / "config.json").get("model_type")
+    except UserError:
+        return False
+    return model_type == MODEL_TYPE and all(any(fnmatch(name, pattern) for pattern in known) for name in names)
+
+
+def write(conversion: Conversion, target: Path, overwrite: bool = False, resume: bool = False, upload_repo: str | None = None,
+          progress: Progress | None = None) -> None:
+    """Carry a plan out.  Errors: UserError as ``convert``."""
+    partial = partial_folder(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); choose another --mlx-path.") from None
-    cache_limit = mx.set_cache_limit(4 * SLICE)
+    with _alone(partial):
+        done = _finished(partial, conversion.fingerprint()) if resume else ()
+        if not done:
+            shutil.rmtree(partial / RESULT, ignore_errors=True)
+        cache_limit = mx.set_cache_limit(4 * SLICE)
+        try:
+            (partial / RESULT).mkdir(exist_ok=True)
+            _write_weights(conversion, partial, done, progress)
+            _write_files(conversion, partial / RESULT, upload_repo)
+            if not target.exists() or overwrite:
+                _put_in_place(partial, target)
+                return
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so there is nothing to go on with
+            raise
+        except OSError as error:
+            again = "--overwrite --resume" if target.exists() else "--resume"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"The disk of {target} filled up; free {_gb(conversion.bytes_out)} in all and run again with "
+                                f"{again}.") from None
+            raise UserError(f"Converting stopped ({error}); when that is put right, run again with {again}.") from None
+        finally:
+            mx.set_cache_limit(cache_limit)
+    check_target(target, overwrite, resume)  # something was put there in the meantime
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Hold a partial folder.  Errors: UserError when another process does."""
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        _write_weights(conversion, partial, done, progress)
-        _write_files(conversion, partial, upload_repo)
-        _rename(partial, target)
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so there is nothing to go on with
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk of {target} filled up; free {_gb(conversion.bytes_out)} in all and run again with --resume."
-                            ) from None
-        raise UserError(f"Converting stopped ({error}); when that is put right, run again with --resume.") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"Another conversion is writing {partial}; wait for it, or choose another --mlx-path.") from None
     finally:
-        mx.set_cache_limit(cache_limit)
+        os.close(descriptor)
 
 
 def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, options: ConvertOptions) -> Output:
@@ -344,12 +410,8 @@ def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, op
             after = None  # 4,304 inputs of the released tower divide by 16 only
         else:
             after.check(path, tensor.shape[-1])
-    stored = tensor.stored
-    if stored.dtype not in DTYPES:
-        raise UserError(f"{stored.path.name}: tensor {stored.name!r} is stored as {stored.dtype}, which is not supported; known "
-                        f"are {', '.join(DTYPES)}.")
-    dtype = DTYPES[stored.dtype]
-    if stored.is_float and (wanted := options.dtype or ("bfloat16" if recipe and recipe.name == "bf16" else None)):
+    dtype = DTYPES[tensor.stored.dtype]
+    if tensor.stored.is_float and (wanted := options.dtype or ("bfloat16" if recipe and recipe.name == "bf16" else None)):
         dtype = dtype_named(wanted)
     if after:
         arrays = {f"{path}.{suffix}": array for suffix, array in after.packed(tensor.shape, dtype).items()}
@@ -412,10 +474,10 @@ def _write_weights(conversion: Conversion, partial: Path, done: Iterable[str], p
     with (partial / JOURNAL).open("a", encoding="utf-8") as journal:
         for name, outputs in conversion.shards().items():
             arrays = {key: array for output in outputs for key, array in output.arrays.items()}
-            writer = SafetensorsWriter(partial / name, arrays, {"format": "mlx"})
+            writer = SafetensorsWriter(partial / RESULT / name, arrays, {"format": "mlx"})
             try:
                 for output in outputs:
-                    if output.path not in done:
+                    if output.path not in done or not writer.resumed:
                         places = dict.fromkeys(output.arrays, 0)
                         for part in output.slices():
                             for key, values in part.items():
@@ -423,6 +485,7 @@ def _write_weights(conversion: Conversion, partial: Path, done: Iterable[str], p
                         writer.sync()
                         journal.write(json.dumps({"finished": output.path}) + "\n")
                         journal.flush()
+                        os.fsync(journal.fileno())
                     finished += output.bytes_in
                     if progress:
                         progress(finished, total)
@@ -430,21 +493,19 @@ def _write_weights(conversion: Conversion, partial: Path, done: Iterable[str], p
                 writer.close()
 
 
-def _write_files(conversion: Conversion, partial: Path, upload_repo: str | None) -> None:
-    """All but the weights; config.json last, so that no earlier state can be loaded."""
+def _write_files(conversion: Conversion, folder: Path, upload_repo: str | None) -> None:
+    """All but the weights."""
     for pattern in COPIED:
         for path in conversion.folder.glob(pattern):
             if path.name not in WRITTEN and not path.name.endswith(".index.json") and path.is_file():
-                shutil.copyfile(path, partial / path.name)
+                shutil.copyfile(path, folder / path.name)
     mapping = {key: name for name, outputs in conversion.shards().items() for output in outputs for key in output.arrays}
-    _write_json(partial / INDEX, {"metadata": {"total_size": conversion.bytes_out,
-                                               "total_parameters": sum(output.size for output in conversion.outputs)},
-                                  "weight_map": dict(sorted(mapping.items()))})
-    _write_json(partial / "generation_config.json", conversion.generation_config)
-    (partial / "README.md").write_text(model_card(conversion, upload_repo), encoding="utf-8")
-    _write_json(partial / "config.json.new", conversion.raw_config)
-    (partial / JOURNAL).unlink()
-    (partial / "config.json.new").rename(partial / "config.json")
+    _write_json(folder / INDEX, {"metadata": {"total_size": conversion.bytes_out,
+                                              "total_parameters": sum(output.size for output in conversion.outputs)},
+                                 "weight_map": dict(sorted(mapping.items()))})
+    _write_json(folder / "generation_config.json", conversion.generation_config)
+    (folder / "README.md").write_text(model_card(conversion, upload_repo), encoding="utf-8")
+    _write_json(folder / "config.json", conversion.raw_config)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -455,32 +516,39 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _rename(partial: Path, target: Path) -> None:
-    old = target.with_name(f"{target.name}.old")
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give the result the target's name; what was there goes only when the new one is in its place."""
+    old = target.with_name(f".{target.name}.replaced-by-mlx-diffgemma")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed in the middle of this
     if target.exists():
         target.rename(old)
-    partial.rename(target)
+    (partial / RESULT).rename(target)
     shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finished(partial: Path, fingerprint: str) -> set[str]:
     """Outputs a partial folder holds whole.  Errors: UserError when it was made from something else."""
     journal = partial / JOURNAL
-    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
-    entries = [json.loads(line) for line in text.split("\n")[:-1]]  # a last line that was cut off does not count
-    if not entries:
-        return set()
-    if entries[0]["fingerprint"] != fingerprint:
-        raise UserError(f"{partial} was begun from another checkpoint, with other options or another version; add --overwrite to "
-                        "begin anew.")
-    return {entry["finished"] for entry in entries[1:]}
+    try:
+        text = journal.read_text(encoding="utf-8") if journal.exists() else ""
+        entries = [json.loads(line) for line in text.split("\n")[:-1]]  # a last line that was cut off does not count
+        if not entries:
+            return set()
+        begun, done = entries[0]["fingerprint"], {entry["finished"] for entry in entries[1:]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{journal} is damaged; add --overwrite without --resume to begin anew.") from None
+    if begun != fingerprint:
+        raise UserError(f"{partial} was begun from another checkpoint, with other options or another version; add --overwrite "
+                        "without --resume to begin anew.")
+    return done
 
 
-def _check_disk(conversion: Conversion, target: Path, partial: Path) -> None:
-    ground = target.parent
+def _check_disk(conversion: Conversion, target: Path) -> None:
+    ground, partial = target.parent, partial_folder(target)
     while not ground.exists():
         ground = ground.parent
-    held = sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.exists() else 0
+    held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.exists() else 0
     needed, free = conversion.bytes_out + 50_000_000 - held, shutil.disk_usage(ground).free
     if needed > free:
         raise UserError(f"{target} needs {_gb(needed)} on disk, {_gb(free)} are free; make room or choose another --mlx-path.")
@@ -488,6 +556,10 @@ def _check_disk(conversion: Conversion, target: Path, partial: Path) -> None:
 
 def partial_folder(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _gb(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def resolve(model: str, revision: str | None = None, before_weights: Callable[[P
     ``before_weights`` is called with the folder when only the small files are there, and may refuse the model by an
     error before gigabytes are fetched.  Errors: UserError when there is no such folder or repository, or no network to ask.
     """
-    if folder := _local(model):
+    if folder := _local(model, revision):
         return folder
     with _told(model, revision):
         if before_weights:
@@ -47,8 +48,11 @@ def headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, St
 
     The tensors of a repository cannot be read.  Errors: UserError as ``resolve``.
     """
-    if local := _local(model):
+    if local := _local(model, revision):
         return local, read_headers(local)
+    with contextlib.suppress(LocalEntryNotFoundError, UserError):  # what is downloaded already needs no network
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True))
+        return folder, read_headers(folder)
     with _told(model, revision):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=SMALL))
         found = get_safetensors_metadata(model, revision=folder.name)  # the commit that was fetched
@@ -57,29 +61,40 @@ def headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, St
 
 
 def check_upload(repo: str) -> None:
-    """Errors: UserError when nobody is logged in to the Hub who could write to ``repo``, or its name is none."""
+    """Create ``repo`` if need be, so that it is known early whether that may be done.  Errors: UserError."""
     try:
         validate_repo_id(repo)
     except HFValidationError:
         raise UserError(f"{repo!r} is no Hub repository; give owner/name.") from None
-    with _told(repo, None):
-        try:
-            HfApi().whoami()
-        except LocalTokenNotFoundError:
-            raise UserError(f"Nobody is logged in who could upload to {repo}; run `hf auth login` with a write token.") from None
+    try:
+        HfApi().whoami()
+        HfApi().create_repo(repo, exist_ok=True)
+    except LocalTokenNotFoundError:
+        raise UserError(f"Nobody is logged in who could upload to {repo}; run `hf auth login` with a write token.") from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(f"The Hub does not let you write to {repo} (HTTP {status}); run `hf auth login` with a token that may."
+                            ) from None
+        raise UserError(f"{repo} on the Hub could not be reached ({type(error).__name__}); check the network, or leave "
+                        "--upload-repo out.") from None
 
 
 def upload(folder: Path, repo: str) -> None:
-    """Create ``repo`` if need be and put all of ``folder`` there."""
-    with _told(repo, None):
-        HfApi().create_repo(repo, exist_ok=True)
+    """Put all of ``folder`` into a repository that ``check_upload`` has made.  Errors: UserError."""
+    try:
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Converted with mlx-diffgemma")
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder} is complete, but uploading it to {repo} failed ({type(error).__name__}); upload it with "
+                        f"`hf upload {repo} {folder}`.") from None
 
 
-def _local(model: str) -> Path | None:
+def _local(model: str, revision: str | None = None) -> Path | None:
     """The folder of a model that is on this machine; None for what can only be a Hub id.  Errors: UserError."""
     path = nano.FOLDER if model == nano.NAME else Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+        if revision is not None:
+            raise UserError(f"--revision is for Hub ids, and {model} is a folder on this machine; leave it out.")
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"There is no folder {model!r}; give a checkpoint folder, a Hub id like owner/name, or {nano.NAME!r}.")
@@ -104,6 +119,9 @@ def _told(model: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"There is neither a folder nor a Hub repository {model!r}; check the spelling, or log in with "
                         "`hf auth login` if it is private.") from None
     except (LocalEntryNotFoundError, HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the xet transport
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise UserError(f"{model} could not be stored ({error.strerror}); make room, or choose another place with HF_HOME."
+                            ) from None
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(f"{model} could not be fetched from {endpoint} ({type(error).__name__}); check the network and run "
                         "the command again, it goes on where it stopped, or give a local folder.") from None

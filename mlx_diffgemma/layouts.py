@@ -69,12 +69,6 @@ class Tensor:
     def stored(self) -> Stored:
         return self.pieces[0].stored
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(rows, columns) with all axes but the last taken as one."""
-        columns = self.shape[-1] if self.shape else 1
-        return math.prod(self.shape) // columns, columns
-
     def nbytes(self, dtype: mx.Dtype) -> int:
         """Its size when what is floating is held in ``dtype``."""
         return math.prod(self.shape) * (dtype.size if self.stored.is_float else DTYPES[self.stored.dtype].size)
@@ -88,12 +82,6 @@ class Tensor:
                 parts.append(piece.read(low, high))
             first += piece.rows
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def slices(self, limit: int = SLICE) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that take at most ``limit`` bytes in float32, or one row."""
-        rows, columns = self.matrix
-        step = max(1, limit // (4 * columns))
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
     def assemble(self, whole: Mapping[str, mx.array]) -> mx.array:
         """The tensor, from whole stored tensors by name."""
@@ -112,16 +100,23 @@ class Arrangement:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     precisions: dict[str, Precision] = field(default_factory=dict)
-    copies: list[tuple[Stored, Tensor]] = field(default_factory=list)
+    copies: list[tuple[Stored, Stored]] = field(default_factory=list)
     vision: dict[str, Tensor] = field(default_factory=dict)
 
     def check_copies(self) -> None:
         """Untied copies of shared tensors in the encoder must equal the decoder's.  Errors: UserError."""
         for copy, original in self.copies:
-            for start, stop in original.slices():
-                if not mx.array_equal(copy.rows(start, stop), original.read(start, stop)).item():
+            for start, stop in row_slices(original.shape):
+                if not mx.array_equal(copy.rows(start, stop), original.rows(start, stop)).item():
                     raise UserError(f"{copy.path}: {copy.name!r} differs from {original.name!r}; encoder and decoder must share "
                                     "their weights.")
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of a matrix, all axes but the last taken as one, that take at most SLICE bytes in float32, or one row."""
+    columns = max(1, shape[-1] if shape else 1)
+    rows, step = math.prod(shape) // columns, max(1, SLICE // (4 * columns))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Arrangement:
@@ -135,6 +130,9 @@ def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Ar
     for name, entry in stored.items():
         if name == "lm_head.weight" or "rotary_emb" in name or name.endswith("embed_scale"):
             continue  # the tied head, and buffers the config determines
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{where}: tensor {name!r} is stored as {entry.dtype}, which is not supported; known are "
+                            f"{', '.join(DTYPES)}.")
         if name.startswith(VISION):
             arrangement.vision[name] = Tensor(name, entry.shape, (Piece(entry, 0, _row_count(entry)),))
         elif name.startswith(ENCODER):
@@ -164,8 +162,8 @@ def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Ar
         arrangement.tensors[key] = tensor
     for entry in encoder:
         if entry.name not in expected:
-            original = arrangement.tensors.get(_model_name(DECODER + entry.name.removeprefix(ENCODER)))
-            if original is None or original.shape != entry.shape:
+            original = stored.get(DECODER + entry.name.removeprefix(ENCODER))
+            if original is None or (original.shape, original.dtype) != (entry.shape, entry.dtype):
                 raise UserError(f"{where}: unexpected tensor {entry.name!r}; this is not a DiffusionGemma checkpoint of a known "
                                 "layout.")
             arrangement.copies.append((entry, original))
@@ -264,10 +262,6 @@ def _precisions(config: ModelConfig, scaled: set[str]) -> dict[str, Precision]:
 
 def _expected(config: ModelConfig, precisions: Mapping[str, Precision]) -> dict[str, mx.array]:
     return dict(tree_flatten(quantized_module(config, precisions).parameters()))
-
-
-def _model_name(name: str) -> str:
-    return f"{name}.weight" if re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) else name
 
 
 def _sibling(key: str) -> str:

@@ -121,8 +121,8 @@ class Recipe:
             if mode not in MODES:
                 raise UserError(f"Unknown quantisation mode {mode!r}; use one of {', '.join(MODES)}.")
             own = new.bits if new.bits in MODES[mode][0] else MODES[mode][0][0]
-            new = Precision(bits or own, group_size or MODES[mode][1][0], mode)
-        new = Precision(bits or new.bits, group_size or new.group_size, new.mode)
+            new = Precision(own if bits is None else bits, MODES[mode][1][0] if group_size is None else group_size, mode)
+        new = Precision(new.bits if bits is None else bits, new.group_size if group_size is None else group_size, new.mode)
         kinds = [kind for kind in CLASSES if self.precision(kind)] if self.uniform else ["experts"]
         own_rows: dict[str, Any] = dict.fromkeys(kinds, new)
         name = f"{self.name} with {'everything' if self.uniform else 'experts'} at {new} in groups of {new.group_size}"
@@ -182,14 +182,15 @@ class Quantization:
     def from_config(cls, raw: Mapping[str, Any]) -> Quantization:
         """An override without ``mode`` is affine whatever the default, as MLX tools read it.  Errors: UserError."""
         def precision(entry: Mapping[str, Any], where: str) -> Precision:
-            if not all(isinstance(entry.get(key), int) for key in ("bits", "group_size")):
-                raise UserError(f"config.json: {where} must give bits and group_size, got {dict(entry)}; only checkpoints "
+            if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), int) for key in ("bits", "group_size")):
+                raise UserError(f"config.json: {where} must give bits and group_size, got {str(entry)[:200]}; only checkpoints "
                                 "quantised by MLX tools are read.")
             return Precision(entry["bits"], entry["group_size"], entry.get("mode") or "affine")
 
+        default = precision(raw, "quantization")
         overrides = {path: precision(value, f"quantization.{path}") if isinstance(value, Mapping) else None
                      for path, value in raw.items() if isinstance(value, Mapping) or value is False}
-        return cls(precision(raw, "quantization"), overrides)
+        return cls(default, overrides)
 
     def of(self, path: str, has_scales: bool) -> Precision | None:
         """The precision of the module at ``path``, whose file has or has no scales.

@@ -81,6 +81,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise ValueError(f"it should have {end:,} bytes and has {path.stat().st_size:,}")
     except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     return tensors
 
 
@@ -92,7 +94,7 @@ def from_header(header: Mapping[str, Mapping[str, object]], path: Path, start: i
             continue
         shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])  # type: ignore[attr-defined]
         begin, end = (int(n) for n in entry["data_offsets"])  # type: ignore[attr-defined]
-        if (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].size) or not 0 <= begin <= end:
+        if not 0 <= begin <= end or (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].size):
             raise ValueError(f"tensor {name!r} of shape {shape} in {dtype} cannot take {end - begin:,} bytes")
         tensors[name] = Stored(name, path, dtype, shape, start + begin, end - begin)
     return tensors
@@ -105,7 +107,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     """
     if (folder / INDEX).exists():
         mapping = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(mapping, dict):
+        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
             raise UserError(f"{folder / INDEX} has no weight_map; download the file again.")
         files = sorted(set(mapping.values()))
     else:
@@ -125,27 +127,30 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 class SafetensorsWriter:
     """A safetensors file whose tensors are known beforehand and arrive row by row, in any order.
 
-    ``tensors`` maps names to (dtype, shape), in the order of the file.  An existing file of the same tensors is gone on
-    with, so that an interrupted conversion can be resumed.
+    ``tensors`` maps names to (dtype, shape), in the order of the file.  A file that is there and has the right size is
+    ``resumed``: what was written into it stays, as an interrupted conversion needs it.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], metadata: Mapping[str, str]):
-        header, self.offsets, end = {"__metadata__": dict(metadata)}, dict[str, int](), 0
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        self.places, end = dict[str, tuple[int, int]](), 0  # first and last byte of each tensor, counted from the data's first
         for name, (dtype, shape) in tensors.items():
-            size = math.prod(shape) * dtype.size
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}  # type: ignore[dict-item]
-            self.offsets[name], end = end, end + size
+            self.places[name] = end, (end := end + math.prod(shape) * dtype.size)
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": list(self.places[name])}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
         self.start = 8 + len(text)
+        self.resumed = path.exists() and path.stat().st_size == self.start + end
         self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.pwrite(self.file, struct.pack("<Q", len(text)) + text, 0)
         os.ftruncate(self.file, self.start + end)
 
     def write(self, name: str, offset: int, values: mx.array) -> int:
         """Write ``values`` from byte ``offset`` of the tensor on; returns the offset behind them."""
-        view, place = memoryview(_to_bytes(values).data), self.start + self.offsets[name] + offset
-        size = view.nbytes
+        view, (first, last) = memoryview(_to_bytes(values).data), self.places[name]
+        size, place = view.nbytes, self.start + first + offset
+        if first + offset + size > last:
+            raise ValueError(f"{size} bytes from {offset} on do not fit into tensor {name}")
         while view.nbytes:  # one write takes 2 GB at most
             written = os.pwrite(self.file, view, place)
             view, place = view[written:], place + written

@@ -67,7 +67,7 @@ def warn_of_low_attention(config: ModelConfig, name: str) -> None:
 
     Source: https://github.com/Blaizzy/mlx-vlm/pull/1359
     """
-    if not config.quantization or MARK in config.raw:
+    if not config.quantization or (config.raw.get(MARK) or {}).get("recipe"):
         return
     quantization = Quantization.from_config(config.quantization)
     paths = [f"model.decoder.layers.{index}.self_attn.{name}"

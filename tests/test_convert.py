@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_diffgemma import chat_ids, convert, generate, load, nano
+from mlx_diffgemma import chat_ids, convert, generate, layouts, load, nano
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
-from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.recipes import RECIPES, kind_of
 from mlx_diffgemma.storage import INDEX, Stored
 from mlx_diffgemma.weights import load_model
@@ -174,6 +174,18 @@ class TestWhatIsKept:
         again = convert(str(first), tmp_path / "again")
         assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
+    def test_whose_conversion_it_is(self, divisible_folder, tmp_path):
+        """Ours keeps its recipe's name; a stranger's does not become ours by being copied."""
+        ours = convert(str(divisible_folder), tmp_path / "ours", recipe="uniform-4bit")
+        copied = convert(str(ours), tmp_path / "copied", dtype="bfloat16")
+        assert json.loads((copied / "config.json").read_text())["mlx_diffgemma"]["recipe"] == "uniform-4bit"
+        raw = json.loads((ours / "config.json").read_text())
+        del raw["mlx_diffgemma"]
+        (ours / "config.json").write_text(json.dumps(raw))
+        strange = convert(str(ours), tmp_path / "strange", dtype="bfloat16")
+        with pytest.warns(CheckpointWarning, match="attention at 4 bits"):
+            load_model(strange)
+
     def test_shards(self, divisible_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "SHARD_SIZE", 300_000)
         whole = tensors_of(convert(str(divisible_folder), tmp_path / "out", recipe="4bit"))
@@ -211,13 +223,13 @@ class TestWhatIsKept:
             return rows(self, start, stop)
 
         monkeypatch.setattr(Stored, "rows", spy)
-        monkeypatch.setattr(module, "SLICE", 30_000)
+        monkeypatch.setattr(layouts, "SLICE", 30_000)
         convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
         assert 15_000 < largest <= 30_000
 
     def test_slices_do_not_show(self, divisible_folder, tmp_path, monkeypatch):
         whole = convert(str(divisible_folder), tmp_path / "whole", recipe="nvfp4")
-        monkeypatch.setattr(module, "SLICE", 3 * 4 * 128)
+        monkeypatch.setattr(layouts, "SLICE", 3 * 4 * 128)
         same_files(whole, convert(str(divisible_folder), tmp_path / "slices", recipe="nvfp4"))
 
 
@@ -230,11 +242,11 @@ def state_is_sound(target, unbroken):
     if target.exists():
         same_files(unbroken, target)
     partial = target.with_name(f"{target.name}.partial")
-    if (partial / "config.json").exists():
-        same_files(unbroken, partial)
-    elif partial.exists():
+    if partial.exists():
         with pytest.raises(UserError, match="config.json"):
             load_model(partial)
+    if (partial / "result" / "config.json").exists():
+        load_model(partial / "result")
 
 
 class TestInterruption:
@@ -279,13 +291,61 @@ class TestInterruption:
         monkeypatch.setattr(module, "_write_files", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
-        with pytest.raises(UserError, match="with other options or another version; add --overwrite"):
+        with pytest.raises(UserError, match="with other options or another version; add --overwrite without --resume"):
             convert(str(divisible_folder), tmp_path / "out", recipe="8bit", resume=True)
         with pytest.raises(UserError, match="An interrupted conversion lies in .*add --resume"):
             convert(str(divisible_folder), tmp_path / "out", recipe="8bit")
         monkeypatch.undo()
         convert(str(divisible_folder), tmp_path / "out", recipe="8bit", overwrite=True)
         same_files(tmp_path / "out", convert(str(divisible_folder), tmp_path / "fresh", recipe="8bit"))
+
+    def interrupted(self, source, target, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_write_files", lambda *_: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                convert(str(source), target, recipe="4bit")
+        return target.with_name(f"{target.name}.partial")
+
+    def test_a_shard_that_was_removed_to_make_room(self, divisible_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "SHARD_SIZE", 300_000)
+        unbroken = convert(str(divisible_folder), tmp_path / "unbroken", recipe="4bit")
+        partial = self.interrupted(divisible_folder, tmp_path / "out", monkeypatch)
+        sorted((partial / "result").glob("*.safetensors"))[2].unlink()
+        same_files(unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True))
+
+    @pytest.mark.parametrize("content", ["{}\n", "\0\0\0\n", '{"fingerprint": 3}\n{"x": 1}\n'])
+    def test_a_damaged_journal(self, divisible_folder, tmp_path, monkeypatch, content):
+        partial = self.interrupted(divisible_folder, tmp_path / "out", monkeypatch)
+        (partial / "conversion.jsonl").write_text(content)
+        with pytest.raises(UserError, match="is damaged; add --overwrite without --resume"):
+            convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True)
+        convert(str(divisible_folder), tmp_path / "out", recipe="4bit", overwrite=True)
+
+    def test_killed_between_the_last_file_and_the_rename(self, divisible_folder, tmp_path, monkeypatch):
+        unbroken = convert(str(divisible_folder), tmp_path / "unbroken", recipe="4bit")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_put_in_place", lambda *_: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
+        monkeypatch.setattr(module.Output, "slices", lambda self: pytest.fail("made again"))
+        same_files(unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True))
+
+    def test_two_at_once(self, divisible_folder, tmp_path, monkeypatch):
+        refusals, slices = [], module.Output.slices
+
+        def meanwhile(output):
+            if not refusals:
+                refusals.append("")
+                with pytest.raises(UserError, match="Another conversion is writing") as caught:
+                    convert(str(divisible_folder), tmp_path / "out", recipe="4bit", overwrite=True)
+                refusals[0] = str(caught.value)
+            return slices(output)
+
+        monkeypatch.setattr(module.Output, "slices", meanwhile)
+        folder = convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
+        assert refusals[0]
+        monkeypatch.undo()
+        same_files(folder, convert(str(divisible_folder), tmp_path / "alone", recipe="4bit"))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
@@ -356,6 +416,14 @@ class TestBadInput:
         (source / "config.json").write_text('{"model_type": "llama"}')
         self.refused(source, tmp_path, "Not a DiffusionGemma checkpoint: config.json has model_type 'llama'")
 
+    @pytest.mark.parametrize(("field", "value"), [("canvas_length", "long"), ("rms_norm_eps", "small"), ("per_layer_config", [3]),
+                                                  ("rope_parameters", {"full_attention": {}}), ("head_dim", "x")])
+    def test_a_config_with_fields_of_the_wrong_kind(self, source, tmp_path, field, value):
+        raw = json.loads((source / "config.json").read_text())
+        (raw if field == "canvas_length" else raw["text_config"])[field] = value
+        (source / "config.json").write_text(json.dumps(raw))
+        self.refused(source, tmp_path, "config.json")
+
     def test_a_missing_shard(self, source, tmp_path):
         next(source.glob("*.safetensors")).unlink()
         self.refused(source, tmp_path, "lacks model-.*download")
@@ -367,7 +435,8 @@ class TestBadInput:
 
     def test_a_shard_that_shrinks_while_it_is_read(self, source, tmp_path, monkeypatch):
         path = max(source.glob("*.safetensors"))
-        monkeypatch.setattr(module, "_check_disk", lambda *_: path.write_bytes(path.read_bytes()[:-9]))
+        write = module.write
+        monkeypatch.setattr(module, "write", lambda *a: path.write_bytes(path.read_bytes()[:-9]) and write(*a))
         self.refused(source, tmp_path, "ends inside tensor")
 
     def test_a_wrong_header(self, source, tmp_path):
@@ -411,16 +480,53 @@ class TestBadInput:
         assert json.loads((target / "config.json").read_text())["mlx_diffgemma"]["recipe"] == "8bit"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
-    def test_overwrite_spares_what_is_no_checkpoint(self, source, tmp_path):
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / "thesis.txt").write_text("x")
+    @pytest.mark.parametrize("beside", [(), ("config.json",)])
+    def test_overwrite_spares_what_is_no_checkpoint(self, source, tmp_path, beside):
+        (tmp_path / "home" / "src").mkdir(parents=True)
+        (tmp_path / "home" / "src" / "thesis.txt").write_text("x")
+        for name in beside:
+            shutil.copy(source / name, tmp_path / "home")
         with pytest.raises(UserError, match="is no checkpoint and is not overwritten"):
             convert(str(source), tmp_path / "home", overwrite=True)
-        assert (tmp_path / "home" / "thesis.txt").exists()
+        assert (tmp_path / "home" / "src" / "thesis.txt").exists()
 
-    def test_onto_itself(self, source):
-        with pytest.raises(UserError, match="is the checkpoint to convert"):
-            convert(str(source), source, overwrite=True)
+    def test_neighbours_are_spared(self, source, tmp_path):
+        for name in ("out.old", "out.partial"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "thesis.txt").write_text("x")
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(UserError, match="out.partial is in the way and is not ours"):
+                convert(str(source), tmp_path / "out", **options)
+        shutil.rmtree(tmp_path / "out.partial")
+        convert(str(source), tmp_path / "out")
+        convert(str(source), tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out.old" / "thesis.txt").exists()
+
+    def test_onto_itself(self, source, tmp_path):
+        shutil.copytree(source, tmp_path / "outer" / "inner")
+        outer = tmp_path / "outer"
+        for hf_path, mlx_path in ((source, source), (source, source / "inside"), (outer / "inner", outer)):
+            with pytest.raises(UserError, match="lie in each other|is no checkpoint"):
+                convert(str(hf_path), mlx_path, overwrite=True)
+        assert load_model(source)
+        assert load_model(tmp_path / "outer" / "inner")
+
+    def test_a_link_is_followed(self, source, tmp_path):
+        convert(str(source), tmp_path / "real", recipe="4bit")
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        for _ in range(2):
+            convert(str(source), tmp_path / "link", recipe="8bit", overwrite=True)
+        assert json.loads((tmp_path / "real" / "config.json").read_text())["mlx_diffgemma"]["recipe"] == "8bit"
+
+    def test_names_the_system_does_not_take(self, source, tmp_path):
+        for name in ("x" * 300, "x" * 250):
+            with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+                convert(str(source), tmp_path / name)
+        with pytest.raises(UserError, match="There is no folder"):
+            convert("x" * 300, tmp_path / "out")
+
+    def test_a_revision_of_a_folder(self, source, tmp_path):
+        self.refused(source, tmp_path, "--revision is for Hub ids", revision="main")
 
     def test_quantising_twice(self, source, tmp_path):
         packed = convert(str(source), tmp_path / "q", recipe="4bit")
@@ -438,12 +544,27 @@ class TestBadInput:
         self.refused(source, tmp_path, "model.decoder.norm holds numbers that are not finite in float16; leave --dtype out",
                      dtype="float16")
 
-    def test_numbers_that_are_none(self, source, tmp_path):
-        path = max(source.glob("*.safetensors"))
-        raw = bytearray(path.read_bytes())
-        raw[-4:] = b"\xff" * 4
-        path.write_bytes(raw)
-        self.refused(source, tmp_path, "holds numbers that are not finite; download the checkpoint again")
+    @pytest.mark.parametrize("recipe", RECIPES)
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_numbers_that_are_none(self, source, tmp_path, recipe, bad):
+        """In an expert, where a quantiser would hide them."""
+        tensors = tensors_of(source)
+        name = "model.decoder.layers.3.experts.gate_up_proj"
+        tensors[name] = mx.where(mx.arange(tensors[name].size).reshape(tensors[name].shape) == 777, bad, tensors[name])
+        for path in [*source.glob("*.safetensors"), source / INDEX]:
+            path.unlink()
+        mx.save_safetensors(str(source / "model.safetensors"), tensors)
+        self.refused(source, tmp_path, f"Tensor {name} holds numbers that are not finite; download", recipe=recipe)
+
+    def test_vision_packed_in_another_way_than_the_config_says(self, tmp_path):
+        rng = np.random.default_rng(0)
+        made = make_checkpoint(tmp_path / "src", "divisible",
+                               extra={name: rng.normal(size=shape).astype("float32") for name, shape in EXTRA.items()})
+        packed = convert(str(made), tmp_path / "q", recipe="3bit")
+        raw = json.loads((packed / "config.json").read_text())
+        raw["quantization"] = {key: value for key, value in raw["quantization"].items() if "vision" not in key}
+        (packed / "config.json").write_text(json.dumps(raw))
+        self.refused(packed, tmp_path, r"is not packed as config.json says \(3 bits\)", recipe=None)
 
     def test_the_command_says_it_in_one_line(self, tmp_path):
         for arguments, message in ((["--hf-path", "nothing"], "There is no folder 'nothing'"),

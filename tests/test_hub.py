@@ -138,6 +138,24 @@ def test_a_dry_run_fetches_headers_only(server):
     assert not list(home.rglob("model.safetensors"))
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    (["-d"], "is not quantised; leave -d out"), (["-q", "--q-group-size", "128"], "which groups of 128 do not divide"),
+    (["-q", "--mlx-path", "."], "exists already")])
+def test_what_headers_tell_is_refused_before_the_download(server, options, message):
+    _, endpoint, home = server
+    out = command(endpoint, home, "convert", "--hf-path", REPO, *options)
+    assert out.returncode == 2
+    assert message in out.stderr.strip().splitlines()[-1]
+    assert not list(home.rglob("model.safetensors"))
+
+
+def test_a_dry_run_of_what_is_downloaded_needs_no_network(server):
+    _, endpoint, home = server
+    assert command(endpoint, home, "info", REPO).returncode == 0
+    out = command("http://127.0.0.1:9", home, "convert", "--hf-path", REPO, "-q", "--dry-run", "--json")
+    assert out.returncode == 0, out.stderr
+
+
 def test_convert_from_the_hub(server, tmp_path):
     _, endpoint, home = server
     out = command(endpoint, home, "convert", "--hf-path", REPO, "-q", "--mlx-path", str(tmp_path / "out"))

@@ -1,6 +1,5 @@
 """Every layout of the same weights is the same model, loaded and converted."""
 
-import importlib
 import json
 import shutil
 
@@ -8,6 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_diffgemma import layouts
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.storage import INDEX
@@ -90,12 +90,26 @@ def test_loaded(released, tmp_path, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_converted_to_the_released_layout(released, tmp_path, layout, monkeypatch):
     # slices that cut through experts
-    monkeypatch.setattr(importlib.import_module("mlx_diffgemma.convert"), "SLICE", 4 * HIDDEN * 7)
+    monkeypatch.setattr(layouts, "SLICE", 4 * HIDDEN * 7)
     folder = convert(str(rewritten(released, tmp_path / "x", layout)), tmp_path / "out")
     ours, theirs = tensors_of(released), tensors_of(folder)
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         assert mx.array_equal(array, theirs[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_untied_copies_in_the_encoder(released, tmp_path, layout):
+    folder = rewritten(released, tmp_path / "x", layout)
+    tensors = tensors_of(folder)
+    copies = {name.replace("model.decoder.", "model.encoder.language_model."): array for name, array in tensors.items()
+              if ".experts" in name or "self_attn" in name}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | copies)
+    load_model(folder)
+    name = next(name for name in copies if "experts" in name and "down_proj" in name)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | copies | {name: copies[name] + 1})
+    with pytest.raises(UserError, match="differs from"):
+        convert(str(folder), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("layout", "gone", "message"), [
