@@ -182,16 +182,16 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    for name, row in record["recipes"].items():
-        if name == "original":
-            continue
-        axes[0].plot(record["levels"], row["kl"], marker="o", label=name)
-        axes[1].scatter(row["bits_per_weight"], row["steps_per_canvas"])
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+    changed = {name: row for name, row in record["recipes"].items() if row["kl_mean"] > 0}
+    for number, (name, row) in enumerate(changed.items()):
+        colour = plt.get_cmap("tab20")(number)
+        axes[0].plot(record["levels"], row["kl"], marker="o", label=name, color=colour)
+        axes[1].scatter(row["bits_per_weight"], row["steps_per_canvas"], color=colour)
         axes[1].annotate(name, (row["bits_per_weight"], row["steps_per_canvas"]), fontsize=8, xytext=(4, 3),
                          textcoords="offset points")
     axes[0].set(xlabel="noise level t", ylabel="KL to the original, nats", yscale="log", title=record["settings"]["model"])
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes[1].axhline(record["recipes"]["original"]["steps_per_canvas"], color="grey", linewidth=1, linestyle="--")
     axes[1].set(xlabel="bits per weight", ylabel="denoising steps a canvas", title="dashed: the original")
     figure.tight_layout()
