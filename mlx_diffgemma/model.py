@@ -400,10 +400,12 @@ class DiffusionGemma(nn.Module):
         # A table in a floating-point mode gives bfloat16 whatever the compute dtype.
         return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self.embed_scale
 
-    def soft_embed(self, probabilities: mx.array) -> mx.array:
-        """Scaled mean embedding under ``probabilities`` [..., vocabulary]."""
+    def soft_embed(self, probabilities: mx.array, ids: mx.array | None = None) -> mx.array:
+        """Scaled mean embedding under ``probabilities`` [..., vocabulary], or [..., n] of the tokens ``ids`` [..., n]."""
         table, probabilities = self.model.decoder.embed_tokens, probabilities.astype(self.dtype)
-        if isinstance(table, nn.QuantizedEmbedding):
+        if ids is not None:
+            mean = (probabilities[..., None, :] @ table(ids).astype(self.dtype))[..., 0, :]
+        elif isinstance(table, nn.QuantizedEmbedding):
             mean = mx.quantized_matmul(probabilities, table.weight, table.scales, table.get("biases"), transpose=False,
                                        group_size=table.group_size, bits=table.bits, mode=table.mode)
         else:

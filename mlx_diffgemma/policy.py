@@ -45,6 +45,9 @@ class Policy(Protocol):
     def seed(self, draws: DrawSource, canvas_index: int, retry: int, start: int, length: int) -> np.ndarray:
         """Ids [length] of a new canvas."""
 
+    def schedule(self, step: int) -> float:
+        """Temperature of step 0, 1, …"""
+
     @staticmethod
     def sample(policies: Sequence[Any], steps: Sequence[int], logits: mx.array, u: np.ndarray, renoise: np.ndarray,
                history: mx.array, eos_ids: mx.array) -> SamplerStep:
@@ -53,7 +56,11 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class ReferencePolicy:
-    """The reference sampler.  Bound and threshold in nats; ``temperature`` scales the schedule, 0 takes the argmax for the draw."""
+    """The reference sampler.  Bound and threshold in nats; ``temperature`` scales the schedule, 0 takes the argmax for the draw.
+
+    ``coverage`` makes self-conditioning sparse: positions whose most probable tokens hold that much of the mass go on with
+    these alone.  None is the reference, the whole vocabulary everywhere.
+    """
 
     max_steps: int
     entropy_bound: float
@@ -64,16 +71,18 @@ class ReferencePolicy:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    coverage: float | None = None
     name: str = "reference"
     certificate: str = "stable-and-confident"
 
     @classmethod
-    def from_config(cls, config: GenerationConfig, temperature: float = 1.0, top_k: int = 0,
-                    top_p: float = 1.0) -> ReferencePolicy:
+    def from_config(cls, config: GenerationConfig, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                    coverage: float | None = None) -> ReferencePolicy:
         """Errors: UserError for numbers out of range."""
         return cls(max_steps=config.max_denoising_steps, entropy_bound=config.entropy_bound, t_min=config.t_min,
                    t_max=config.t_max, confidence_threshold=config.confidence_threshold,
-                   stability=config.stability_threshold, temperature=temperature, top_k=top_k, top_p=top_p)
+                   stability=config.stability_threshold, temperature=temperature, top_k=top_k, top_p=top_p,
+                   coverage=coverage)
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -83,6 +92,8 @@ class ReferencePolicy:
         for name, number in (("entropy_bound", self.entropy_bound), ("confidence_threshold", self.confidence_threshold)):
             if not number > 0:
                 raise UserError(f"{name} must be above 0 nats, got {number}.")
+        if self.coverage is not None and not 0 < self.coverage < 1:
+            raise UserError(f"coverage must lie between 0 and 1, got {self.coverage}; leave it out for dense self-conditioning.")
         if not 0 <= self.t_min < self.t_max:
             raise UserError(f"t_min and t_max must satisfy 0 <= t_min < t_max, got {self.t_min} and {self.t_max}.")
 
@@ -98,7 +109,7 @@ class ReferencePolicy:
     @staticmethod
     def sample(policies: Sequence[ReferencePolicy], steps: Sequence[int], logits: mx.array, u: np.ndarray,
                renoise: np.ndarray, history: mx.array, eos_ids: mx.array) -> SamplerStep:
-        top_k, top_p = [p.top_k for p in policies], [p.top_p for p in policies]
+        top_k, top_p, coverage = ([getattr(p, name) for p in policies] for name in ("top_k", "top_p", "coverage"))
         numbers = StepNumbers(
             temperature=mx.array([p.schedule(step) for p, step in zip(policies, steps, strict=True)]),
             entropy_bound=mx.array([p.entropy_bound for p in policies]),
@@ -106,6 +117,8 @@ class ReferencePolicy:
             greedy=mx.array([p.temperature == 0 for p in policies]),
             top_k=mx.array(top_k) if any(top_k) else None,
             top_p=mx.array(top_p) if min(top_p) < 1 else None,
+            # A dense row beside sparse ones: no position of it is covered.
+            tail=mx.array([-1.0 if c is None else 1 - c for c in coverage]) if any(coverage) else None,
         )
         return sample_step(logits, mx.array(u), mx.array(renoise), history, numbers, eos_ids)
 

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+KEPT = 64  # tokens of a position that sparse self-conditioning looks at
 CHUNK = 64  # tokens of the vocabulary that are looked at as one before any is looked at alone
 
 
 class Flag:
     """Columns of ``SamplerStep.flags``, the one thing the host reads at each step."""
 
-    STOP, MEAN_ENTROPY, NON_FINITE, EOS_POSITION, COUNT = 0, 1, 2, 3, 4
+    STOP, MEAN_ENTROPY, NON_FINITE, EOS_POSITION, UNCOVERED, COUNT = 0, 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class StepNumbers:
     """What a step's rules depend on, one entry a row of the batch; all [batch].
 
     ``temperature`` of the schedule at this step; ``entropy_bound`` and ``confidence`` in nats; ``greedy`` rows take the
-    argmax in place of the draw; ``top_k`` (0: off) and ``top_p`` (1: off) act on the draw alone.
+    argmax in place of the draw; ``top_k`` (0: off) and ``top_p`` (1: off) act on the draw alone.  ``tail`` asks for the
+    KEPT most probable tokens, and for the positions where more than ``tail`` of the mass lies outside of them.
     """
 
     temperature: mx.array
@@ -35,13 +37,13 @@ class StepNumbers:
     greedy: mx.array
     top_k: mx.array | None = None
     top_p: mx.array | None = None
+    tail: mx.array | None = None
 
 
 class SamplerStep(NamedTuple):
     """``canvas`` and ``argmax`` ids, ``accepted`` mask, ``entropy`` in nats and ``logprob`` of the argmax: [batch, length].
 
-    ``scaled`` are the temperature-scaled logits, the next step's self-conditioning, computed only when used; ``flags``
-    [batch, Flag.COUNT].
+    ``flags`` [batch, Flag.COUNT].  Where a ``tail`` was given: ``kept`` [batch, length, KEPT] ids and the mask ``uncovered``.
     """
 
     canvas: mx.array
@@ -49,9 +51,9 @@ class SamplerStep(NamedTuple):
     accepted: mx.array
     entropy: mx.array
     logprob: mx.array
-    scaled: mx.array
     flags: mx.array
-
+    kept: mx.array | None = None
+    uncovered: mx.array | None = None
 
 def sample_step(
     logits: mx.array,
@@ -78,15 +80,21 @@ def sample_step(
     mean_entropy = entropy.mean(axis=-1)
     stop = is_stable(argmax, history) & (mean_entropy < numbers.confidence)
     finite = mx.isfinite(total + entropy).all(axis=-1)  # a NaN or infinity anywhere has reached one of the sums
-    flags = mx.stack([stop, mean_entropy, ~finite, first_position(argmax, eos_ids)], axis=-1)
+    kept, uncovered = None, mx.zeros(argmax.shape, dtype=mx.bool_)
+    if numbers.tail is not None:
+        kept = largest(logits, min(KEPT, logits.shape[-1]))
+        mass = mx.take_along_axis(weights, kept, axis=-1).sum(axis=-1) / total
+        uncovered = 1 - mass > numbers.tail[:, None]
+    flags = mx.stack([stop, mean_entropy, ~finite, first_position(argmax, eos_ids), uncovered.sum(axis=-1)], axis=-1)
     return SamplerStep(
         canvas=mx.where(accepted, drawn, renoise),  # every position not accepted now, whatever it was before
         argmax=argmax,
         accepted=accepted,
         entropy=entropy,
         logprob=-mx.log(total),
-        scaled=logits / temperature,
         flags=flags.astype(mx.float32),
+        kept=kept,
+        uncovered=None if kept is None else uncovered,
     )
 
 

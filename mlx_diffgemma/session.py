@@ -145,8 +145,8 @@ class Loop:
                  progress: Progress | None = None):
         self.model, self.prefill_step_size, self.progress = model, prefill_step_size, progress
         self.sessions = list(sessions)
-        self._carried: list[Session] = []  # the sessions of the rows of _scaled
-        self._scaled: mx.array | None = None  # the last step's scaled logits [rows, length, vocabulary]
+        self._carried: list[Session] = []  # the sessions of the rows of the last step
+        self._belief: conditioning.Belief | None = None  # what the last step believed, row by row
 
     @property
     def active(self) -> list[Session]:
@@ -168,29 +168,32 @@ class Loop:
         rows = [self._carried[index] for index in kept] + [session for session in active if session.step == 0]
         if not rows:
             return []
-        outcome = self._step(rows, self._soft_embedding(kept, len(rows)))
+        logits, outcome = self._step(rows, self._soft_embedding(kept, len(rows)))
         flags = outcome.flags.tolist()  # the one host read of a step
         steps = [self._record(session, index, outcome, flags[index]) for index, session in enumerate(rows)]
-        self._carried, self._scaled = rows, outcome.scaled
+        self._carried = rows
+        temperature = mx.array([session.policy.schedule(session.step) for session in rows])
+        self._belief = conditioning.Belief(logits, temperature, outcome.kept, outcome.uncovered,
+                                           [int(row[Flag.UNCOVERED]) for row in flags])
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
         if any(step.stopped for step in steps):
             mx.clear_cache()
         if not self.active:
-            self._carried, self._scaled = [], None
+            self._carried, self._belief = [], None
         return list(zip(rows, steps, strict=True))
 
     def _soft_embedding(self, kept: Sequence[int], rows: int) -> mx.array | None:
         """The signal [rows, length, hidden]: of the last step for its ``kept`` rows, and zero for rows that begin."""
-        if not kept or self._scaled is None:
+        if not kept or self._belief is None:
             return None
-        scaled = self._scaled if len(kept) == len(self._carried) else self._scaled[mx.array(kept)]
-        soft = conditioning.dense(self.model, scaled)
+        soft = conditioning.soft_embedding(self.model, self._belief.rows(kept))
         if len(kept) == rows:
             return soft
         return mx.concatenate((soft, mx.zeros((rows - len(kept), *soft.shape[1:]), dtype=soft.dtype)))
 
-    def _step(self, rows: Sequence[Session], soft: mx.array | None) -> SamplerStep:
+    def _step(self, rows: Sequence[Session], soft: mx.array | None) -> tuple[mx.array, SamplerStep]:
+        """(logits [rows, length, vocabulary], what the sampler made of them)"""
         canvas = mx.stack([session.canvas for session in rows])
         logits = self.model.denoise(canvas, [session.cache for session in rows], soft).logits
         draws = [s.draws.step(s.canvas_index, 0, s.step, s.start, s.length) for s in rows]
@@ -199,8 +202,8 @@ class Loop:
             [s.policy for s in rows], [s.step for s in rows], logits, np.stack([d.u for d in draws]),
             np.stack([d.renoise for d in draws]), history, mx.array(rows[0].eos_ids),
         )
-        mx.eval([value for name, value in outcome._asdict().items() if name != "scaled"])  # that waits until it is used
-        return outcome
+        mx.eval([array for array in outcome if array is not None])
+        return logits, outcome
 
     @staticmethod
     def _record(session: Session, row: int, outcome: SamplerStep, flags: list[float]) -> CanvasStep:

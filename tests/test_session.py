@@ -121,8 +121,8 @@ class Scripted:
     def encode(self, *args, **options):
         return self.real.encode(*args, **options)
 
-    def soft_embed(self, probabilities):
-        return self.real.soft_embed(probabilities)
+    def soft_embed(self, probabilities, ids=None):
+        return self.real.soft_embed(probabilities, ids)
 
     def denoise(self, canvas, caches, soft_embedding=None):
         self.forwards += 1

@@ -1,0 +1,132 @@
+"""Sparse self-conditioning against dense, position by position."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma import conditioning
+from mlx_diffgemma.conditioning import BUCKET, Belief, dense, soft_embedding
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.sampler import KEPT, Flag, StepNumbers, sample_step
+from mlx_diffgemma.session import Loop, Session
+
+LENGTH, VOCABULARY = 24, 301  # of the tiny model
+
+
+def logits_with(sharp, seed=0):
+    """[1, LENGTH, VOCABULARY] whose first ``sharp`` positions are certain and whose others are flat."""
+    logits = np.random.default_rng(seed).normal(0, 1, (1, LENGTH, VOCABULARY))
+    logits[0, np.arange(sharp), np.arange(sharp)] += 40
+    return mx.array(logits.astype(np.float32))
+
+
+def belief(logits, temperature=0.7, tail=1e-6):
+    rows = logits.shape[0]
+    one = mx.ones((rows,))
+    numbers = StepNumbers(one * temperature, one * 0.1, one * 0.005, one > 0, tail=one * tail)
+    step = sample_step(logits, mx.zeros((rows, LENGTH)), mx.zeros((rows, LENGTH), dtype=mx.int32),
+                       mx.zeros((rows, 0, LENGTH), dtype=mx.int32), numbers, mx.array([1]))
+    counts = [int(row[Flag.UNCOVERED]) for row in step.flags.tolist()]
+    return Belief(logits, numbers.temperature, step.kept, step.uncovered, counts)
+
+
+class TestSampler:
+    def test_which_positions_are_covered(self):
+        found = belief(logits_with(10))
+        assert found.uncovered.tolist()[0] == [False] * 10 + [True] * 14
+        assert found.counts == [14]
+        assert found.kept.shape == (1, LENGTH, KEPT)
+
+    def test_the_tail_decides(self):
+        logits = mx.zeros((1, LENGTH, VOCABULARY))  # the kept tokens hold 64 / 301 of the mass
+        held = KEPT / VOCABULARY
+        assert belief(logits, tail=1 - held + 0.001).counts == [0]
+        assert belief(logits, tail=1 - held - 0.001).counts == [LENGTH]
+
+
+class TestSoftEmbedding:
+    @pytest.mark.parametrize("sharp", [0, 1, 10, 23, 24])
+    def test_covered_positions_are_close_and_others_exact(self, tiny, sharp):
+        logits = logits_with(sharp)
+        ours, exact = soft_embedding(tiny, belief(logits)), dense(tiny, logits / 0.7)
+        assert mx.abs(ours - exact).max() < 1e-4
+        assert mx.array_equal(ours[:, sharp:], exact[:, sharp:]), "uncovered positions are dense"
+
+    def test_a_covered_position_takes_the_kept_tokens_alone(self, tiny):
+        """Coverage that everything meets: the mean over 64 tokens, far from the mean over all."""
+        logits = logits_with(0)
+        ours = soft_embedding(tiny, belief(logits, tail=0.999))
+        p = np.exp(np.array(logits[0], dtype=np.float64) / 0.7)
+        keep = np.argsort(-p, axis=-1)[:, :KEPT]
+        p = np.where((np.arange(VOCABULARY) == keep[..., None]).any(1), p, 0)
+        table = np.array(tiny.model.decoder.embed_tokens.weight)
+        expected = (p / p.sum(-1, keepdims=True)) @ table * 8.0  # sqrt of the hidden size
+        np.testing.assert_allclose(np.array(ours[0]), expected, atol=1e-4)
+        assert mx.abs(ours - dense(tiny, logits / 0.7)).max() > 0.01
+
+    def test_rows_do_not_influence_each_other(self, tiny):
+        """Other counts, other buckets, one row covered in full: each row as if it were alone."""
+        logits = mx.concatenate([logits_with(sharp, seed) for seed, sharp in enumerate((24, 3, 20))])
+        together = soft_embedding(tiny, belief(logits))
+        for row in range(3):
+            assert mx.array_equal(together[row : row + 1], soft_embedding(tiny, belief(logits[row : row + 1])))
+
+    def test_a_dense_row_beside_a_sparse_one(self, tiny):
+        logits = mx.concatenate([logits_with(24), logits_with(24, 1)])
+        one = mx.ones((2,))
+        numbers = StepNumbers(one * 0.7, one, one, one > 0, tail=mx.array([-1.0, 1e-6]))
+        step = sample_step(logits, mx.zeros((2, LENGTH)), mx.zeros((2, LENGTH), dtype=mx.int32),
+                           mx.zeros((2, 0, LENGTH), dtype=mx.int32), numbers, mx.array([1]))
+        assert step.flags[:, Flag.UNCOVERED].tolist() == [LENGTH, 0]
+
+    def test_few_shapes_occur(self, tiny, monkeypatch):
+        shapes = set()
+        real = conditioning.dense
+        monkeypatch.setattr(conditioning, "dense", lambda model, scaled: shapes.add(scaled.shape[0]) or real(model, scaled))
+        logits = mx.concatenate([logits_with(20, seed) for seed in range(9)])
+        for rows in range(1, 10):
+            soft_embedding(tiny, belief(logits[:rows]))
+        assert shapes == {24, BUCKET, 2 * BUCKET}
+
+    def test_quantised_tables(self, divisible_folder, tmp_path):
+        from mlx_diffgemma.convert import convert
+        from mlx_diffgemma.weights import load_model
+
+        for recipe in ("4bit", "mxfp4"):
+            model = load_model(convert(str(divisible_folder), tmp_path / recipe, recipe=recipe))
+            ids = mx.array([[3, 5, 7]])
+            p = mx.array([[0.5, 0.3, 0.2]])
+            whole = mx.zeros((1, 320)).at[0, ids[0]].add(p[0])
+            assert mx.abs(model.soft_embed(p, ids) - model.soft_embed(whole)).max() < 1e-4
+
+
+class TestLoop:
+    @staticmethod
+    def tokens(model, generation, ids, coverage, seed=0):
+        policy = ReferencePolicy.from_config(generation, coverage=coverage)
+        session = Session(model, ids, policy, Draws(seed, model.config.text.vocab_size), generation.eos_token_ids, max_tokens=1)
+        loop = Loop(model, [session])
+        while loop.active:
+            loop.advance()
+        return session.canvases[0].tokens.tolist(), session.canvases[0].steps
+
+    def test_same_ids_as_dense(self, nano_pair):
+        from mlx_diffgemma import chat_ids
+
+        model, tokenizer = nano_pair
+        texts = ("Sort these numbers: 42 17 91", "Add 12 and 30.", "Tell me a story about Leo the owl and a map.")
+        for seed, text in enumerate(texts):
+            ids = chat_ids(tokenizer, [{"role": "user", "content": text}])
+            generation = model.config.generation
+            assert self.tokens(model, generation, ids, 1 - 1e-6, seed) == self.tokens(model, generation, ids, None, seed)
+
+    def test_the_dense_product_is_left_out_where_everything_is_covered(self, nano_pair, monkeypatch):
+        from mlx_diffgemma import chat_ids
+
+        model, tokenizer = nano_pair
+        taken, real = [], conditioning.dense
+        monkeypatch.setattr(conditioning, "dense", lambda m, scaled: taken.append(scaled.size // 1024) or real(m, scaled))
+        ids = chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}])
+        _, steps = self.tokens(model, model.config.generation, ids, 1 - 1e-6)
+        assert sum(taken) < 64 * (steps - 1), "fewer positions than the plain path takes"
