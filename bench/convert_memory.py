@@ -10,6 +10,7 @@ largest tensor plus 0.6 GB.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import resource
@@ -23,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_diffgemma import cost
-from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
+from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, released_config
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.storage import INDEX, SafetensorsWriter
 
@@ -34,21 +35,10 @@ SLICE = 16_000_000  # numbers drawn at once
 
 def config(layers: int) -> dict[str, Any]:
     """The released config.json with another number of layers, the last one full."""
-    kinds = [FULL if (i + 1) % 6 == 0 or i + 1 == layers else SLIDING for i in range(layers)]
-    return {
-        "architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma", "canvas_length": 256,
-        "dtype": "bfloat16", "tie_word_embeddings": True, "vision_config": None,
-        "text_config": {
-            "model_type": "diffusion_gemma_text", "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112,
-            "moe_intermediate_size": 704, "num_experts": 128, "top_k_experts": 8, "num_hidden_layers": layers,
-            "layer_types": kinds, "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
-            "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024, "max_position_embeddings": 262144,
-            "rope_parameters": {
-                SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
-                FULL: {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25},
-            },
-        },
-    }
+    raw = copy.deepcopy(dict(released_config().raw))
+    raw["text_config"] |= {"num_hidden_layers": layers, "layer_types": [
+        FULL if (i + 1) % 6 == 0 or i + 1 == layers else SLIDING for i in range(layers)]}
+    return raw | {"vision_config": None}
 
 
 def make(folder: Path, layers: int) -> int:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from mlx_diffgemma import __version__, nano
+from mlx_diffgemma.device import memory_limit
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
 from mlx_diffgemma.generate import (
     GenerationOptions,
@@ -235,7 +236,7 @@ def convert_command(
 
 def _print_conversion(conversion: Conversion, as_json: bool) -> None:
     from mlx_diffgemma import cost
-    from mlx_diffgemma.device import compute_dtype, memory_limit
+    from mlx_diffgemma.device import compute_dtype
 
     size, weights = compute_dtype(mx.bfloat16).size, conversion.memory_bytes
     limit, longest = memory_limit(), conversion.config.text.max_position_embeddings
@@ -259,6 +260,54 @@ def _print_conversion(conversion: Conversion, as_json: bool) -> None:
                  f"logits\nof a step take of the {_count(limit, 'B')} this machine allows, by tokens of context:")
     for context, needed in needs.items():
         output.print(f"  {context:>7,}  {_count(needed, 'B'):>8}  {'fits' if needed <= limit else 'DOES NOT FIT'}")
+
+
+@app.command()
+def estimate(
+    chip: Annotated[str | None, typer.Option(help="A chip of the table, 'M3 Max' for instance. Default: this machine's.")] = None,
+    recipe: Annotated[str, typer.Option(help="How the weights are stored: " + ", ".join(RECIPES) + ".")] = "4bit",
+    context: Annotated[int, typer.Option(help="Tokens before the canvas.")] = 512,
+    model: Annotated[str | None, typer.Option(help="A folder or Hub id, of which only the config is read. Default: the released "
+                                              "26B shape.")] = None,
+    measured: Annotated[bool, typer.Option("--measure", help="Measure this machine's memory rate and matrix rate first.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Count self-conditioning over the full vocabulary.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Estimate step time, memory and tokens a second from the config alone."""
+    from mlx_diffgemma import hub
+    from mlx_diffgemma.config import ModelConfig, released_config
+    from mlx_diffgemma.estimate import BANDWIDTH_SHARE, CHIPS, chip_named, measure, this_chip
+    from mlx_diffgemma.estimate import estimate as count
+    from mlx_diffgemma.recipes import recipe_named
+
+    if chip is not None and measured:
+        raise UserError("Either --chip or --measure: the one takes a row of the table, the other this machine.")
+    which = measure() if measured else chip_named(chip) if chip is not None else this_chip()
+    if which is None:
+        raise UserError(f"This machine is not in the table; name one with --chip ({', '.join(CHIPS)}), or --measure this one.")
+    config = ModelConfig.from_folder(hub.small_files(model)) if model else released_config()
+    found = count(config, recipe_named(recipe), which, context, sparse=not dense)
+    if as_json:
+        print(json.dumps(found.record()))
+        return
+    output.print(f"{which.name} ({which.source})\n{_count(which.bandwidth, 'B/s')}, of which {BANDWIDTH_SHARE:.0%} count; "
+                 f"{which.flops / 1e12:.3g} TFLOP/s, of which {which.flops_share:.0%} count\n"
+                 f"{found.parameters / 1e9:.3g} B parameters, {found.active / 1e9:.2g} B active, recipe {found.recipe}, "
+                 f"{context:,} tokens of context", soft_wrap=True)
+    table = Table("part", "TFLOP a step", "GB a step")
+    for part in dict.fromkeys([*found.flops, *found.bytes]):
+        table.add_row(part, f"{found.flops[part] / 1e12:.3f}" if part in found.flops else "-",
+                      f"{found.bytes[part] / 1e9:.3f}" if part in found.bytes else "-")
+    table.add_section()
+    table.add_row("all", f"{sum(found.flops.values()) / 1e12:.3f}", f"{sum(found.bytes.values()) / 1e9:.3f}")
+    output.print(table)
+    output.print(f"a step takes at least {1000 * found.step_seconds:.3g} ms, bound by {found.bound_by} (bandwidth "
+                 f"{1000 * found.bandwidth_seconds:.3g} ms, compute {1000 * found.compute_seconds:.3g} ms)\n"
+                 + "at most " + ", ".join(f"{rate:.0f} tok/s at {steps} steps" for steps, rate in found.rates.items())
+                 + f"\nleft to right at most {found.causal_rate:.0f} tok/s: as fast at {found.break_even:.1f} steps a canvas"
+                 + (f"; against {which.causal:g} tok/s as reported, at {found.reported_break_even:.1f} steps"
+                    if found.reported_break_even is not None else "")
+                 + f"\nmemory: {_count(found.memory, 'B')}; this machine allows {_count(memory_limit(), 'B')}", soft_wrap=True)
 
 
 @app.command()

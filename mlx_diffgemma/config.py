@@ -161,6 +161,11 @@ class ModelConfig:
         return replace(cls.from_dict(raw), generation=GenerationConfig.from_folder(folder, raw))
 
 
+def released_config() -> ModelConfig:
+    """The shape of google/diffusiongemma-26B-A4B-it without its vision tower, for counting where there is no checkpoint."""
+    return ModelConfig.from_dict(read_json(Path(__file__).with_name("released.json")))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Errors: UserError when the file is missing or not JSON."""
     try:

@@ -43,6 +43,14 @@ def resolve(model: str, revision: str | None = None, before_weights: Callable[[P
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
 
 
+def small_files(model: str, revision: str | None = None) -> Path:
+    """A folder with all of ``model`` but its weights.  Errors: UserError as ``resolve``."""
+    if folder := _local(model, revision):
+        return folder
+    with _told(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=SMALL))
+
+
 def headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, Stored]]:
     """(folder, tensors) of ``model`` without its weights: of a Hub repository only headers and small files are fetched.
 
@@ -53,8 +61,8 @@ def headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, St
     with contextlib.suppress(LocalEntryNotFoundError, UserError):  # what is downloaded already needs no network
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True))
         return folder, read_headers(folder)
+    folder = small_files(model, revision)
     with _told(model, revision):
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=SMALL))
         found = get_safetensors_metadata(model, revision=folder.name)  # the commit that was fetched
     return folder, {name: tensor for file, metadata in found.files_metadata.items() for name, tensor in from_header(
         {name: vars(info) for name, info in metadata.tensors.items()}, folder / file, 0).items()}

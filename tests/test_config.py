@@ -2,27 +2,12 @@ import json
 
 import pytest
 
-from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig, released_config
 from mlx_diffgemma.cost import count_parameters
 from mlx_diffgemma.errors import UserError
 from tests.checkpoints import SHAPES, config_dict
 
-RELEASED = {
-    "model_type": "diffusion_gemma", "canvas_length": 256, "tie_word_embeddings": True, "image_token_id": 258880,
-    "vision_config": {"model_type": "gemma4_vision"},
-    "text_config": {
-        "model_type": "diffusion_gemma_text", "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112,
-        "moe_intermediate_size": 704, "num_experts": 128, "top_k_experts": 8, "num_hidden_layers": 30, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
-        "sliding_window": 1024, "final_logit_softcapping": 30.0, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": "vision", "pad_token_id": 0,
-        "layer_types": ([SLIDING] * 5 + [FULL]) * 5,
-        "rope_parameters": {
-            SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
-            FULL: {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25},
-        },
-    },
-}
+RELEASED = {**released_config().raw, "vision_config": {"model_type": "gemma4_vision"}, "image_token_id": 258880}
 
 
 def test_the_released_config():

@@ -5,13 +5,12 @@ import json
 import pytest
 
 from mlx_diffgemma import cost
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.config import ModelConfig, released_config
 from mlx_diffgemma.convert import ConvertOptions, plan
 from mlx_diffgemma.recipes import RECIPES
 from mlx_diffgemma.storage import read_headers
-from tests.test_config import RELEASED
 
-CONFIG = ModelConfig.from_dict(RELEASED)
+CONFIG = released_config()
 
 
 def test_parameters():
