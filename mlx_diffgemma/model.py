@@ -37,15 +37,16 @@ SCORES = 2**26  # attention scores that are held at once: 256 MB in float32
 class Segment:
     """Rows ``start`` to ``stop`` of a forward, the next positions of one sequence.
 
-    ``canvas`` rows see each other and the cache and write nothing.  Causal rows write their K/V into the cache, or hold
-    them aside with ``write="hold"``.  ``blocks`` are (start, end) ranges inside the segment that see each other both
-    ways.
+    ``canvas`` rows see each other and the cache and write nothing; ``after`` are the rows of an earlier segment of the same
+    forward and sequence, which they follow.  Causal rows write their K/V into the cache, or hold them aside with
+    ``write="hold"``.  ``blocks`` are (start, end) ranges inside the segment that see each other both ways.
     """
 
     start: int
     stop: int
     cache: Cache
     canvas: bool = False
+    after: int = 0
     write: Literal["append", "hold"] = "append"
     blocks: tuple[tuple[int, int], ...] = ()
 
@@ -447,18 +448,33 @@ class DiffusionGemma(nn.Module):
         caches: Sequence[Cache],
         soft_embedding: mx.array | None = None,
         taps: Sequence[int] = (),
+        commits: Sequence[mx.array | None] = (),
     ) -> Denoised:
         """Canvas mode: one denoising forward of ``canvas`` ids [batch, length] after each row's cache.
 
         ``soft_embedding`` [batch, length, hidden] is the self-conditioning signal; None, or zeros for a row, at the
-        first step.  The caches are only read.
+        first step.  The caches are only read, but for ``commits``: ids [n] of a row that are encoded into its cache in the
+        same forward, before its canvas, as ``encode`` would have done.
         """
         batch, length = canvas.shape
+        if len(caches) != batch:
+            raise ValueError(f"{batch} canvas rows but {len(caches)} caches")
+        rows, segments, start = [], list[Segment](), 0
+        for cache, ids in zip(caches, commits, strict=False):
+            if ids is not None:
+                rows.append(self.embed(ids))
+                segments.append(Segment(start, start + ids.size, cache))
+                start += ids.size
+        committed, commit_segments = start, list(segments)
         x = self.model.decoder.self_conditioning(self.embed(canvas), soft_embedding).reshape(batch * length, -1)
-        segments = [Segment(row * length, (row + 1) * length, cache, canvas=True) for row, cache in enumerate(caches)]
-        if len(segments) != batch:
-            raise ValueError(f"{batch} canvas rows but {len(segments)} caches")
-        hidden, tapped = self._forward(x, segments, taps)
+        for row, cache in enumerate(caches):
+            after = commits[row].size if commits and commits[row] is not None else 0  # type: ignore[union-attr]
+            segments.append(Segment(start, start + length, cache, canvas=True, after=after))
+            start += length
+        hidden, tapped = self._forward(_concatenate([*rows, x]), segments, taps)
+        for segment in commit_segments:
+            segment.cache.advance(segment.rows)
+        hidden, tapped = hidden[committed:], {layer: x[committed:] for layer, x in tapped.items()}
         return Denoised(
             logits=self._head(hidden).reshape(batch, length, -1),
             hidden=hidden.reshape(batch, length, -1),
@@ -468,7 +484,7 @@ class DiffusionGemma(nn.Module):
     def _forward(self, x: mx.array, segments: Sequence[Segment], taps: Sequence[int]) -> tuple[mx.array, dict[int, mx.array]]:
         """[rows, hidden] through all layers and the final norm, and the hidden states after the layers in ``taps``."""
         decoder, encoder = self.model.decoder, self.model.encoder.language_model
-        positions = _concatenate([mx.arange(s.cache.length, s.cache.length + s.rows) for s in segments])
+        positions = _concatenate([mx.arange(s.cache.length + s.after, s.cache.length + s.after + s.rows) for s in segments])
         shapes = self.config.text.layers
         tables = {shape: rope_table(positions, shape) for shape in set(shapes)}
         tapped = {}

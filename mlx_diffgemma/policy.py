@@ -42,6 +42,10 @@ class Policy(Protocol):
     def certificate(self) -> str:
         """The name of the rule under which a canvas stops before its last step."""
 
+    @property
+    def fuses_commit(self) -> bool:
+        """Whether a finished canvas may be encoded together with the first step of the next one."""
+
     def seed(self, draws: DrawSource, canvas_index: int, retry: int, start: int, length: int) -> np.ndarray:
         """Ids [length] of a new canvas."""
 
@@ -72,6 +76,7 @@ class ReferencePolicy:
     top_k: int = 0
     top_p: float = 1.0
     coverage: float | None = None
+    fuses_commit: bool = True
     name: str = "reference"
     certificate: str = "stable-and-confident"
 

@@ -156,13 +156,14 @@ class Loop:
         """One denoising step of every active session; those between two canvases open the next one first."""
         active = self.active
         opening = [session for session in active if session.canvas is None]
-        if opening:
+        # A finished canvas is encoded in the same forward as the first step of the next one, unless the policy wants it apart.
+        if apart := [session for session in opening if not (session.canvases and session.policy.fuses_commit)]:
             began = time.perf_counter()
-            prefill(self.model, opening, self.prefill_step_size, self.progress)
-            for session in opening:
+            prefill(self.model, apart, self.prefill_step_size, self.progress)
+            for session in apart:
                 session.prefill_seconds = session.prefill_seconds or time.perf_counter() - began
-            for session in opening:
-                session.open_canvas()
+        for session in opening:
+            session.open_canvas()
         # Rows that go on come first, in the order of the last step's logits; a session taken out of the loop drops out.
         kept = [index for index, session in enumerate(self._carried) if session.step and session in active]
         rows = [self._carried[index] for index in kept] + [session for session in active if session.step == 0]
@@ -195,14 +196,18 @@ class Loop:
     def _step(self, rows: Sequence[Session], soft: mx.array | None) -> tuple[mx.array, SamplerStep]:
         """(logits [rows, length, vocabulary], what the sampler made of them)"""
         canvas = mx.stack([session.canvas for session in rows])
-        logits = self.model.denoise(canvas, [session.cache for session in rows], soft).logits
+        caches, fused = [session.cache for session in rows], [session for session in rows if session.pending.size]
+        commits = [mx.array(session.pending) if session.pending.size else None for session in rows] if fused else ()
+        logits = self.model.denoise(canvas, caches, soft, commits=commits).logits
+        for session in fused:
+            session.pending = session.pending[:0]
         draws = [s.draws.step(s.canvas_index, 0, s.step, s.start, s.length) for s in rows]
         history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, s.length), dtype=mx.int32) for s in rows])
         outcome = rows[0].policy.sample(
             [s.policy for s in rows], [s.step for s in rows], logits, np.stack([d.u for d in draws]),
             np.stack([d.renoise for d in draws]), history, mx.array(rows[0].eos_ids),
         )
-        mx.eval([array for array in outcome if array is not None])
+        mx.eval([array for array in outcome if array is not None], [session.cache.arrays for session in fused])
         return logits, outcome
 
     @staticmethod

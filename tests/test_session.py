@@ -67,6 +67,35 @@ def test_a_session_may_be_taken_out_at_any_step(tiny):
     assert gone.step == 3
 
 
+class TestFusedCommit:
+    """A finished canvas is encoded in the forward of the next one's first step."""
+
+    def test_identical_to_encoding_it_apart(self, tiny):
+        for fuses in (True, False):  # the rows of this batch commit at different steps
+            sessions = [session(tiny, row, max_tokens=96, fuses_commit=fuses) for row in range(3)]
+            records = run(tiny, sessions)
+            if fuses:
+                fused, caches = records, [s.cache for s in sessions]
+        assert records == fused
+        assert max(r[0] for r in records[0]) == 3, "four canvases"
+        for s, cache in zip(sessions, caches):
+            assert s.cache.length == cache.length
+            assert all(mx.array_equal(a, b) for a, b in zip(s.cache.arrays, cache.arrays))
+
+    def test_nothing_is_encoded_but_the_prompt(self, tiny, monkeypatch):
+        encoded, encode = [], type(tiny).encode
+
+        def count(self, ids, *arguments, **options):
+            encoded.append(ids[0].size)
+            return encode(self, ids, *arguments, **options)
+
+        monkeypatch.setattr(type(tiny), "encode", count)
+        s = session(tiny, 1, max_tokens=96)
+        run(tiny, [s])
+        assert encoded == [len(PROMPTS[1])]
+        assert s.cache.length == len(PROMPTS[1]) + 3 * 24, "the last canvas is never encoded"
+
+
 def test_prefill_in_chunks_changes_nothing(tiny):
     whole = run(tiny, [session(tiny, 1)])
     for chunk in (2, 7, 39):
@@ -124,7 +153,7 @@ class Scripted:
     def soft_embed(self, probabilities, ids=None):
         return self.real.soft_embed(probabilities, ids)
 
-    def denoise(self, canvas, caches, soft_embedding=None):
+    def denoise(self, canvas, caches, soft_embedding=None, commits=()):
         self.forwards += 1
         return Denoised(mx.array(self.script.pop(0), dtype=mx.float32), None, {})
 
