@@ -16,6 +16,7 @@ from mlx_diffgemma.generate import (
     load,
     stream_generate,
 )
+from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids
 
@@ -23,6 +24,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CanvasStep", "CheckpointWarning", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError",
-    "UserError",
+    "PromptCache", "UserError",
     "batch_generate", "chat_ids", "convert", "generate", "load", "stream_generate",
 ]

@@ -31,6 +31,10 @@ class Snapshot:
     length: int
     sliding: tuple[KeyValue | None, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for entries in self.sliding if entries is not None for array in entries)
+
 
 class Cache:
     """K/V of all layers for one sequence of ``length`` positions.
@@ -108,6 +112,13 @@ class Cache:
         twin = object.__new__(Cache)
         twin.windows, twin.keep_all, twin.length = self.windows, self.keep_all, self.length
         twin._entries, twin._held = list(self._entries), list(self._held)
+        return twin
+
+    @classmethod
+    def like(cls, other: Cache) -> Cache:
+        """An empty cache of the same layers."""
+        twin = other.copy()
+        twin._entries, twin._held, twin.length = [None] * len(other.windows), [None] * len(other.windows), 0
         return twin
 
     @property

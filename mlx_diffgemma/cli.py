@@ -32,6 +32,7 @@ from mlx_diffgemma.generate import (
     stream_generate,
     summary,
 )
+from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.recipes import MODES, RECIPES
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 
@@ -49,6 +50,11 @@ Model = Annotated[str, typer.Option("--model", help=f"'{nano.NAME}' (built in), 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16. Default: the checkpoint's on "
                                                 "a GPU, float32 on a CPU.")]
+SelfConditioning = Annotated[str | None, typer.Option(help="'dense': over the whole vocabulary, as the reference; 'sparse': from "
+                                                      "the 64 most probable tokens where they hold --coverage of the mass. "
+                                                      "Default: sparse.")]
+Coverage = Annotated[float | None, typer.Option(help="Of sparse self-conditioning. Default: 0.999999, which changes no token in "
+                                                "practice; lower is faster and does.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -74,14 +80,19 @@ def generate_command(
     entropy_bound: Annotated[float | None, typer.Option(help="Acceptance bound in nats. Default: the checkpoint's.")] = None,
     t_min: Annotated[float | None, typer.Option("--t-min", help="Temperature the schedule ends at.")] = None,
     t_max: Annotated[float | None, typer.Option("--t-max", help="Temperature the schedule begins with.")] = None,
+    self_conditioning: SelfConditioning = None,
+    coverage: Coverage = None,
     mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
+    prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
+                                                           "alike encodes only the rest.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Show the canvas resolving, on a terminal only.")] = False,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print figures, and the thought, on standard error.")] = False,
 ) -> None:
     """Turn a prompt into text."""
     options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed, mode=mode,
-                   max_denoising_steps=max_denoising_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max)
+                   max_denoising_steps=max_denoising_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max,
+                   self_conditioning=self_conditioning, coverage=coverage)
     GenerationOptions.from_keywords(options)  # refuse what is wrong before anything is loaded
     variables = _json_object(chat_template_config, "--chat-template-config")
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -96,6 +107,7 @@ def generate_command(
     else:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         ids = chat_ids(tokenizer, [*system, {"role": "user", "content": text}], think=think, **variables)
+    cache = _prompt_cache(prompt_cache_file, network, tokenizer)
     prefix = tokenizer.encode(prefill_response, add_special_tokens=False) if prefill_response else []
     live = None
     if show and mode == "diffusion" and output.is_terminal:
@@ -103,7 +115,21 @@ def generate_command(
 
         live = LiveCanvas(tokenizer, network.config.generation.eos_token_ids, output)
     _print_answer(stream_generate(network, tokenizer, ids + prefix, prefix=prefix, on_step=live.show if live else None,
-                                  **options), live, as_json, verbose)
+                                  prompt_cache=cache, **options), live, as_json, verbose)
+    if cache and prompt_cache_file:
+        cache.save(prompt_cache_file, tokenizer)
+        if verbose:
+            errors.print(f"prompt cache: {cache.reused} tokens reused, {cache.encoded} encoded", style="dim")
+
+
+def _prompt_cache(path: Path | None, network: Any, tokenizer: Any) -> PromptCache | None:
+    if path is None:
+        return None
+    if path.exists():
+        return PromptCache.load(path, network, tokenizer)
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written, there is no folder {path.parent}.")
+    return PromptCache(network)
 
 
 def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: bool, verbose: bool) -> None:
@@ -346,6 +372,8 @@ def evaluate(
     temp: Annotated[float | None, typer.Option(help="As in generate.")] = DEFAULTS.temperature,
     dtype: Dtype = None,
     max_denoising_steps: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    self_conditioning: SelfConditioning = None,
+    coverage: Coverage = None,
     output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -356,8 +384,8 @@ def evaluate(
     tasks_named(tasks)
     modes = ("diffusion", "ar") if mode == "both" else (mode,)
     options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp)
-    per_mode = {m: options | {"mode": m} | ({"max_denoising_steps": max_denoising_steps} if m == "diffusion" else {})
-                for m in modes}
+    diffusion = {"max_denoising_steps": max_denoising_steps, "self_conditioning": self_conditioning, "coverage": coverage}
+    per_mode = {m: options | {"mode": m} | (diffusion if m == "diffusion" else {}) for m in modes}
     for chosen in per_mode.values():
         GenerationOptions.from_keywords(chosen)
     if output_dir is not None:

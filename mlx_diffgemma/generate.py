@@ -28,13 +28,15 @@ from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.policy import Policy, ReferencePolicy, check_sampling
+from mlx_diffgemma.policy import Policy, ReferencePolicy, check_coverage, check_sampling
+from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session
 from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
 from mlx_diffgemma.weights import check_supported, load_model
 
 MODES = ("diffusion", "ar")
 DEFAULT_TOKEN_LIMIT = 4096
+DEFAULT_COVERAGE = 1 - 1e-6  # moves no token of 504 canvases, see docs/speed.md
 Prompt: TypeAlias = "str | Sequence[int] | mx.array"
 OnStep = Callable[[CanvasStep], None]
 
@@ -48,7 +50,6 @@ REFUSED = {
     "quantized_kv_start": "quantised caches break this family, whose attention scale is 1",
     "draft_model": "speculative drafting is not there yet",
     "num_draft_tokens": "speculative drafting is not there yet",
-    "prompt_cache": "prefix reuse is not there yet",
     "input_embeddings": "image input is not there yet",
     "min_p": "only top_k and top_p act on a canvas",
     "repetition_penalty": "it reads the tokens to the left, which a canvas does not have yet",
@@ -65,7 +66,9 @@ class GenerationOptions:
 
     None means the checkpoint's own number.  ``temperature``: in diffusion mode None or 1 is the checkpoint's schedule, T
     scales it, 0 takes the argmax in place of the draw; in ar mode None or 0 is greedy.  ``max_tokens`` None: until the end
-    token, at most 4,096 or the context.  ``seed`` None: a fresh one, told in the response.
+    token, at most 4,096 or the context.  ``seed`` None: a fresh one, told in the response.  ``self_conditioning`` None or
+    "sparse": from the 64 most probable tokens where these hold ``coverage`` of the mass (None: 1 - 1e-6), over the whole
+    vocabulary elsewhere; "dense": over the whole vocabulary everywhere, as the reference.
     """
 
     max_tokens: int | None = None
@@ -80,6 +83,8 @@ class GenerationOptions:
     t_max: float | None = None
     confidence_threshold: float | None = None
     stability_threshold: int | None = None
+    self_conditioning: str | None = None
+    coverage: float | None = None
     prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
@@ -103,17 +108,25 @@ class GenerationOptions:
         if self.prefill_step_size < 2:
             raise UserError(f"prefill_step_size must be at least 2, got {self.prefill_step_size}.")
         check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p)
+        if self.self_conditioning not in (None, "sparse", "dense"):
+            raise UserError(f"Unknown self_conditioning {self.self_conditioning!r}; use 'sparse' or 'dense'.")
+        if self.coverage is not None:
+            if self.self_conditioning == "dense":
+                raise UserError("coverage has no meaning with dense self-conditioning; leave one of them out.")
+            check_coverage(self.coverage)
         if self.mode == "ar" and (diffusion := [name for name in DIFFUSION_ONLY if getattr(self, name) is not None]):
             raise UserError(f"{diffusion[0]} has no meaning with mode 'ar', which runs no denoising steps; leave it out.")
 
     def policy(self, model: DiffusionGemma) -> ReferencePolicy:
         """The reference policy with the checkpoint's numbers, where these options name no other."""
-        own = {name: getattr(self, name) for name in DIFFUSION_ONLY if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in SAMPLER if getattr(self, name) is not None}
         temperature = 1.0 if self.temperature is None else self.temperature
-        return ReferencePolicy.from_config(replace(model.config.generation, **own), temperature, self.top_k, self.top_p)
+        coverage = None if self.self_conditioning == "dense" else DEFAULT_COVERAGE if self.coverage is None else self.coverage
+        return ReferencePolicy.from_config(replace(model.config.generation, **own), temperature, self.top_k, self.top_p, coverage)
 
 
-DIFFUSION_ONLY = ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold")
+SAMPLER = ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold")
+DIFFUSION_ONLY = (*SAMPLER, "self_conditioning", "coverage")
 
 
 @dataclass(frozen=True)
@@ -170,13 +183,15 @@ def stream_generate(
     policy: Policy | None = None,
     on_step: OnStep | None = None,
     prefix: Sequence[int] = (),
+    prompt_cache: PromptCache | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Answer ``prompt`` (text, or ids), yielding a response a canvas.
 
     ``on_step`` is shown every denoising step and cannot change a token.  ``prefix`` are ids at the end of the prompt that
-    already belong to the answer (a prefilled thought, say), so that the parser knows where it stands.  ``options`` are the
+    already belong to the answer (a prefilled thought, say), so that the parser knows where it stands.  ``prompt_cache``
+    keeps what was encoded, so that a next prompt that begins alike encodes only the rest.  ``options`` are the
     fields of GenerationOptions.  Errors: UserError, for options out of range and prompts that do not fit the context.
     """
     chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
@@ -184,8 +199,10 @@ def stream_generate(
     if chosen.mode == "ar":
         if policy is not None or on_step is not None:
             raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
+        if prompt_cache is not None:
+            raise UserError("prompt_cache belongs to canvases; leave it out with mode 'ar'.")
         return _stream_causal(model, request, chosen)
-    return _stream_canvases(model, request, policy or chosen.policy(model), chosen, on_step, prompt_progress_callback)
+    return _stream_canvases(model, request, policy or chosen.policy(model), chosen, on_step, prompt_progress_callback, prompt_cache)
 
 
 def generate(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: bool = False,
@@ -362,13 +379,14 @@ def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context
     return max_tokens
 
 
-def _session(model: DiffusionGemma, request: _Request, policy: Policy) -> Session:
-    return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit)
+def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:
+    return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit, prompt_cache=prompt_cache)
 
 
 def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, options: GenerationOptions,
-                     on_step: OnStep | None, progress: Callable[[int, int], None] | None) -> Iterator[GenerationResponse]:
-    session = _session(model, request, policy)
+                     on_step: OnStep | None, progress: Callable[[int, int], None] | None,
+                     prompt_cache: PromptCache | None) -> Iterator[GenerationResponse]:
+    session = _session(model, request, policy, prompt_cache)
     loop = Loop(model, [session], options.prefill_step_size, progress)
     with generation_memory():
         request.begin()

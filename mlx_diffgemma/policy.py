@@ -97,8 +97,8 @@ class ReferencePolicy:
         for name, number in (("entropy_bound", self.entropy_bound), ("confidence_threshold", self.confidence_threshold)):
             if not number > 0:
                 raise UserError(f"{name} must be above 0 nats, got {number}.")
-        if self.coverage is not None and not 0 < self.coverage < 1:
-            raise UserError(f"coverage must lie between 0 and 1, got {self.coverage}; leave it out for dense self-conditioning.")
+        if self.coverage is not None:
+            check_coverage(self.coverage)
         if not 0 <= self.t_min < self.t_max:
             raise UserError(f"t_min and t_max must satisfy 0 <= t_min < t_max, got {self.t_min} and {self.t_max}.")
 
@@ -126,6 +126,13 @@ class ReferencePolicy:
             tail=mx.array([-1.0 if c is None else 1 - c for c in coverage]) if any(coverage) else None,
         )
         return sample_step(logits, mx.array(u), mx.array(renoise), history, numbers, eos_ids)
+
+
+def check_coverage(coverage: float) -> None:
+    """Errors: UserError for a share that is none, or so close to 1 that float32 cannot tell."""
+    if not 0 < coverage <= 1 - 1e-6:
+        raise UserError(f"coverage must lie above 0 and at most at 0.999999, got {coverage}; for all of the mass take dense "
+                        "self-conditioning.")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:

@@ -26,6 +26,7 @@ from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy
+from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.sampler import Flag, SamplerStep
 
 PREFILL_STEP_SIZE = 2048
@@ -74,17 +75,20 @@ class Session:
     """One answer in the making.
 
     ``max_tokens`` limits the answer; the canvases needed for it run whole, and cutting the text is the caller's part.
-    ``draws`` gives the random numbers; parity and tests put their own in its place.
+    ``draws`` gives the random numbers; parity and tests put their own in its place.  ``ids`` are all it has read or
+    written.  With a ``prompt_cache`` only what that does not hold of the prompt is encoded.
     """
 
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
-                 eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None):
+                 eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
+                 prompt_cache: PromptCache | None = None):
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
         self.length = canvas_length or model.config.canvas_length
-        self.cache = Cache(model.config.text)
-        self.pending = np.array(ids, dtype=np.int32)  # ids the cache does not hold yet
+        self.prompt_cache, self.ids = prompt_cache, list(ids)
+        self.cache = prompt_cache.begin(model, self.ids) if prompt_cache else Cache(model.config.text)
+        self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
         self.finished = False
@@ -105,6 +109,12 @@ class Session:
         self.canvas = mx.array(self.policy.seed(self.draws, self.canvas_index, 0, self.start, self.length))
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
 
+    def encoded(self) -> None:
+        """All that was pending is in the cache now."""
+        self.pending = self.pending[:0]
+        if self.prompt_cache:
+            self.prompt_cache.reached(self.ids)
+
     def take(self, step: CanvasStep) -> None:
         """Go on from ``step``, or commit its argmax: the next canvas encodes it, unless it ends the answer."""
         self.step += 1
@@ -118,6 +128,7 @@ class Session:
         self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.step,
                                     step.reason == "converged", ends.size > 0))
         self.pending, self.canvas, self.step = argmax, None, 0
+        self.ids += argmax.tolist()
         self.finished = ends.size > 0 or self.start >= self.max_tokens
 
 
@@ -161,6 +172,7 @@ class Loop:
             began = time.perf_counter()
             prefill(self.model, apart, self.prefill_step_size, self.progress)
             for session in apart:
+                session.encoded()
                 session.prefill_seconds = session.prefill_seconds or time.perf_counter() - began
         for session in opening:
             session.open_canvas()
@@ -200,7 +212,7 @@ class Loop:
         commits = [mx.array(session.pending) if session.pending.size else None for session in rows] if fused else ()
         logits = self.model.denoise(canvas, caches, soft, commits=commits).logits
         for session in fused:
-            session.pending = session.pending[:0]
+            session.encoded()
         draws = [s.draws.step(s.canvas_index, 0, s.step, s.start, s.length) for s in rows]
         history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, s.length), dtype=mx.int32) for s in rows])
         outcome = rows[0].policy.sample(

@@ -1,0 +1,181 @@
+"""What a next turn encodes, that nothing else changes, and which files are refused."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma import PromptCache, chat_ids, generate, nano, stream_generate
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.session import Loop, Session
+from mlx_diffgemma.weights import load_model
+from tests.checkpoints import make_checkpoint
+from tests.test_cli import run
+
+RNG = np.random.default_rng(5)
+LONG = RNG.integers(20, 1000, 150).tolist()  # beyond the window of 64
+
+
+def turn(pair, ids, cache=None, **options):
+    responses = list(stream_generate(*pair, ids, seed=3, prompt_cache=cache, **options))
+    return [token for response in responses for token in response.tokens]
+
+
+def encoded_rows(monkeypatch, model):
+    """Counts what is really encoded apart from commits."""
+    rows, encode = [], type(model).encode
+
+    def count(self, ids, *arguments, **options):
+        rows.append(sum(part.shape[0] for part in ids))
+        return encode(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "encode", count)
+    return rows
+
+
+class TestReuse:
+    def test_a_chat(self, nano_pair, monkeypatch):
+        """Two turns: the second encodes what lies behind the first prompt, and answers as without a cache."""
+        model, tokenizer = nano_pair
+        rows, cache = encoded_rows(monkeypatch, model), PromptCache(model)
+        messages = [{"role": "user", "content": "Add 12 and 30."}]
+        first = chat_ids(tokenizer, messages)
+        text = generate(*nano_pair, first, seed=1, prompt_cache=cache)
+        assert (cache.encoded, cache.reused, rows) == (len(first), 0, [len(first)])
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Add 1 and 2."}]
+        second = chat_ids(tokenizer, messages)
+        assert second[: len(first)] == first
+        with_cache = turn(nano_pair, second, cache)
+        assert (cache.encoded, cache.reused) == (len(second) - len(first), len(first))
+        assert rows == [len(first), len(second) - len(first)]
+        assert with_cache == turn(nano_pair, second)
+
+    def test_a_thought_that_the_history_drops(self, nano_pair, monkeypatch):
+        """The common prefix ends where the thought began, so the last snapshot before it counts."""
+        model, _ = nano_pair
+        cache, thought = PromptCache(model), LONG[100:120]
+        turn(nano_pair, LONG[:90], cache, max_tokens=64)
+        turn(nano_pair, LONG[:90] + LONG[90:100] + thought, cache, max_tokens=64)
+        assert cache.reused == 90
+        turn(nano_pair, LONG[:100] + LONG[130:], cache, max_tokens=64)
+        assert (cache.reused, cache.encoded) == (90, 30)
+
+    @pytest.mark.parametrize("shared", [0, 30, 90, 140])
+    def test_identical_past_the_window(self, nano_pair, shared):
+        cache = PromptCache(nano_pair[0])
+        for start in range(0, shared, 30):
+            turn(nano_pair, LONG[: start + 30], cache, max_tokens=64, max_denoising_steps=3)
+        ours = turn(nano_pair, LONG, cache, max_denoising_steps=5, max_tokens=128)
+        assert cache.reused == shared // 30 * 30 + (30 if shared % 30 else 0)
+        assert ours == turn(nano_pair, LONG, max_denoising_steps=5, max_tokens=128)
+
+    def test_committed_canvases_are_snapshots(self, nano_pair):
+        model, _ = nano_pair
+        cache, policy = PromptCache(model), ReferencePolicy.from_config(replace(model.config.generation, max_denoising_steps=2))
+
+        def tokens(ids, length, cache=None):
+            """Canvases that no end token cuts short."""
+            session = Session(model, ids, policy, Draws(0, 1024), (), max_tokens=length, prompt_cache=cache)
+            loop = Loop(model, [session])
+            while loop.active:
+                loop.advance()
+            return [token for canvas in session.canvases for token in canvas.tokens.tolist()]
+
+        answer = tokens(LONG, 192, cache)
+        assert [s.length for s in cache.snapshots] == [150, 214, 278], "the last canvas is not encoded"
+        again = LONG + answer + LONG[:9]
+        ours = tokens(again, 64, cache)
+        assert (cache.reused, cache.encoded) == (278, 64 + 9)
+        assert ours == tokens(again, 64)
+
+    def test_the_same_prompt_again_encodes_nothing(self, nano_pair):
+        cache = PromptCache(nano_pair[0])
+        first = turn(nano_pair, LONG, cache, max_tokens=64)
+        assert turn(nano_pair, LONG, cache, max_tokens=64) == first
+        assert (cache.reused, cache.encoded) == (150, 0)
+
+    def test_never_a_single_token(self, nano_pair):
+        cache = PromptCache(nano_pair[0])
+        for end in (100, 120):
+            turn(nano_pair, LONG[:end], cache, max_tokens=64)
+        turn(nano_pair, LONG[:121], cache, max_tokens=64)
+        assert (cache.reused, cache.encoded) == (100, 21)
+
+    def test_an_answer_that_was_broken_off(self, nano_pair):
+        cache = PromptCache(nano_pair[0])
+        stream = stream_generate(*nano_pair, LONG, seed=3, prompt_cache=cache, max_denoising_steps=2, max_tokens=192)
+        next(stream)
+        stream.close()
+        ours = turn(nano_pair, LONG + LONG[:20], cache, max_tokens=64)
+        assert cache.reused == 150
+        assert ours == turn(nano_pair, LONG + LONG[:20], max_tokens=64)
+
+    def test_the_budget(self, nano_pair):
+        cache = PromptCache(nano_pair[0], budget=0)
+        for end in (80, 100, 120):
+            turn(nano_pair, LONG[:end], cache, max_tokens=64)
+        assert [s.length for s in cache.snapshots] == [120]
+
+
+class TestFile:
+    def test_goes_on_in_another_process(self, nano_pair, tmp_path):
+        model, tokenizer = nano_pair
+        cache = PromptCache(model)
+        turn(nano_pair, LONG[:90], cache, max_tokens=64)
+        cache.save(tmp_path / "c.safetensors", tokenizer)
+        loaded = PromptCache.load(tmp_path / "c.safetensors", model, tokenizer)
+        ours = turn(nano_pair, LONG, loaded, max_tokens=64)
+        assert (loaded.reused, loaded.encoded) == (90, 60)
+        assert ours == turn(nano_pair, LONG, max_tokens=64)
+
+    def test_refusals(self, nano_pair, tmp_path, tiny):
+        model, tokenizer = nano_pair
+        path = tmp_path / "c.safetensors"
+        with pytest.raises(UserError, match="nothing to save"):
+            PromptCache(model).save(path, tokenizer)
+        cache = PromptCache(model)
+        turn(nano_pair, LONG[:90], cache, max_tokens=64)
+        with pytest.raises(UserError, match="cannot be written"):
+            cache.save(tmp_path / "no" / "c.safetensors", tokenizer)
+        cache.save(path, tokenizer)
+        with pytest.raises(UserError, match="another model"):
+            PromptCache.load(path, load_model(make_checkpoint(tmp_path / "m", "divisible")), tokenizer)
+        with pytest.raises(UserError, match="another model"):
+            PromptCache.load(path, load_model(nano.FOLDER, "bfloat16"), tokenizer)
+        with pytest.raises(UserError, match="another model"):
+            turn((tiny, tokenizer), [5, 6, 7], cache)
+
+        class Other:
+            def get_vocab(self):
+                return {"a": 1}
+
+        with pytest.raises(UserError, match="another tokenizer"):
+            PromptCache.load(path, model, Other())
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(UserError, match="is not a cache file"):
+            PromptCache.load(path, model, tokenizer)
+        mx.save_safetensors(str(path), {"a": mx.zeros((1,))})
+        with pytest.raises(UserError, match="not a cache file of this version"):
+            PromptCache.load(path, model, tokenizer)
+
+    def test_not_with_the_causal_mode(self, nano_pair):
+        with pytest.raises(UserError, match="leave it out with mode 'ar'"):
+            stream_generate(*nano_pair, "fox", mode="ar", prompt_cache=PromptCache(nano_pair[0]))
+
+    def test_the_command(self, monkeypatch, capsys, tmp_path):
+        file = str(tmp_path / "c.safetensors")
+        words = ["generate", "--prompt-cache-file", file, "--seed", "1", "--verbose", "-p"]
+        for reused, prompt in ((0, "Add 12 and 30."), (2, "Add 12 and 30."), (0, "Is 3 greater than 2?")):
+            code, out, err = run(monkeypatch, capsys, *words, prompt)
+            assert code == 0
+            assert out == run(monkeypatch, capsys, "generate", "--seed", "1", "-p", prompt)[1]
+            assert ("prompt cache: 0 tokens reused" in err) == (reused == 0)
+        (tmp_path / "c.safetensors").write_bytes(b"nothing")
+        code, _, err = run(monkeypatch, capsys, *words, "fox")
+        assert code == 2
+        assert "is not a cache file" in err
+        code, _, err = run(monkeypatch, capsys, "generate", "--prompt-cache-file", "/nowhere/c", "-p", "fox")
+        assert (code, "there is no folder /nowhere" in err) == (2, True)
