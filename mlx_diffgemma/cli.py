@@ -34,9 +34,11 @@ from mlx_diffgemma.generate import (
 )
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.recipes import MODES, RECIPES
+from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 
 if TYPE_CHECKING:
+    from mlx_diffgemma.chat import Chat
     from mlx_diffgemma.convert import Conversion
 
 DEFAULTS = GenerationOptions()
@@ -170,6 +172,103 @@ def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any
         "converged": all(part.converged for part in parts),
         "finish_reason": "interrupted" if interrupted else last["finish_reason"],
     }
+
+
+CHAT_HELP = "/reset forgets the conversation, /system TEXT sets the system message, /stats shows figures, /exit or Ctrl-D ends."
+
+
+@app.command()
+def chat(
+    model: Model = nano.NAME,
+    revision: Revision = None,
+    system_prompt: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
+    think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Cut each answer after this many tokens.")] = None,
+    temp: Annotated[float | None, typer.Option(help="As in generate.")] = DEFAULTS.temperature,
+    top_k: Annotated[int, typer.Option(help="As in generate.")] = DEFAULTS.top_k,
+    top_p: Annotated[float, typer.Option(help="As in generate.")] = DEFAULTS.top_p,
+    seed: Annotated[int | None, typer.Option(help="Of the first turn; counts up by one a turn.")] = DEFAULTS.seed,
+    dtype: Dtype = None,
+    max_denoising_steps: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    self_conditioning: SelfConditioning = None,
+    coverage: Coverage = None,
+) -> None:
+    """Talk to a model; the canvas is shown while it resolves."""
+    from mlx_diffgemma.chat import Chat
+
+    options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed,
+                                   max_denoising_steps=max_denoising_steps, self_conditioning=self_conditioning, coverage=coverage)
+    GenerationOptions.from_keywords(options)
+    with _status(f"loading {model}"):
+        network, tokenizer = load(model, revision=revision, dtype=dtype)
+    talk = Chat(network, tokenizer, system_prompt, think, **options)
+    at_terminal = sys.stdin.isatty() and output.is_terminal
+    if at_terminal:
+        errors.print(CHAT_HELP, style="dim")
+    while (line := _read_line("> " if at_terminal else "")) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if not command:
+            continue
+        if command in ("/exit", "/quit"):
+            return
+        if command == "/reset":
+            talk.reset()
+        elif command == "/system":
+            talk.system = rest.strip() or None
+            now = f"set to {talk.system!r}" if talk.system else "gone"
+            errors.print(f"the system message is {now}", style="dim", markup=False)
+        elif command == "/stats":
+            errors.print(str(talk.stats), style="dim", markup=False)
+        elif command.startswith("/"):
+            errors.print(CHAT_HELP, style="dim", markup=False)
+        else:
+            _take_turn(talk, line.strip(), at_terminal)
+
+
+def _read_line(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _take_turn(talk: Chat, text: str, at_terminal: bool) -> None:
+    """One turn; Ctrl-C ends the answer, not the conversation."""
+    from mlx_diffgemma.live import LiveCanvas
+
+    live: LiveCanvas | None = None
+
+    def show(step: CanvasStep) -> None:
+        nonlocal live
+        if live is None:
+            live = LiveCanvas(talk.tokenizer, talk.model.config.generation.eos_token_ids, output)
+            live.__enter__()
+        live.show(step)
+
+    def hide() -> None:
+        nonlocal live
+        if live is not None:
+            live.__exit__(None, None, None)
+            live = None
+
+    responses = talk.send(text, show if at_terminal else None)
+    try:
+        for response in responses:
+            hide()
+            if response.thought.strip():
+                errors.print(response.thought.strip(), style="dim", markup=False)
+            print(response.text, end="", flush=True)
+            for call in response.tool_calls:
+                errors.print(f"tool call: {call}", style="dim", markup=False)
+        print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        errors.print("interrupted", style="dim")
+    except UserError as error:
+        errors.print(f"error: {error} (/reset forgets the conversation)", markup=False)
+    finally:
+        hide()
+        responses.close()
 
 
 @app.command()
