@@ -164,7 +164,9 @@ class Attention(nn.Module):
         past = segment.cache.view(index)
         if not segment.canvas:
             (segment.cache.append if segment.write == "append" else segment.cache.hold)(index, keys, values)
-        if past is not None:
+        if self.window is None and not segment.canvas and segment.write == "append":
+            keys, values = segment.cache.view(index) or (keys, values)  # past and new rows in one, not copied once more
+        elif past is not None:
             keys, values = mx.concatenate((past[0], keys), axis=2), mx.concatenate((past[1], values), axis=2)
         # In float32: MLX has no fused kernel at head sizes 256 and 512 and would round the scores to the compute dtype,
         # which at attention scale 1 moves the weights visibly in bf16.  For the same reason the scores are held in full, so

@@ -37,6 +37,14 @@ def test_the_table_of_recipes_is_what_was_measured():
     assert named == set(RECIPES), "the page's first table has every recipe"
 
 
+def test_the_table_of_self_conditioning_is_what_was_measured():
+    record = json.loads((ROOT / "bench" / "results" / "self-conditioning-nano.json").read_text(encoding="utf-8"))
+    assert record["model"] == nano.VERSION
+    assert record["settings"]["sparse, 0.999999"]["changed"] == 0, "why it is the default"
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "bench" / "self_conditioning.py"))["table"](record) in page
+
+
 def test_the_python_snippets_run(capsys):
     snippets = blocks(README, "python")
     assert snippets
