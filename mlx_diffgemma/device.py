@@ -45,15 +45,14 @@ def memory_limit() -> int:
     return _physical_memory()
 
 
-def check_memory(needed: int, what: str) -> None:
+def check_memory(needed: int, what: str, remedy: str = "take a conversion with fewer bits") -> None:
     """Errors: UserError when ``needed`` bytes exceed what this machine allows, before anything is loaded."""
     limit = memory_limit()
     if needed <= limit:
         return
-    remedy = "take a conversion with fewer bits"
     if mx.metal.is_available() and needed < 0.9 * _physical_memory():
         remedy += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
-    raise UserError(f"{what} needs {needed / 1e9:.1f} GB, this machine allows {limit / 1e9:.1f} GB; {remedy}.")
+    raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {remedy}.")
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_diffgemma import hub
+from mlx_diffgemma import cost, hub
 from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
-from mlx_diffgemma.device import generation_memory
+from mlx_diffgemma.device import check_memory, generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
@@ -196,6 +197,7 @@ def stream_generate(
     """
     chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
     request = _Request.prepare(model, tokenizer, prompt, chosen, prefix)
+    _check_room(model, [request], 1)
     if chosen.mode == "ar":
         if policy is not None or on_step is not None:
             raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
@@ -241,6 +243,7 @@ def batch_generate(
         raise UserError(f"seeds must have one entry a prompt: got {len(seeds)} for {len(prompts)} prompts.")
     requests = [_Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index])
                 for index, prompt in enumerate(prompts)]
+    _check_room(model, requests, batch_size)
     answers: list[GenerationResponse | None] = [None] * len(requests)
     run = _batch_causal if chosen.mode == "ar" else _batch_canvases
     with generation_memory():
@@ -377,6 +380,18 @@ def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context
         raise UserError(f"max_tokens {max_tokens:,} does not fit: the prompt has {prompt:,} tokens and the context holds "
                         f"{context:,}, so at most {room:,} are possible.")
     return max_tokens
+
+
+def _check_room(model: DiffusionGemma, requests: Sequence[_Request], batch_size: int) -> None:
+    """Errors: UserError when weights, caches and logits of ``batch_size`` answers cannot be held, before they are allocated."""
+    config, element = model.config, model.dtype.size
+    longest = sorted((len(request.ids) for request in requests), reverse=True)[:batch_size] or [0]
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    needed = weights + sum(cost.run_bytes(config, 0, length + config.canvas_length, element) for length in longest)
+    many = len(longest) > 1
+    size = f"{longest[0]:,} tokens"
+    what = f"Running {len(longest)} prompts of up to {size} together" if many else f"A prompt of {size}"
+    check_memory(needed, what, f"{'take fewer at once' if many else 'shorten it'}, or take a conversion with fewer bits")
 
 
 def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:

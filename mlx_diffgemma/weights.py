@@ -35,7 +35,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     stored = found.tensors["model.decoder.norm.weight"].stored
     target = compute_dtype(DTYPES.get(stored.dtype, mx.bfloat16), dtype)
     needed = sum(tensor.nbytes(target) for tensor in found.tensors.values())
-    check_memory(needed, f"{folder.name} in {target}")
+    check_memory(needed, f"{folder.name} in {str(target).removeprefix('mlx.core.')}")
     files = sorted({piece.stored.path for tensor in found.tensors.values() for piece in tensor.pieces})
     whole = {name: array for path in files for name, array in _lazily(path).items()}
     # Read and cast tensor by tensor, dropping each original, so that at no time two copies of the model are held.

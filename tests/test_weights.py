@@ -189,7 +189,7 @@ def test_compute_dtype_on_a_gpu_is_the_checkpoints(monkeypatch):
 def test_memory_is_checked_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(device, "memory_limit", lambda: 100_000)
     monkeypatch.setattr(mx, "eval", lambda *a: pytest.fail("something was loaded"))
-    with pytest.raises(UserError, match=r"needs 0\.\d GB, this machine allows 0\.0 GB"):
+    with pytest.raises(UserError, match=r"in float32 needs 0\.\d\d GB, this machine allows 0\.00 GB"):
         load_model(folder)
 
 
