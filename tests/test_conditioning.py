@@ -14,10 +14,10 @@ from mlx_diffgemma.session import Loop, Session
 LENGTH, VOCABULARY = 24, 301  # of the tiny model
 
 
-def logits_with(sharp, seed=0):
+def logits_with(sharp, seed=0, ahead=40):
     """[1, LENGTH, VOCABULARY] whose first ``sharp`` positions are certain and whose others are flat."""
     logits = np.random.default_rng(seed).normal(0, 1, (1, LENGTH, VOCABULARY))
-    logits[0, np.arange(sharp), np.arange(sharp)] += 40
+    logits[0, np.arange(sharp), np.arange(sharp)] += ahead
     return mx.array(logits.astype(np.float32))
 
 
@@ -67,10 +67,14 @@ class TestSoftEmbedding:
 
     def test_rows_do_not_influence_each_other(self, tiny):
         """Other counts, other buckets, one row covered in full: each row as if it were alone."""
-        logits = mx.concatenate([logits_with(sharp, seed) for seed, sharp in enumerate((24, 3, 20))])
-        together = soft_embedding(tiny, belief(logits))
+        # certain enough to be covered, not so certain that dense would give the same bits
+        logits = mx.concatenate([logits_with(sharp, seed, ahead=12) for seed, sharp in enumerate((24, 3, 20))])
+        together = soft_embedding(tiny, belief(logits, tail=0.01))
+        assert not mx.array_equal(together[0], dense(tiny, logits / 0.7)[0])
         for row in range(3):
-            assert mx.array_equal(together[row : row + 1], soft_embedding(tiny, belief(logits[row : row + 1])))
+            alone = belief(logits[row : row + 1], tail=0.01)
+            assert alone.counts == [(0, 21, 4)[row]]
+            assert mx.array_equal(together[row : row + 1], soft_embedding(tiny, alone))
 
     def test_a_dense_row_beside_a_sparse_one(self, tiny):
         logits = mx.concatenate([logits_with(24), logits_with(24, 1)])

@@ -1,13 +1,14 @@
 """Counted against figures that others published or measured for the released model."""
 
 import json
+import math
 
 import pytest
 
 from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig, released_config
 from mlx_diffgemma.convert import ConvertOptions, plan
-from mlx_diffgemma.recipes import RECIPES
+from mlx_diffgemma.recipes import RECIPES, kind_of
 from mlx_diffgemma.storage import read_headers
 
 CONFIG = released_config()
@@ -42,6 +43,15 @@ def test_flops():
     parts = {part: flops / 1e12 for part, flops in cost.step_flops(CONFIG, context=512).items()}
     assert parts == pytest.approx({"attention": 0.57, "dense_mlp": 0.28, "experts": 0.73, "head": 0.38, "scores": 0.11,
                                    "self_conditioning": 0.38}, abs=0.011)
+
+
+def test_flops_of_the_matrices_are_their_sizes():
+    """A row meets every weight of the attention and the dense MLP once, and those of its own experts."""
+    sizes, parts = {name: math.prod(shape) for name, shape in cost.shapes(CONFIG).items()}, cost.step_flops(CONFIG, 512)
+    for kind, part in (("attention", "attention"), ("dense_mlp", "dense_mlp")):
+        assert parts[part] == 2 * 256 * sum(size for name, size in sizes.items() if kind_of(name.removesuffix(".weight")) == kind)
+    experts = sum(size for name, size in sizes.items() if ".experts." in name) * 8 / 128
+    assert parts["experts"] == 2 * 256 * (experts + sum(size for name, size in sizes.items() if ".router.proj" in name))
 
 
 def test_sliding_layers_stop_growing():
