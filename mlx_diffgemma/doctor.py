@@ -69,7 +69,7 @@ class Diagnosis:
         return {**_without_nan(asdict(self)), "ok": self.ok}
 
 
-def diagnose(repeats: int = 20) -> Diagnosis:
+def diagnose(repeats: int = 10) -> Diagnosis:
     """Recompute the golden outputs in every way of ``Check``; ``repeats`` steps are timed in each."""
     expected, checks = golden.load(), []
     if expected.model_sha256 != golden.sha256(nano.FOLDER / "model.safetensors"):

@@ -148,12 +148,13 @@ def estimate(config: ModelConfig, recipe: Recipe, chip: Chip, context: int, spar
 
 
 def measure() -> Chip:
-    """This machine's own ceilings, in the dtype it computes in: a copy of 512 MB, and a square product."""
+    """This machine's own ceilings, in the dtype it computes in: a pass over a large array, and a square product."""
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-    block = mx.zeros((512 * 2**20 // dtype.size,), dtype=dtype)
+    on_cpu = mx.default_device() == mx.cpu  # thousands of times slower, so less is enough
+    block = mx.zeros(((128 if on_cpu else 512) * 2**20 // dtype.size,), dtype=dtype)
     mx.eval(block)
     bandwidth = 2 * block.nbytes / _best(lambda: block + 1)
-    size = 1024 if mx.default_device() == mx.cpu else 4096
+    size = 512 if on_cpu else 4096
     a = mx.random.normal((size, size)).astype(dtype)
     mx.eval(a)
     flops = 2.0 * size**3 / _best(lambda: a @ a)

@@ -25,6 +25,7 @@ from mlx_diffgemma.recipes import RECIPES, kind_of
 from mlx_diffgemma.storage import INDEX, Stored
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
+from tests.test_cli import run
 from tests.test_layouts import tensors_of
 
 ROOT = Path(__file__).parents[1]
@@ -567,14 +568,13 @@ class TestBadInput:
         (packed / "config.json").write_text(json.dumps(raw))
         self.refused(packed, tmp_path, r"is not packed as config.json says \(3 bits\)", recipe=None)
 
-    def test_the_command_says_it_in_one_line(self, tmp_path):
+    def test_the_command_says_it_in_one_line(self, tmp_path, monkeypatch, capsys):
         for arguments, message in ((["--hf-path", "nothing"], "There is no folder 'nothing'"),
                                    (["--hf-path", "nano", "--q-bits", "4"], "has no effect without -q"),
                                    (["--hf-path", "nano", "--recipe", "best"], "Unknown recipe 'best'")):
-            out = subprocess.run([sys.executable, "convert.py", *arguments, "--mlx-path", str(tmp_path / "out")], cwd=ROOT,
-                                 capture_output=True, text=True)
-            assert out.returncode == 2
-            (line,) = out.stderr.splitlines()
+            code, _, err = run(monkeypatch, capsys, "convert", *arguments, "--mlx-path", str(tmp_path / "out"))
+            assert code == 2
+            (line,) = err.splitlines()
             assert line.startswith("error: ")
             assert message in line
         assert not list(tmp_path.iterdir())

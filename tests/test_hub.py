@@ -101,6 +101,7 @@ def test_download_and_run(server):
     assert out.stdout == local.stdout
 
 
+@pytest.mark.slow
 def test_interrupted_download_goes_on(server):
     handler, endpoint, home = server
     handler.broken.add("model.safetensors")
@@ -149,6 +150,7 @@ def test_what_headers_tell_is_refused_before_the_download(server, options, messa
     assert not list(home.rglob("model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_what_is_downloaded_needs_no_network(server):
     _, endpoint, home = server
     assert command(endpoint, home, "info", REPO).returncode == 0
@@ -184,6 +186,7 @@ def test_no_network(tmp_path):
     assert out.stderr.strip().splitlines()[-1].startswith("error: someone/diffusiongemma-tiny could not be fetched")
 
 
+@pytest.mark.slow
 def test_a_second_run_needs_no_network(server):
     _, endpoint, home = server
     assert command(endpoint, home, "info", REPO).returncode == 0
