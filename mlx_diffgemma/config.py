@@ -154,6 +154,12 @@ class ModelConfig:
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"config.json has a field of the wrong kind ({error}); download the file again.") from None
 
+    @property
+    def recipe(self) -> str | None:
+        """The recipe this was quantised by, where our converter did it."""
+        mark = self.raw.get(MARK)
+        return mark.get("recipe") if isinstance(mark, Mapping) else None
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Errors: UserError as ``from_dict``, and for files that are missing or no JSON."""

@@ -82,6 +82,11 @@ class ConvertOptions:
         recipe = recipe_named(self.recipe or "4bit")
         return recipe.changed(self.q_bits, self.q_group_size, self.q_mode)
 
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype of what is not quantised; None leaves it as stored."""
+        return self.dtype or ("bfloat16" if self.recipe == "bf16" else None)
+
     def command(self) -> str:
         """These options as a command line spells them."""
         words = ["-q"] if self.quantize else ["-d"] if self.dequantize else []
@@ -197,7 +202,7 @@ class Conversion:
         """The name under which the result is marked: the recipe's, or the source's own where its precision is kept."""
         if recipe := self.options.chosen():
             return recipe.name
-        return None if self.options.dequantize else (self.config.raw.get(MARK) or {}).get("recipe")
+        return None if self.options.dequantize else self.config.recipe
 
     def rows(self) -> list[ClassRow]:
         """What becomes of each class of tensors."""
@@ -281,7 +286,7 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
             continue
         outputs.append(_float_output(key, path if dot and suffix == "weight" else key, tensors[key], recipe, options))
     raw, generation = _configs(folder, config, {output.path: output.after for output in outputs}, bool(found.vision))
-    if dtype := options.dtype or ("bfloat16" if recipe and recipe.name == "bf16" else None):
+    if dtype := options.stored_dtype:
         for part in (raw, raw["text_config"]):
             part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part} or {"dtype": dtype}
     conversion = Conversion(name, folder, config, options, tuple(outputs), found, raw, generation)
@@ -411,7 +416,7 @@ def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, op
         else:
             after.check(path, tensor.shape[-1])
     dtype = DTYPES[tensor.stored.dtype]
-    if tensor.stored.is_float and (wanted := options.dtype or ("bfloat16" if recipe and recipe.name == "bf16" else None)):
+    if tensor.stored.is_float and (wanted := options.stored_dtype):
         dtype = dtype_named(wanted)
     if after:
         arrays = {f"{path}.{suffix}": array for suffix, array in after.packed(tensor.shape, dtype).items()}

@@ -31,13 +31,25 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     return sum(sizes.values()), sum(sizes.values()) - experts + used
 
 
-def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype = mx.bfloat16) -> int:
-    """Bytes of the text backbone under a recipe; what is not quantised is held in ``dtype``."""
-    total = 0
+def class_bytes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype = mx.bfloat16) -> dict[str, int]:
+    """Bytes of each class of tensors of the text backbone under a recipe; what is not quantised is held in ``dtype``.
+
+    Errors: UserError for a recipe that does not fit the shapes.
+    """
+    sizes: dict[str, int] = {}
     for name, shape in shapes(config).items():
-        precision = recipe.precision(kind_of(name.removesuffix(".weight"))) if len(shape) > 1 else None
-        total += stored_bytes(shape, precision, dtype)
-    return total
+        path = name.removesuffix(".weight")
+        kind = kind_of(path)
+        precision = recipe.precision(kind) if len(shape) > 1 else None
+        if precision:
+            precision.check(path, shape[-1])
+        sizes[kind] = sizes.get(kind, 0) + stored_bytes(shape, precision, dtype)
+    return sizes
+
+
+def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype = mx.bfloat16) -> int:
+    """Bytes of the whole text backbone, as ``class_bytes``."""
+    return sum(class_bytes(config, recipe, dtype).values())
 
 
 def stored_bytes(shape: tuple[int, ...], precision: Precision | None, dtype: mx.Dtype) -> int:

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.recipes import Recipe, kind_of
+from mlx_diffgemma.recipes import Recipe
 
 STEPS = (8, 12, 16, 26, 48)  # steps a canvas for which a rate is stated; 26 is the mean seen in the wild
 BANDWIDTH_SHARE = 0.85  # of the memory's rate that large reads reach
@@ -118,14 +118,7 @@ def estimate(config: ModelConfig, recipe: Recipe, chip: Chip, context: int, spar
     flops = cost.step_flops(config, context)
     if sparse:
         flops["self_conditioning"] -= 2.0 * config.canvas_length * text.hidden_size * text.vocab_size
-    sizes: dict[str, float] = {}
-    for name, shape in cost.shapes(config).items():
-        path = name.removesuffix(".weight")
-        precision = recipe.precision(kind_of(path)) if len(shape) > 1 else None
-        if precision:
-            precision.check(path, shape[-1])
-        kind = kind_of(path)
-        sizes[kind] = sizes.get(kind, 0) + cost.stored_bytes(shape, precision, mx.bfloat16)
+    sizes = cost.class_bytes(config, recipe)
     weights = sum(sizes.values())
     full, sliding = cost.cache_bytes(text, element_size=2)
     cache = full * context + sliding * min(1.0, context / max(1, max(layer.window or 1 for layer in text.layers)))

@@ -37,9 +37,9 @@ def resolve(model: str, revision: str | None = None, before_weights: Callable[[P
     """
     if folder := _local(model, revision):
         return folder
+    if before_weights:
+        before_weights(small_files(model, revision))
     with _told(model, revision):
-        if before_weights:
-            before_weights(Path(snapshot_download(model, revision=revision, allow_patterns=SMALL)))
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_diffgemma.config import FULL, MARK, ModelConfig
+from mlx_diffgemma.config import FULL, ModelConfig
 from mlx_diffgemma.cost import cache_bytes, count_parameters
 from mlx_diffgemma.device import memory_limit
 from mlx_diffgemma.recipes import VISION, Quantization, kind_of
@@ -36,10 +36,9 @@ class CheckpointInfo:
         if not self.config.quantization:
             return "none"
         quantization = Quantization.from_config(self.config.quantization)
-        recipe = (self.config.raw.get(MARK) or {}).get("recipe")
         kinds = {kind_of(path): str(precision) for path, precision in quantization.overrides.items() if precision}
         return f"{quantization.default}" + "".join(f", {kind} {text}" for kind, text in sorted(kinds.items())) + (
-            f" (recipe {recipe})" if recipe else "")
+            f" (recipe {self.config.recipe})" if self.config.recipe else "")
 
     def record(self) -> dict[str, Any]:
         text = self.config.text

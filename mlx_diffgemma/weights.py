@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_diffgemma.config import MARK, ModelConfig, read_json
+from mlx_diffgemma.config import ModelConfig, read_json
 from mlx_diffgemma.device import check_memory, compute_dtype
 from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.layouts import arrange, quantized_module
@@ -67,7 +67,7 @@ def warn_of_low_attention(config: ModelConfig, name: str) -> None:
 
     Source: https://github.com/Blaizzy/mlx-vlm/pull/1359
     """
-    if not config.quantization or (config.raw.get(MARK) or {}).get("recipe"):
+    if not config.quantization or config.recipe:
         return
     quantization = Quantization.from_config(config.quantization)
     paths = [f"model.decoder.layers.{index}.self_attn.{name}"
