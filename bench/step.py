@@ -34,7 +34,7 @@ from mlx_diffgemma.estimate import measure
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.recipes import kind_of, recipe_named
-from mlx_diffgemma.sampler import KEPT, Flag
+from mlx_diffgemma.sampler import KEPT, Before, Flag
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("head", "sampler", "self_conditioning", "attention", "experts", "dense_mlp", "step")
@@ -127,13 +127,14 @@ def measure_parts(model: DiffusionGemma, wanted: set[str], arguments: argparse.N
         parts["experts, one layer"] = {"seconds": median(lambda: layer.experts(x, *layer.router(x)), repeats)}
     policy = ReferencePolicy.from_config(config.generation, coverage=1 - 1e-6)
     u, renoise = np.zeros((1, length), np.float32), np.zeros((1, length), np.int32)
-    history, eos = mx.zeros((1, 1, length), dtype=mx.int32), mx.array([1])
+    blank, eos = mx.zeros((1, length), dtype=mx.int32), mx.array([1])
+    before = Before(blank, blank > 0, blank[None])
     for certain in map(float, arguments.certain.split(",")):
         if not wanted & {"sampler", "self_conditioning"}:
             break
         logits = canvas_logits(config, certain)
         mx.eval(logits)
-        step = ReferencePolicy.sample([policy], [0], logits, u, renoise, history, eos)
+        step = ReferencePolicy.sample([policy], [0], [length], logits, u, renoise, before, eos)
         mx.eval([array for array in step if array is not None])
         entropy, uncovered = step.entropy.mean().item(), int(step.flags[0, Flag.UNCOVERED].item())
         note = f"mean entropy {entropy:.3f} nats, {uncovered / length:.1%} of positions fall back to dense"
@@ -148,7 +149,7 @@ def measure_parts(model: DiffusionGemma, wanted: set[str], arguments: argparse.N
                                              "counts_as": "self_conditioning"}
     if "sampler" in wanted:
         def sample(p: ReferencePolicy) -> list[mx.array]:
-            return [a for a in ReferencePolicy.sample([p], [0], logits, u, renoise, history, eos) if a is not None]
+            return [a for a in ReferencePolicy.sample([p], [0], [length], logits, u, renoise, before, eos) if a is not None]
 
         plain = replace(policy, coverage=None)
         parts["sampler"] = {"seconds": median(lambda: sample(plain), repeats)}

@@ -11,7 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,7 @@ from mlx_diffgemma.generate import (
 )
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.recipes import MODES, RECIPES
+from mlx_diffgemma.rules import LENGTHS, PRESETS, SAMPLERS
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 
@@ -57,6 +58,29 @@ SelfConditioning = Annotated[str | None, typer.Option(help="'dense': over the wh
                                                       "Default: sparse.")]
 Coverage = Annotated[float | None, typer.Option(help="Of sparse self-conditioning. Default: 0.999999, which changes no token in "
                                                 "practice; lower is faster and does.")]
+Steps = Annotated[int | None, typer.Option("--max-denoising-steps", help="Steps a canvas may take. Default: the checkpoint's.")]
+Preset = Annotated[str | None, typer.Option(help=f"A set of the rules below: {', '.join(PRESETS)}; other options override it. "
+                                            "What each costs and gains: docs/speed.md. Default: reference.")]
+Sampler = Annotated[str | None, typer.Option(help=f"{' or '.join(SAMPLERS)}. Default: {SAMPLERS[0]}.")]
+Threshold = Annotated[float | None, typer.Option(help="Rule: probability from which the sampler confidence-threshold accepts a "
+                                                 "token. Default: 0.9.")]
+EntropyBound = Annotated[float | None, typer.Option(help="Acceptance bound in nats. Default: the checkpoint's.")]
+Confidence = Annotated[float | None, typer.Option(help="A canvas converges below this mean entropy, in nats. Default: the "
+                                                  "checkpoint's.")]
+Stability = Annotated[int | None, typer.Option(help="And when its argmax equals that of so many steps before; 0 looks at the "
+                                               "entropy alone. Default: the checkpoint's.")]
+MinSteps = Annotated[int | None, typer.Option(help="Rule: no canvas converges before this many steps.")]
+TemperatureSteps = Annotated[int | None, typer.Option(help="Rule: the temperature falls over this many steps. Default: over "
+                                                      "--max-denoising-steps.")]
+Plateau = Annotated[int | None, typer.Option(help="Rule: give a canvas up when its mean entropy has not fallen for this many "
+                                             "steps.")]
+DropTail = Annotated[int | None, typer.Option(help="Rule: positions after an end token that stood for this many steps leave the "
+                                              "canvas.")]
+CanvasLength = Annotated[str | None, typer.Option(help=f"Rule: positions of a canvas; a number, {' or '.join(map(repr, LENGTHS))} "
+                                                  "(a quarter of the full canvas, then twice the last one; no longer than the "
+                                                  "tokens still allowed).")]
+RerollEmpty = Annotated[int | None, typer.Option(help="Rule: try an empty first canvas again, at most so often.")]
+RetryUnconverged = Annotated[int | None, typer.Option(help="Rule: try a canvas that did not converge again, at most so often.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -78,12 +102,24 @@ def generate_command(
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that hold this mass; 1 is off.")] = DEFAULTS.top_p,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = DEFAULTS.seed,
     dtype: Dtype = None,
-    max_denoising_steps: Annotated[int | None, typer.Option(help="Steps a canvas may take. Default: the checkpoint's.")] = None,
-    entropy_bound: Annotated[float | None, typer.Option(help="Acceptance bound in nats. Default: the checkpoint's.")] = None,
+    max_denoising_steps: Steps = None,
+    entropy_bound: EntropyBound = None,
+    confidence_threshold: Confidence = None,
+    stability_threshold: Stability = None,
     t_min: Annotated[float | None, typer.Option("--t-min", help="Temperature the schedule ends at.")] = None,
     t_max: Annotated[float | None, typer.Option("--t-max", help="Temperature the schedule begins with.")] = None,
     self_conditioning: SelfConditioning = None,
     coverage: Coverage = None,
+    preset: Preset = None,
+    diffusion_sampler: Sampler = None,
+    threshold: Threshold = None,
+    min_denoising_steps: MinSteps = None,
+    temperature_steps: TemperatureSteps = None,
+    plateau: Plateau = None,
+    drop_tail: DropTail = None,
+    canvas_length: CanvasLength = None,
+    reroll_empty: RerollEmpty = None,
+    retry_unconverged: RetryUnconverged = None,
     mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
     prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
                                                            "alike encodes only the rest.")] = None,
@@ -92,10 +128,7 @@ def generate_command(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print figures, and the thought, on standard error.")] = False,
 ) -> None:
     """Turn a prompt into text."""
-    options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed, mode=mode,
-                   max_denoising_steps=max_denoising_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max,
-                   self_conditioning=self_conditioning, coverage=coverage)
-    GenerationOptions.from_keywords(options)  # refuse what is wrong before anything is loaded
+    options = _generation_options(locals())
     variables = _json_object(chat_template_config, "--chat-template-config")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -189,16 +222,18 @@ def chat(
     top_p: Annotated[float, typer.Option(help="As in generate.")] = DEFAULTS.top_p,
     seed: Annotated[int | None, typer.Option(help="Of the first turn; counts up by one a turn.")] = DEFAULTS.seed,
     dtype: Dtype = None,
-    max_denoising_steps: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    max_denoising_steps: Steps = None,
     self_conditioning: SelfConditioning = None,
     coverage: Coverage = None,
+    preset: Preset = None,
+    canvas_length: CanvasLength = None,
+    reroll_empty: RerollEmpty = None,
+    retry_unconverged: RetryUnconverged = None,
 ) -> None:
     """Talk to a model; the canvas is shown while it resolves."""
     from mlx_diffgemma.chat import Chat
 
-    options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp, top_k=top_k, top_p=top_p, seed=seed,
-                                   max_denoising_steps=max_denoising_steps, self_conditioning=self_conditioning, coverage=coverage)
-    GenerationOptions.from_keywords(options)
+    options = _generation_options(locals())
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype)
     talk = Chat(network, tokenizer, system_prompt, think, **options)
@@ -470,9 +505,22 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m")] = DEFAULTS.max_tokens,
     temp: Annotated[float | None, typer.Option(help="As in generate.")] = DEFAULTS.temperature,
     dtype: Dtype = None,
-    max_denoising_steps: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    max_denoising_steps: Steps = None,
+    entropy_bound: EntropyBound = None,
+    confidence_threshold: Confidence = None,
+    stability_threshold: Stability = None,
     self_conditioning: SelfConditioning = None,
     coverage: Coverage = None,
+    preset: Preset = None,
+    diffusion_sampler: Sampler = None,
+    threshold: Threshold = None,
+    min_denoising_steps: MinSteps = None,
+    temperature_steps: TemperatureSteps = None,
+    plateau: Plateau = None,
+    drop_tail: DropTail = None,
+    canvas_length: CanvasLength = None,
+    reroll_empty: RerollEmpty = None,
+    retry_unconverged: RetryUnconverged = None,
     output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -482,11 +530,12 @@ def evaluate(
 
     tasks_named(tasks)
     modes = ("diffusion", "ar") if mode == "both" else (mode,)
-    options: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temp)
-    diffusion = {"max_denoising_steps": max_denoising_steps, "self_conditioning": self_conditioning, "coverage": coverage}
-    per_mode = {m: options | {"mode": m} | (diffusion if m == "diffusion" else {}) for m in modes}
-    for chosen in per_mode.values():
-        GenerationOptions.from_keywords(chosen)
+    given = locals()
+    per_mode = {m: _generation_options(given | {"mode": m}) for m in modes if mode != "both" or m == "diffusion"}
+    for options in per_mode.values():
+        del options["seed"]  # each prompt has its own
+    if mode == "both":  # the rules of canvases are for these alone
+        per_mode["ar"] = {"max_tokens": max_tokens, "temperature": temp, "mode": "ar"}
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
     with _status(f"loading {model}"):
@@ -582,6 +631,16 @@ def main(arguments: list[str] | None = None) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, SHOWN):
         errors.print(f"warning: {message}", markup=False)
+
+
+def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a generation among a command's own; what is wrong is refused here, before anything is loaded."""
+    options = {f.name: given[f.name] for f in fields(GenerationOptions) if f.name in given} | {"temperature": given["temp"]}
+    length = options.get("canvas_length")
+    if length is not None and length.lstrip("-").isdigit():
+        options["canvas_length"] = int(length)
+    GenerationOptions.from_keywords(options)
+    return options
 
 
 def _status(text: str) -> Any:

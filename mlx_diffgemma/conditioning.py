@@ -28,19 +28,22 @@ class Belief:
     kept: mx.array | None
     uncovered: mx.array | None
     counts: Sequence[int]
+    exact: bool = True  # whether ``counts`` are these, or only not smaller
 
-    def rows(self, indices: Sequence[int]) -> Belief:
-        if list(indices) == list(range(self.logits.shape[0])):
+    def rows(self, indices: Sequence[int], length: int) -> Belief:
+        """That of some rows, and of their first ``length`` positions."""
+        if list(indices) == list(range(self.logits.shape[0])) and length == self.logits.shape[1]:
             return self
         chosen = mx.array(indices)
-        kept, uncovered = (None if a is None else a[chosen] for a in (self.kept, self.uncovered))
-        return Belief(self.logits[chosen], self.temperature[chosen], kept, uncovered, [self.counts[i] for i in indices])
+        logits, kept, uncovered = (None if a is None else a[chosen][:, :length] for a in (self.logits, self.kept, self.uncovered))
+        return Belief(logits, self.temperature[chosen], kept, uncovered, [min(self.counts[i], length) for i in indices],
+                      length == self.logits.shape[1])
 
 
 def soft_embedding(model: DiffusionGemma, belief: Belief) -> mx.array:
     """The signal [rows, length, hidden]."""
     temperature = belief.temperature[:, None, None]
-    if belief.kept is None or belief.uncovered is None or sum(belief.counts) == belief.uncovered.size:
+    if belief.kept is None or belief.uncovered is None or (belief.exact and sum(belief.counts) == belief.uncovered.size):
         return dense(model, belief.logits / temperature)
     soft = sparse(model, mx.take_along_axis(belief.logits, belief.kept, axis=-1) / temperature, belief.kept)
     count, flat = sum(belief.counts), belief.uncovered.flatten()

@@ -31,6 +31,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy, check_coverage, check_sampling
 from mlx_diffgemma.prompt_cache import PromptCache
+from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session
 from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
 from mlx_diffgemma.weights import check_supported, load_model
@@ -70,6 +71,10 @@ class GenerationOptions:
     token, at most 4,096 or the context.  ``seed`` None: a fresh one, told in the response.  ``self_conditioning`` None or
     "sparse": from the 64 most probable tokens where these hold ``coverage`` of the mass (None: 1 - 1e-6), over the whole
     vocabulary elsewhere; "dense": over the whole vocabulary everywhere, as the reference.
+
+    ``preset`` names a set of rules (see ``rules.PRESETS``) that other options override.  ``diffusion_sampler`` is "entropy-bound",
+    the reference, or "confidence-threshold" with its ``threshold``.  The options after it are the rules of
+    ``rules.RulesPolicy``, all off by default.
     """
 
     max_tokens: int | None = None
@@ -86,6 +91,16 @@ class GenerationOptions:
     stability_threshold: int | None = None
     self_conditioning: str | None = None
     coverage: float | None = None
+    preset: str | None = None
+    diffusion_sampler: str | None = None
+    threshold: float | None = None
+    min_denoising_steps: int | None = None
+    temperature_steps: int | None = None
+    plateau: int | None = None
+    drop_tail: int | None = None
+    canvas_length: int | str | None = None
+    reroll_empty: int | None = None
+    retry_unconverged: int | None = None
     prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
@@ -115,19 +130,53 @@ class GenerationOptions:
             if self.self_conditioning == "dense":
                 raise UserError("coverage has no meaning with dense self-conditioning; leave one of them out.")
             check_coverage(self.coverage)
+        for name, known in (("preset", tuple(PRESETS)), ("diffusion_sampler", SAMPLERS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UserError(f"Unknown {name} {value!r}; use one of {', '.join(known)}.")
+        confidence = self.chosen("diffusion_sampler") == "confidence-threshold"
+        if self.threshold is not None and not confidence:
+            raise UserError("threshold belongs to the sampler 'confidence-threshold'; choose that or leave it out.")
+        if self.entropy_bound is not None and confidence:
+            raise UserError("entropy_bound has no meaning with the sampler 'confidence-threshold'; leave one of them out.")
         if self.mode == "ar" and (diffusion := [name for name in DIFFUSION_ONLY if getattr(self, name) is not None]):
             raise UserError(f"{diffusion[0]} has no meaning with mode 'ar', which runs no denoising steps; leave it out.")
 
+    def chosen(self, name: str) -> Any:
+        """The option itself, or what the preset says, or None."""
+        own = getattr(self, name)
+        return PRESETS[self.preset].get(name) if own is None and self.preset is not None else own
+
     def policy(self, model: DiffusionGemma) -> ReferencePolicy:
-        """The reference policy with the checkpoint's numbers, where these options name no other."""
-        own = {name: getattr(self, name) for name in SAMPLER if getattr(self, name) is not None}
-        temperature = 1.0 if self.temperature is None else self.temperature
-        coverage = None if self.self_conditioning == "dense" else DEFAULT_COVERAGE if self.coverage is None else self.coverage
-        return ReferencePolicy.from_config(replace(model.config.generation, **own), temperature, self.top_k, self.top_p, coverage)
+        """The policy of these options, with the checkpoint's numbers where they name none.  Errors: UserError."""
+        coverage = self.chosen("coverage")
+        if self.self_conditioning == "dense":
+            coverage = None
+        elif coverage is None:
+            coverage = DEFAULT_COVERAGE
+        named = {field: self.chosen(name) for name, field in POLICY_FIELDS.items()}
+        own = {field: value for field, value in named.items() if value is not None}
+        own |= {"temperature": 1.0 if self.chosen("temperature") is None else self.chosen("temperature"), "top_k": self.top_k,
+                "top_p": self.top_p, "coverage": coverage}
+        length, full = self.chosen("canvas_length"), model.config.canvas_length
+        if isinstance(length, int) and length > full:
+            raise UserError(f"canvas_length {length} exceeds the {full} positions this checkpoint was made for.")
+        if self.chosen("diffusion_sampler") == "confidence-threshold":
+            kind: type[ReferencePolicy] = ConfidencePolicy
+        else:
+            kind = RulesPolicy if any(name in own for name in RULES.values()) else ReferencePolicy
+        policy: ReferencePolicy = kind.from_config(model.config.generation, **own)
+        return policy
 
 
-SAMPLER = ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold")
-DIFFUSION_ONLY = (*SAMPLER, "self_conditioning", "coverage")
+# Names of options, and of what they set in the policy.
+NUMBERS = {"max_denoising_steps": "max_steps", "entropy_bound": "entropy_bound", "t_min": "t_min", "t_max": "t_max",
+           "confidence_threshold": "confidence_threshold", "stability_threshold": "stability"}
+RULES = {"threshold": "threshold", "min_denoising_steps": "min_steps", "temperature_steps": "temperature_steps",
+         "plateau": "plateau", "drop_tail": "drop_tail", "canvas_length": "length", "reroll_empty": "reroll_empty",
+         "retry_unconverged": "retry_unconverged"}
+POLICY_FIELDS = NUMBERS | RULES
+DIFFUSION_ONLY = (*POLICY_FIELDS, "self_conditioning", "coverage", "preset", "diffusion_sampler")
 
 
 @dataclass(frozen=True)
@@ -140,8 +189,9 @@ class GenerationResponse:
     under the last step's scaled distribution (with ``mode="ar"`` the whole row [vocabulary] at temperature 1).
 
     Beyond them: ``tokens`` of this piece (the end token included), ``thought`` and ``tool_calls`` parsed out of the text,
-    denoising ``steps`` of this canvas, ``tokens_per_forward`` so far (end token included, prefill and commits not
-    counted), ``canvas_index``, whether the canvas ``converged``, and the ``seed``.
+    denoising ``steps`` of this canvas and the canvas ``rows`` they computed, ``tokens_per_forward`` so far (end token
+    included, prefill and commits not counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, and
+    the ``seed``.
     """
 
     text: str
@@ -161,6 +211,8 @@ class GenerationResponse:
     tokens_per_forward: float = 0.0
     canvas_index: int = 0
     converged: bool = True
+    retries: int = 0
+    rows: int = 0
     seed: int = 0
     parts: tuple[GenerationResponse, ...] = ()  # the responses a whole answer of batch_generate was put together from
 
@@ -196,6 +248,7 @@ def stream_generate(
     fields of GenerationOptions.  Errors: UserError, for options out of range and prompts that do not fit the context.
     """
     chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
+    _check_policy(policy, options)
     request = _Request.prepare(model, tokenizer, prompt, chosen, prefix)
     _check_room(model, [request], 1)
     if chosen.mode == "ar":
@@ -237,6 +290,7 @@ def batch_generate(
     each prompt its own, else all take ``seed``.
     """
     chosen = GenerationOptions.from_keywords(options)
+    _check_policy(policy, options)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if seeds is not None and len(seeds) != len(prompts):
@@ -304,11 +358,11 @@ class _Request:
     def begin(self) -> None:
         self.began = time.perf_counter()
 
-    def add(self, tokens: Sequence[int], logprobs: Any, steps: int = 0, converged: bool = True, done: bool = False,
-            ) -> GenerationResponse:
+    def add(self, tokens: Sequence[int], logprobs: Any, done: bool, canvas: Canvas | None = None) -> GenerationResponse:
         """The response for newly produced ``tokens`` (an end token, if any, is the last); ``done``: nothing follows."""
         ended = bool(tokens) and tokens[-1] in self.eos_ids
         visible = list(tokens[:-1] if ended else tokens)
+        steps = canvas.steps if canvas else 0
         self.produced, self.forwards = self.produced + len(tokens), self.forwards + steps
         over = self.cut + len(visible) - self.limit
         if over > 0:
@@ -334,7 +388,8 @@ class _Request:
             peak_memory=mx.get_peak_memory() / 1e9, finish_reason=reason, tokens=tuple(int(t) for t in tokens),
             thought=thought, tool_calls=calls, steps=steps,
             tokens_per_forward=self.produced / self.forwards if self.forwards else 1.0,
-            canvas_index=index, converged=converged, seed=self.seed,
+            canvas_index=index, converged=canvas.converged if canvas else True, retries=canvas.retries if canvas else 0,
+            rows=canvas.rows if canvas else 0, seed=self.seed,
         )
         # The causal mode's rows over the vocabulary are for the caller; keeping them would grow by a megabyte a token.
         self.responses.append(response if steps else replace(response, logprobs=None))
@@ -342,7 +397,7 @@ class _Request:
         return response
 
     def add_canvas(self, canvas: Canvas, done: bool) -> GenerationResponse:
-        return self.add(canvas.tokens.tolist(), canvas.logprobs, canvas.steps, canvas.converged, done)
+        return self.add(canvas.tokens.tolist(), canvas.logprobs, done, canvas)
 
     def whole(self) -> GenerationResponse:
         """All responses so far as one."""
@@ -350,7 +405,8 @@ class _Request:
         return replace(
             parts[-1], text="".join(r.text for r in parts), thought="".join(r.thought for r in parts),
             tool_calls=tuple(call for r in parts for call in r.tool_calls), tokens=tuple(t for r in parts for t in r.tokens),
-            steps=sum(r.steps for r in parts), converged=all(r.converged for r in parts), parts=tuple(parts),
+            steps=sum(r.steps for r in parts), rows=sum(r.rows for r in parts), retries=sum(r.retries for r in parts),
+            converged=all(r.converged for r in parts), parts=tuple(parts),
         )
 
     def _warn(self, response: GenerationResponse) -> None:
@@ -394,6 +450,13 @@ def _check_room(model: DiffusionGemma, requests: Sequence[_Request], batch_size:
     check_memory(needed, what, f"{'take fewer at once' if many else 'shorten it'}, or take a conversion with fewer bits")
 
 
+def _check_policy(policy: Policy | None, options: dict[str, Any]) -> None:
+    """Errors: UserError for options that a given policy decides itself."""
+    decided = [name for name in options if name in (*DIFFUSION_ONLY, "temperature", "top_k", "top_p")]
+    if policy is not None and decided:
+        raise UserError(f"{decided[0]} is for the policy to decide, which was given; set it there.")
+
+
 def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:
     return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit, prompt_cache=prompt_cache)
 
@@ -410,7 +473,7 @@ def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, o
                 request.prefill_seconds = session.prefill_seconds
                 if on_step:
                     on_step(step)
-                if step.stopped:
+                if step.committed:
                     yield request.add_canvas(session.canvases[-1], session.finished)
 
 
@@ -446,7 +509,7 @@ def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy:
             requests[index].begin()
             loop.sessions.append(session)
         for session, step in loop.advance():
-            if step.stopped:
+            if step.committed:
                 index = owner[id(session)]
                 requests[index].prefill_seconds = session.prefill_seconds
                 requests[index].add_canvas(session.canvases[-1], session.finished)

@@ -70,7 +70,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Denoised:
-    """What ``denoise`` returns: ``logits`` [batch, length, vocabulary], and hidden states [batch, length, hidden]."""
+    """What ``denoise`` returns: ``logits`` [batch, length, vocabulary] and hidden states [batch, length, hidden], or both
+    without the first axis where the lengths differ."""
 
     logits: mx.array
     hidden: mx.array
@@ -292,7 +293,8 @@ class Experts(nn.Module):
         is_sorted = flat.size >= SORT_FROM
         order = mx.argsort(flat) if is_sorted else mx.arange(flat.size)
         experts = flat[order]
-        gate, up = mx.split(self.gate_up_proj(x[order // top_k][:, None], experts, is_sorted), 2, axis=-1)
+        # The axis is added before rows are picked: MLX's CPU product takes twice as long on rows that got it afterwards.
+        gate, up = mx.split(self.gate_up_proj(x[:, None][order // top_k], experts, is_sorted), 2, axis=-1)
         y = self.down_proj(gated_gelu(gate, up), experts, is_sorted)[:, 0]
         y = (y[mx.argsort(order)] if is_sorted else y).reshape(*chosen.shape, -1)
         return (y.astype(mx.float32) * weights[..., None]).sum(axis=1).astype(x.dtype)
@@ -451,16 +453,18 @@ class DiffusionGemma(nn.Module):
         soft_embedding: mx.array | None = None,
         taps: Sequence[int] = (),
         commits: Sequence[mx.array | None] = (),
+        lengths: Sequence[int] = (),
     ) -> Denoised:
-        """Canvas mode: one denoising forward of ``canvas`` ids [batch, length] after each row's cache.
+        """Canvas mode: one denoising forward of ``canvas`` ids [batch, length] after each sequence's cache.
 
-        ``soft_embedding`` [batch, length, hidden] is the self-conditioning signal; None, or zeros for a row, at the
-        first step.  The caches are only read, but for ``commits``: ids [n] of a row that are encoded into its cache in the
-        same forward, before its canvas, as ``encode`` would have done.
+        Canvases of different ``lengths`` come one after the other in ids [sum of lengths]; what is returned has the leading
+        axes of ``canvas``.  ``soft_embedding`` [batch, length, hidden] is the self-conditioning signal; None, or zeros for a
+        canvas, at the first step.  The caches are only read, but for ``commits``: ids [n] of a sequence that are encoded
+        into its cache in the same forward, before its canvas, as ``encode`` would have done.
         """
-        batch, length = canvas.shape
-        if len(caches) != batch:
-            raise ValueError(f"{batch} canvas rows but {len(caches)} caches")
+        lengths = lengths or [canvas.shape[1]] * canvas.shape[0]
+        if len(caches) != len(lengths) or sum(lengths) != canvas.size:
+            raise ValueError(f"{len(caches)} caches for canvases of lengths {list(lengths)} in an array of {canvas.shape}")
         rows, segments, start = [], list[Segment](), 0
         for cache, ids in zip(caches, commits, strict=False):
             if ids is not None:
@@ -468,8 +472,8 @@ class DiffusionGemma(nn.Module):
                 segments.append(Segment(start, start + ids.size, cache))
                 start += ids.size
         committed, commit_segments = start, list(segments)
-        x = self.model.decoder.self_conditioning(self.embed(canvas), soft_embedding).reshape(batch * length, -1)
-        for row, cache in enumerate(caches):
+        x = self.model.decoder.self_conditioning(self.embed(canvas), soft_embedding).reshape(canvas.size, -1)
+        for row, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
             after = commits[row].size if commits and commits[row] is not None else 0  # type: ignore[union-attr]
             segments.append(Segment(start, start + length, cache, canvas=True, after=after))
             start += length
@@ -478,9 +482,9 @@ class DiffusionGemma(nn.Module):
             segment.cache.advance(segment.rows)
         hidden, tapped = hidden[committed:], {layer: x[committed:] for layer, x in tapped.items()}
         return Denoised(
-            logits=self._head(hidden).reshape(batch, length, -1),
-            hidden=hidden.reshape(batch, length, -1),
-            taps={layer: x.reshape(batch, length, -1) for layer, x in tapped.items()},
+            logits=self._head(hidden).reshape(*canvas.shape, -1),
+            hidden=hidden.reshape(*canvas.shape, -1),
+            taps={layer: x.reshape(*canvas.shape, -1) for layer, x in tapped.items()},
         )
 
     def _forward(self, x: mx.array, segments: Sequence[Segment], taps: Sequence[int]) -> tuple[mx.array, dict[int, mx.array]]:

@@ -1,17 +1,19 @@
-"""How a canvas is seeded, accepted, renoised, stopped and certified: one frozen object.
+"""How a canvas is seeded, accepted, renoised, stopped, judged and certified: one frozen object.
 
 The loop in :mod:`mlx_diffgemma.session` asks the policy and decides nothing itself.  ``ReferencePolicy`` is the
-algorithm of transformers; other policies implement the same protocol.
+algorithm of transformers; the policies of :mod:`mlx_diffgemma.rules` change it by named rules.
 
 | policy | batch | stream | ar mode |
 |---|---|---|---|
 | reference | yes | yes | no (ar mode takes no policy) |
+| rules | yes | yes | no |
+| confidence-threshold | yes | yes | no |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -20,13 +22,34 @@ import numpy as np
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.sampler import SamplerStep, StepNumbers, sample_step
+from mlx_diffgemma.sampler import Before, SamplerStep, StepNumbers, sample_step
 
 MAX_TEMPERATURE = 2.0
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where a canvas that began with ``length`` positions stands after a step, as the host knows it.
+
+    ``stop`` is the flag of the device's stop rule.  ``entropies`` (mean, nats) and ``ends`` (position of the first end
+    token in the argmax, or the canvas's length) have one entry for each step of this attempt, the last of this one.
+    ``retry`` counts the attempts before.
+    """
+
+    canvas_index: int
+    retry: int
+    length: int
+    stop: bool
+    entropies: Sequence[float]
+    ends: Sequence[int]
+
+    @property
+    def steps(self) -> int:
+        return len(self.entropies)
+
+
 class Policy(Protocol):
-    """What the loop asks.  The rows of a batch have policies of one class, each with its own numbers."""
+    """What the loop asks.  Rows whose policies have one class are sampled together, each with its own numbers."""
 
     @property
     def name(self) -> str: ...
@@ -40,11 +63,14 @@ class Policy(Protocol):
 
     @property
     def certificate(self) -> str:
-        """The name of the rule under which a canvas stops before its last step."""
+        """The name of the rule under which a canvas converges."""
 
     @property
     def fuses_commit(self) -> bool:
         """Whether a finished canvas may be encoded together with the first step of the next one."""
+
+    def canvas_length(self, canvas_index: int, remaining: int, full: int) -> int:
+        """How long a canvas is, of at most ``full`` positions, when the answer may have ``remaining`` more tokens."""
 
     def seed(self, draws: DrawSource, canvas_index: int, retry: int, start: int, length: int) -> np.ndarray:
         """Ids [length] of a new canvas."""
@@ -53,9 +79,21 @@ class Policy(Protocol):
         """Temperature of step 0, 1, …"""
 
     @staticmethod
-    def sample(policies: Sequence[Any], steps: Sequence[int], logits: mx.array, u: np.ndarray, renoise: np.ndarray,
-               history: mx.array, eos_ids: mx.array) -> SamplerStep:
-        """One sampler step of a batch whose rows stand at different ``steps``; shapes as in ``sample_step``."""
+    def sample(policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
+               renoise: np.ndarray, before: Before, eos_ids: mx.array) -> SamplerStep:
+        """One sampler step of a batch whose rows stand at different ``steps``; shapes as in ``sample_step``.
+
+        ``positions``: with how many each canvas began, which may be more than are left of it.
+        """
+
+    def judge(self, standing: Standing) -> str | None:
+        """Why the canvas ends with this step: "converged", "plateau" or "max_steps"; None while it goes on."""
+
+    def rejects(self, standing: Standing, reason: str) -> bool:
+        """Whether the canvas that ended is thrown away and tried again with other draws."""
+
+    def keeps(self, standing: Standing, rows: int) -> int:
+        """How many of the canvas's ``rows`` go on to the next step, from the first on."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +115,13 @@ class ReferencePolicy:
     top_p: float = 1.0
     coverage: float | None = None
     fuses_commit: bool = True
-    name: str = "reference"
-    certificate: str = "stable-and-confident"
 
     @classmethod
-    def from_config(cls, config: GenerationConfig, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                    coverage: float | None = None) -> ReferencePolicy:
-        """Errors: UserError for numbers out of range."""
-        return cls(max_steps=config.max_denoising_steps, entropy_bound=config.entropy_bound, t_min=config.t_min,
-                   t_max=config.t_max, confidence_threshold=config.confidence_threshold,
-                   stability=config.stability_threshold, temperature=temperature, top_k=top_k, top_p=top_p,
-                   coverage=coverage)
+    def from_config(cls, config: GenerationConfig, **own: Any) -> Any:
+        """With the numbers of ``config`` but for the fields in ``own``.  Errors: UserError for numbers out of range."""
+        return cls(**{"max_steps": config.max_denoising_steps, "entropy_bound": config.entropy_bound, "t_min": config.t_min,
+                      "t_max": config.t_max, "confidence_threshold": config.confidence_threshold,
+                      "stability": config.stability_threshold} | own)
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -102,30 +136,64 @@ class ReferencePolicy:
         if not 0 <= self.t_min < self.t_max:
             raise UserError(f"t_min and t_max must satisfy 0 <= t_min < t_max, got {self.t_min} and {self.t_max}.")
 
+    @property
+    def name(self) -> str:
+        return "reference"
+
+    @property
+    def certificate(self) -> str:
+        return "stable-and-confident" if self.stability else "confident"
+
+    def canvas_length(self, canvas_index: int, remaining: int, full: int) -> int:
+        return full
+
     def seed(self, draws: DrawSource, canvas_index: int, retry: int, start: int, length: int) -> np.ndarray:
         return draws.step(canvas_index, retry, 0, start, length).initial
+
+    @property
+    def schedule_steps(self) -> int:
+        """Over how many steps the temperature falls from t_max to t_min."""
+        return self.max_steps
 
     def schedule(self, step: int) -> float:
         """Temperature of step 0, 1, …; the first is t_max, the last one step above t_min."""
         scale = self.temperature or 1.0
-        remaining = (self.max_steps - step) / self.max_steps
+        remaining = max(0, self.schedule_steps - step) / self.schedule_steps
         return scale * (self.t_min + (self.t_max - self.t_min) * remaining)
 
-    @staticmethod
-    def sample(policies: Sequence[ReferencePolicy], steps: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, history: mx.array, eos_ids: mx.array) -> SamplerStep:
+    @classmethod
+    def numbers(cls, policies: Sequence[Any], steps: Sequence[int]) -> StepNumbers:
+        """What the rules of a step depend on."""
         top_k, top_p, coverage = ([getattr(p, name) for p in policies] for name in ("top_k", "top_p", "coverage"))
-        numbers = StepNumbers(
+        greedy = [p.temperature == 0 for p in policies]
+        return StepNumbers(
             temperature=mx.array([p.schedule(step) for p, step in zip(policies, steps, strict=True)]),
             entropy_bound=mx.array([p.entropy_bound for p in policies]),
             confidence=mx.array([p.confidence_threshold for p in policies]),
-            greedy=mx.array([p.temperature == 0 for p in policies]),
+            greedy=mx.array(greedy) if any(greedy) else None,
             top_k=mx.array(top_k) if any(top_k) else None,
             top_p=mx.array(top_p) if min(top_p) < 1 else None,
             # A dense row beside sparse ones: no position of it is covered.
             tail=mx.array([-1.0 if c is None else 1 - c for c in coverage]) if any(coverage) else None,
         )
-        return sample_step(logits, mx.array(u), mx.array(renoise), history, numbers, eos_ids)
+
+    @classmethod
+    def sample(cls, policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
+               renoise: np.ndarray, before: Before, eos_ids: mx.array) -> SamplerStep:
+        numbers = cls.numbers(policies, steps)
+        if any(count != logits.shape[1] for count in positions):
+            numbers = replace(numbers, positions=mx.array(positions, dtype=mx.float32))
+        draws = None if all(p.temperature == 0 for p in policies) else mx.array(u)
+        return sample_step(logits, draws, mx.array(renoise), before, numbers, eos_ids)
+
+    def judge(self, standing: Standing) -> str | None:
+        return "converged" if standing.stop else "max_steps" if standing.steps >= self.max_steps else None
+
+    def rejects(self, standing: Standing, reason: str) -> bool:
+        return False
+
+    def keeps(self, standing: Standing, rows: int) -> int:
+        return rows
 
 
 def check_coverage(coverage: float) -> None:

@@ -29,15 +29,28 @@ class StepNumbers:
     ``temperature`` of the schedule at this step; ``entropy_bound`` and ``confidence`` in nats; ``greedy`` rows take the
     argmax in place of the draw; ``top_k`` (0: off) and ``top_p`` (1: off) act on the draw alone.  ``tail`` asks for the
     KEPT most probable tokens, and for the positions where more than ``tail`` of the mass lies outside of them.
+    ``positions`` is what the mean entropy counts, where it is more than the rows: positions that left the canvas count as
+    certain.  ``threshold`` replaces the entropy bound: a position is accepted, for good, when its token is that probable.
     """
 
     temperature: mx.array
     entropy_bound: mx.array
     confidence: mx.array
-    greedy: mx.array
+    greedy: mx.array | None = None
     top_k: mx.array | None = None
     top_p: mx.array | None = None
     tail: mx.array | None = None
+    positions: mx.array | None = None
+    threshold: mx.array | None = None
+
+
+class Before(NamedTuple):
+    """What a step starts from: ``canvas`` ids and the mask ``accepted`` of the step before [batch, length], and the argmax of
+    earlier steps, ``history`` [batch, stability, length] (-1 where there was none)."""
+
+    canvas: mx.array
+    accepted: mx.array
+    history: mx.array
 
 
 class SamplerStep(NamedTuple):
@@ -55,18 +68,19 @@ class SamplerStep(NamedTuple):
     kept: mx.array | None = None
     uncovered: mx.array | None = None
 
+
 def sample_step(
     logits: mx.array,
-    u: mx.array,
+    u: mx.array | None,
     renoise: mx.array,
-    history: mx.array,
+    before: Before,
     numbers: StepNumbers,
     eos_ids: mx.array,
 ) -> SamplerStep:
     """One step from soft-capped float32 ``logits`` [batch, length, vocabulary].
 
-    ``u`` and ``renoise`` [batch, length] are the step's draws; ``history`` [batch, stability, length] the argmax of the
-    steps before (-1 where there was none).  The argmax canvas of the last step run is what gets committed.
+    ``u`` and ``renoise`` [batch, length] are the step's draws; without ``u`` every row takes the argmax.  The argmax canvas
+    of the last step run is what gets committed.
     """
     temperature = numbers.temperature[:, None, None]
     argmax = mx.argmax(logits, axis=-1)
@@ -75,10 +89,19 @@ def sample_step(
     total = _sums(weights).sum(axis=-1)
     # -sum p log p with log p = scaled - top - log total
     entropy = mx.maximum(mx.log(total) - _sums(weighted).sum(axis=-1) / total, 0.0)
-    drawn = mx.where(numbers.greedy[:, None], argmax, inverse_cdf(truncate(weights, numbers), u))
-    accepted = accept(entropy, numbers.entropy_bound)
-    mean_entropy = entropy.mean(axis=-1)
-    stop = is_stable(argmax, history) & (mean_entropy < numbers.confidence)
+    drawn = argmax if u is None else inverse_cdf(truncate(weights, numbers), u)
+    if u is not None and numbers.greedy is not None:
+        drawn = mx.where(numbers.greedy[:, None], argmax, drawn)
+    mean_entropy = entropy.mean(axis=-1) if numbers.positions is None else entropy.sum(axis=-1) / numbers.positions
+    stop = is_stable(argmax, before.history) & (mean_entropy < numbers.confidence)
+    if numbers.threshold is None:
+        accepted = accept(entropy, numbers.entropy_bound)
+        kept_tokens = drawn
+    else:
+        probability = mx.take_along_axis(weights, drawn[..., None], axis=-1)[..., 0] / total
+        accepted = before.accepted | reveal(probability, before.accepted, numbers.threshold)
+        kept_tokens = mx.where(before.accepted, before.canvas, drawn)
+        stop = stop | accepted.all(axis=-1)
     finite = mx.isfinite(total + entropy).all(axis=-1)  # a NaN or infinity anywhere has reached one of the sums
     kept, uncovered = None, mx.zeros(argmax.shape, dtype=mx.bool_)
     if numbers.tail is not None:
@@ -87,7 +110,7 @@ def sample_step(
         uncovered = 1 - mass > numbers.tail[:, None]
     flags = mx.stack([stop, mean_entropy, ~finite, first_position(argmax, eos_ids), uncovered.sum(axis=-1)], axis=-1)
     return SamplerStep(
-        canvas=mx.where(accepted, drawn, renoise),  # every position not accepted now, whatever it was before
+        canvas=mx.where(accepted, kept_tokens, renoise),  # every position not accepted now, whatever it was before
         argmax=argmax,
         accepted=accepted,
         entropy=entropy,
@@ -185,6 +208,19 @@ def accept(entropy: mx.array, bound: mx.array) -> mx.array:
     return mx.take_along_axis(chosen, mx.argsort(order, axis=-1), axis=-1)
 
 
+def reveal(probability: mx.array, revealed: mx.array, threshold: mx.array) -> mx.array:
+    """The positions of [batch, length] that are newly accepted: those not ``revealed`` yet whose token has at least
+    ``threshold`` [batch], or else the most probable of them.
+
+    Source: the confidence-threshold sampler of mlx-vlm.
+    """
+    waiting = mx.where(revealed, -1.0, probability)
+    best = waiting == waiting.max(axis=-1, keepdims=True)
+    best = best & (mx.cumsum(best.astype(mx.int32), axis=-1) == 1)
+    passed = waiting >= threshold[:, None]
+    return ~revealed & mx.where(passed.any(axis=-1, keepdims=True), passed, best)
+
+
 def is_stable(argmax: mx.array, history: mx.array) -> mx.array:
     """[batch] whether ``argmax`` [batch, length] equals every entry of ``history`` [batch, n, length]; n = 0 is stable."""
     return (history == argmax[:, None]).all(axis=(-2, -1))
@@ -202,6 +238,6 @@ def draw_next(logits: mx.array, u: mx.array, temperature: float, top_k: int = 0,
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     probabilities = mx.softmax(logits / temperature, axis=-1, precise=True)[:, None]
     one = mx.ones((logits.shape[0],))
-    numbers = StepNumbers(one, one, one, one > 0, top_k=one.astype(mx.int32) * top_k if top_k else None,
+    numbers = StepNumbers(one, one, one, top_k=one.astype(mx.int32) * top_k if top_k else None,
                           top_p=one * top_p if top_p < 1 else None)
     return inverse_cdf(truncate(probabilities, numbers), u[:, None])[:, 0]

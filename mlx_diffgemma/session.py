@@ -25,9 +25,9 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.policy import Policy
+from mlx_diffgemma.policy import Policy, Standing
 from mlx_diffgemma.prompt_cache import PromptCache
-from mlx_diffgemma.sampler import Flag, SamplerStep
+from mlx_diffgemma.sampler import Before, Flag, SamplerStep
 
 PREFILL_STEP_SIZE = 2048
 Progress = Callable[[int, int], None]
@@ -39,11 +39,12 @@ class CanvasStep:
 
     ``canvas`` is what the next step would start from, ``argmax`` what would be committed now; with the ``accepted``
     mask, the ``entropy`` in nats and the ``logprob`` of the argmax under the scaled distribution all are [length].
-    ``reason`` is None while the canvas goes on, then "converged" or "max_steps"; ``certificate`` names the rule that
-    stopped it.
+    ``reason`` is None while the canvas goes on, then "converged", "plateau" or "max_steps"; ``certificate`` names the rule
+    under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt ``retry`` + 1.
     """
 
     canvas_index: int
+    retry: int
     step: int
     max_steps: int
     canvas: mx.array
@@ -54,21 +55,31 @@ class CanvasStep:
     mean_entropy: float
     reason: str | None = None
     certificate: str | None = None
+    rejected: bool = False
 
     @property
     def stopped(self) -> bool:
         return self.reason is not None
 
+    @property
+    def committed(self) -> bool:
+        return self.stopped and not self.rejected
+
 
 @dataclass(frozen=True)
 class Canvas:
-    """A finished canvas: its ids up to and including the end token, and how it came about."""
+    """A finished canvas: its ids up to and including the end token, and how it came about.
+
+    ``steps`` counts those of all attempts, the ``retries`` included; ``rows`` the canvas rows they computed.
+    """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     steps: int
+    rows: int
     converged: bool
     ended: bool
+    retries: int = 0
 
 
 class Session:
@@ -85,29 +96,44 @@ class Session:
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
-        self.length = canvas_length or model.config.canvas_length
+        self.full_length = canvas_length or model.config.canvas_length
         self.prompt_cache, self.ids = prompt_cache, list(ids)
         self.cache = prompt_cache.begin(model, self.ids) if prompt_cache else Cache(model.config.text)
         self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
         self.finished = False
+        self.start = 0  # the position in the answer at which the current canvas begins
+        self.length = self.full_length  # with how many positions the current canvas began
+        self.retry = self.steps = self.rows = 0  # of the current canvas: attempts before, and what all attempts took
         self.canvas: mx.array | None = None  # None between two canvases
-        self.step = 0
-        self.history: tuple[mx.array, ...] = ()
+        self._rejected: list[CanvasStep] = []  # the last steps of attempts that did not converge
 
     @property
     def canvas_index(self) -> int:
         return len(self.canvases)
 
     @property
-    def start(self) -> int:
-        """The position in the answer at which the current canvas begins."""
-        return self.canvas_index * self.length
+    def step(self) -> int:
+        """How many steps this attempt at the canvas has behind it."""
+        return len(self.entropies) if self.canvas is not None else 0
 
     def open_canvas(self) -> None:
-        self.canvas = mx.array(self.policy.seed(self.draws, self.canvas_index, 0, self.start, self.length))
+        if not self.retry:
+            self.length = self.policy.canvas_length(self.canvas_index, self.max_tokens - self.start, self.full_length)
+        self.canvas = mx.array(self.policy.seed(self.draws, self.canvas_index, self.retry, self.start, self.length))
+        self.accepted = mx.zeros((self.length,), dtype=mx.bool_)
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
+        self.entropies: list[float] = []
+        self.ends: list[int] = []
+
+    def read(self, stop: bool, mean_entropy: float, end: int) -> Standing:
+        """Take note of what the host read of a step; ``end`` is the position of the first end token."""
+        assert self.canvas is not None
+        self.steps, self.rows = self.steps + 1, self.rows + self.canvas.size
+        self.entropies.append(mean_entropy)
+        self.ends.append(end)
+        return Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends)
 
     def encoded(self) -> None:
         """All that was pending is in the cache now."""
@@ -116,19 +142,32 @@ class Session:
             self.prompt_cache.reached(self.ids)
 
     def take(self, step: CanvasStep) -> None:
-        """Go on from ``step``, or commit its argmax: the next canvas encodes it, unless it ends the answer."""
-        self.step += 1
+        """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""
         if not step.stopped:
-            self.canvas = step.canvas
-            self.history = (*self.history, step.argmax)[1:] if self.history else ()
-            return
+            standing = Standing(self.canvas_index, self.retry, self.length, False, self.entropies, self.ends)
+            rows = self.policy.keeps(standing, step.canvas.size)
+            self.canvas, self.accepted = step.canvas[:rows], step.accepted[:rows]
+            self.history = tuple(argmax[:rows] for argmax in (*self.history, step.argmax)[1:]) if self.history else ()
+        elif step.rejected:
+            if step.reason != "converged":
+                self._rejected.append(step)
+            self.retry += 1
+            self.open_canvas()
+        else:
+            self._commit(step)
+
+    def _commit(self, step: CanvasStep) -> None:
+        if step.reason != "converged":  # none of the attempts did: the most certain one
+            step = min((step, *self._rejected), key=lambda attempt: attempt.mean_entropy)
         argmax = np.array(step.argmax)
         ends = np.flatnonzero(np.isin(argmax, self.eos_ids))
         kept = argmax[: ends[0] + 1] if ends.size else argmax
-        self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.step,
-                                    step.reason == "converged", ends.size > 0))
-        self.pending, self.canvas, self.step = argmax, None, 0
+        self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.steps, self.rows,
+                                    step.reason == "converged", ends.size > 0, self.retry))
+        self.pending, self.canvas, self._rejected = argmax, None, []
+        self.retry = self.steps = self.rows = 0
         self.ids += argmax.tolist()
+        self.start += argmax.size
         self.finished = ends.size > 0 or self.start >= self.max_tokens
 
 
@@ -150,14 +189,16 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
 
 
 class Loop:
-    """Runs sessions side by side.  All share policy class, canvas length and end tokens."""
+    """Runs sessions side by side, which share the end tokens.
+
+    All go through one forward.  Those whose policies have one class and whose canvases have one length are sampled together.
+    """
 
     def __init__(self, model: DiffusionGemma, sessions: Iterable[Session] = (), prefill_step_size: int = PREFILL_STEP_SIZE,
                  progress: Progress | None = None):
         self.model, self.prefill_step_size, self.progress = model, prefill_step_size, progress
         self.sessions = list(sessions)
-        self._carried: list[Session] = []  # the sessions of the rows of the last step
-        self._belief: conditioning.Belief | None = None  # what the last step believed, row by row
+        self._beliefs: list[tuple[list[Session], conditioning.Belief]] = []  # what the last step believed, group by group
 
     @property
     def active(self) -> list[Session]:
@@ -176,51 +217,65 @@ class Loop:
                 session.prefill_seconds = session.prefill_seconds or time.perf_counter() - began
         for session in opening:
             session.open_canvas()
-        # Rows that go on come first, in the order of the last step's logits; a session taken out of the loop drops out.
-        kept = [index for index, session in enumerate(self._carried) if session.step and session in active]
-        rows = [self._carried[index] for index in kept] + [session for session in active if session.step == 0]
-        if not rows:
+        if not active:
             return []
-        logits, outcome = self._step(rows, self._soft_embedding(kept, len(rows)))
-        flags = outcome.flags.tolist()  # the one host read of a step
-        steps = [self._record(session, index, outcome, flags[index]) for index, session in enumerate(rows)]
-        self._carried = rows
-        temperature = mx.array([session.policy.schedule(session.step) for session in rows])
-        self._belief = conditioning.Belief(logits, temperature, outcome.kept, outcome.uncovered,
-                                           [int(row[Flag.UNCOVERED]) for row in flags])
+        soft = self._soft_embeddings()
+        groups = _grouped(active)
+        rows = [session for group in groups for session in group]
+        logits, outcomes = self._step(rows, groups, soft)
+        flags = mx.concatenate([outcome.flags for outcome in outcomes]).tolist()  # the one host read of a step
+        steps, self._beliefs, taken = [], [], 0
+        for group, mine, outcome in zip(groups, logits, outcomes, strict=True):
+            numbers, taken = flags[taken : taken + len(group)], taken + len(group)
+            temperature = mx.array([session.policy.schedule(session.step) for session in group])
+            self._beliefs.append((group, conditioning.Belief(mine, temperature, outcome.kept, outcome.uncovered,
+                                                             [int(row[Flag.UNCOVERED]) for row in numbers])))
+            steps += [self._record(session, row, outcome, numbers[row]) for row, session in enumerate(group)]
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
-        if any(step.stopped for step in steps):
+        if any(step.committed for step in steps):
             mx.clear_cache()
         if not self.active:
-            self._carried, self._belief = [], None
+            self._beliefs = []
         return list(zip(rows, steps, strict=True))
 
-    def _soft_embedding(self, kept: Sequence[int], rows: int) -> mx.array | None:
-        """The signal [rows, length, hidden]: of the last step for its ``kept`` rows, and zero for rows that begin."""
-        if not kept or self._belief is None:
-            return None
-        soft = conditioning.soft_embedding(self.model, self._belief.rows(kept))
-        if len(kept) == rows:
-            return soft
-        return mx.concatenate((soft, mx.zeros((rows - len(kept), *soft.shape[1:]), dtype=soft.dtype)))
+    def _soft_embeddings(self) -> dict[int, mx.array]:
+        """The signal [length, hidden] of each session that goes on with its canvas, by id of the session."""
+        soft: dict[int, mx.array] = {}
+        for group, belief in self._beliefs:
+            lengths = {row: session.canvas.size for row, session in enumerate(group)
+                       if session.canvas is not None and session.step and session in self.sessions and not session.finished}
+            for length in set(lengths.values()):  # tails may have left some canvases of the group
+                kept = [row for row, own in lengths.items() if own == length]
+                signal = conditioning.soft_embedding(self.model, belief.rows(kept, length))
+                soft |= {id(group[row]): signal[index] for index, row in enumerate(kept)}
+        return soft
 
-    def _step(self, rows: Sequence[Session], soft: mx.array | None) -> tuple[mx.array, SamplerStep]:
-        """(logits [rows, length, vocabulary], what the sampler made of them)"""
-        canvas = mx.stack([session.canvas for session in rows])
+    def _step(self, rows: Sequence[Session], groups: Sequence[Sequence[Session]], soft: dict[int, mx.array],
+              ) -> tuple[list[mx.array], list[SamplerStep]]:
+        """For each group (logits [group, length, vocabulary], what the sampler made of them); ``rows`` are all of them."""
+        lengths = [_canvas(session).size for session in rows]
         caches, fused = [session.cache for session in rows], [session for session in rows if session.pending.size]
         commits = [mx.array(session.pending) if session.pending.size else None for session in rows] if fused else ()
-        logits = self.model.denoise(canvas, caches, soft, commits=commits).logits
+        signal = None
+        if soft:
+            hidden = next(iter(soft.values()))
+            signal = mx.concatenate([soft[id(s)] if id(s) in soft else mx.zeros((n, hidden.shape[1]), dtype=hidden.dtype)
+                                     for s, n in zip(rows, lengths, strict=True)])
+        flat = self.model.denoise(mx.concatenate([_canvas(session) for session in rows]), caches, signal, commits=commits,
+                                  lengths=lengths).logits
         for session in fused:
             session.encoded()
-        draws = [s.draws.step(s.canvas_index, 0, s.step, s.start, s.length) for s in rows]
-        history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, s.length), dtype=mx.int32) for s in rows])
-        outcome = rows[0].policy.sample(
-            [s.policy for s in rows], [s.step for s in rows], logits, np.stack([d.u for d in draws]),
-            np.stack([d.renoise for d in draws]), history, mx.array(rows[0].eos_ids),
-        )
-        mx.eval([array for array in outcome if array is not None], [session.cache.arrays for session in fused])
-        return logits, outcome
+        logits, outcomes, start = [], list[SamplerStep](), 0
+        for group in groups:
+            length = _canvas(group[0]).size
+            stop = start + len(group) * length
+            logits.append(flat[start:stop].reshape(len(group), length, -1))
+            outcomes.append(_sample(group, logits[-1]))
+            start = stop
+        mx.eval([array for outcome in outcomes for array in outcome if array is not None],
+                [session.cache.arrays for session in fused])
+        return logits, outcomes
 
     @staticmethod
     def _record(session: Session, row: int, outcome: SamplerStep, flags: list[float]) -> CanvasStep:
@@ -228,12 +283,36 @@ class Loop:
             raise NonFiniteLogitsError(
                 f"The model returned NaN or infinity at canvas {session.canvas_index}, step {session.step}: the checkpoint "
                 "is damaged or the dtype too narrow; try --dtype float32 and compare with `mlx-diffgemma doctor`.")
-        converged = bool(flags[Flag.STOP])
-        last = session.step + 1 >= session.policy.max_steps
+        step = session.step
+        standing = session.read(bool(flags[Flag.STOP]), flags[Flag.MEAN_ENTROPY], int(flags[Flag.EOS_POSITION]))
+        reason = session.policy.judge(standing)
         return CanvasStep(
-            canvas_index=session.canvas_index, step=session.step, max_steps=session.policy.max_steps,
+            canvas_index=session.canvas_index, retry=session.retry, step=step, max_steps=session.policy.max_steps,
             canvas=outcome.canvas[row], argmax=outcome.argmax[row].astype(mx.int32), accepted=outcome.accepted[row],
             entropy=outcome.entropy[row], logprob=outcome.logprob[row], mean_entropy=flags[Flag.MEAN_ENTROPY],
-            reason="converged" if converged else "max_steps" if last else None,
-            certificate=session.policy.certificate if converged else None,
+            reason=reason, certificate=session.policy.certificate if reason == "converged" else None,
+            rejected=reason is not None and session.policy.rejects(standing, reason),
         )
+
+
+def _canvas(session: Session) -> mx.array:
+    assert session.canvas is not None
+    return session.canvas
+
+
+def _grouped(sessions: Sequence[Session]) -> list[list[Session]]:
+    """Those that can be sampled together."""
+    groups: dict[tuple[type, int, int], list[Session]] = {}
+    for session in sessions:
+        groups.setdefault((type(session.policy), session.policy.stability, _canvas(session).size), []).append(session)
+    return list(groups.values())
+
+
+def _sample(group: Sequence[Session], logits: mx.array) -> SamplerStep:
+    length = logits.shape[1]
+    draws = [s.draws.step(s.canvas_index, s.retry, s.step, s.start, length) for s in group]
+    history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, length), dtype=mx.int32) for s in group])
+    before = Before(mx.stack([_canvas(s) for s in group]), mx.stack([s.accepted for s in group]), history)
+    return group[0].policy.sample([s.policy for s in group], [s.step for s in group], [s.length for s in group], logits,
+                                  np.stack([d.u for d in draws]), np.stack([d.renoise for d in draws]), before,
+                                  mx.array(group[0].eos_ids))

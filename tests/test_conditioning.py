@@ -8,7 +8,7 @@ from mlx_diffgemma import conditioning
 from mlx_diffgemma.conditioning import BUCKET, Belief, dense, soft_embedding
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.sampler import KEPT, Flag, StepNumbers, sample_step
+from mlx_diffgemma.sampler import KEPT, Before, Flag, StepNumbers, sample_step
 from mlx_diffgemma.session import Loop, Session
 
 LENGTH, VOCABULARY = 24, 301  # of the tiny model
@@ -21,12 +21,16 @@ def logits_with(sharp, seed=0, ahead=40):
     return mx.array(logits.astype(np.float32))
 
 
+def no_history(rows):
+    shape = (rows, LENGTH)
+    return Before(mx.zeros(shape, dtype=mx.int32), mx.zeros(shape, dtype=mx.bool_), mx.zeros((rows, 0, LENGTH), dtype=mx.int32))
+
+
 def belief(logits, temperature=0.7, tail=1e-6):
     rows = logits.shape[0]
     one = mx.ones((rows,))
-    numbers = StepNumbers(one * temperature, one * 0.1, one * 0.005, one > 0, tail=one * tail)
-    step = sample_step(logits, mx.zeros((rows, LENGTH)), mx.zeros((rows, LENGTH), dtype=mx.int32),
-                       mx.zeros((rows, 0, LENGTH), dtype=mx.int32), numbers, mx.array([1]))
+    numbers = StepNumbers(one * temperature, one * 0.1, one * 0.005, tail=one * tail)
+    step = sample_step(logits, None, mx.zeros((rows, LENGTH), dtype=mx.int32), no_history(rows), numbers, mx.array([1]))
     counts = [int(row[Flag.UNCOVERED]) for row in step.flags.tolist()]
     return Belief(logits, numbers.temperature, step.kept, step.uncovered, counts)
 
@@ -79,9 +83,8 @@ class TestSoftEmbedding:
     def test_a_dense_row_beside_a_sparse_one(self, tiny):
         logits = mx.concatenate([logits_with(24), logits_with(24, 1)])
         one = mx.ones((2,))
-        numbers = StepNumbers(one * 0.7, one, one, one > 0, tail=mx.array([-1.0, 1e-6]))
-        step = sample_step(logits, mx.zeros((2, LENGTH)), mx.zeros((2, LENGTH), dtype=mx.int32),
-                           mx.zeros((2, 0, LENGTH), dtype=mx.int32), numbers, mx.array([1]))
+        numbers = StepNumbers(one * 0.7, one, one, tail=mx.array([-1.0, 1e-6]))
+        step = sample_step(logits, None, mx.zeros((2, LENGTH), dtype=mx.int32), no_history(2), numbers, mx.array([1]))
         assert step.flags[:, Flag.UNCOVERED].tolist() == [LENGTH, 0]
 
     def test_few_shapes_occur(self, tiny, monkeypatch):

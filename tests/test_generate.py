@@ -154,7 +154,8 @@ def scripted(monkeypatch, model, canvases):
         from mlx_diffgemma.session import CanvasStep
 
         argmax = mx.array(ids + [0] * (64 - len(ids)), dtype=mx.int32)
-        return CanvasStep(session.canvas_index, session.step, 1, argmax, argmax, outcome.accepted[row], outcome.entropy[row],
+        session.read(True, 0.0, len(ids) - 1)
+        return CanvasStep(session.canvas_index, 0, 0, 1, argmax, argmax, outcome.accepted[row], outcome.entropy[row],
                           outcome.logprob[row], 0.0, "converged" if ids[-1] != 9 else "max_steps")
 
     monkeypatch.setattr(Loop, "_record", staticmethod(record))

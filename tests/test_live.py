@@ -10,7 +10,7 @@ from mlx_diffgemma.session import CanvasStep
 
 def step(ids, number=0, reason=None, entropy=1.0):
     ids = mx.array(ids)
-    return CanvasStep(0, number, 8, ids, ids, ids > 0, mx.full(ids.shape, entropy), mx.zeros(ids.shape), entropy, reason)
+    return CanvasStep(0, 0, number, 8, ids, ids, ids > 0, mx.full(ids.shape, entropy), mx.zeros(ids.shape), entropy, reason)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_diffgemma.sampler import (
     CHUNK,
+    Before,
     Flag,
     StepNumbers,
     accept,
@@ -27,10 +28,15 @@ def numbers(temperature=1.0, bound=0.1, confidence=0.005, greedy=False, top_k=No
                        None if top_p is None else mx.array([top_p] * rows))
 
 
+def before(shape, history, canvas=None, accepted=None):
+    return Before(mx.zeros(shape, dtype=mx.int32) if canvas is None else mx.array(canvas),
+                  mx.zeros(shape, dtype=mx.bool_) if accepted is None else mx.array(accepted), history)
+
+
 def step(logits, u=0.5, renoise=9, history=NEVER, eos=(1,), **options):
     logits = mx.array(logits, dtype=mx.float32)
     shape = logits.shape[:2]
-    return sample_step(logits, mx.full(shape, u), mx.full(shape, renoise, dtype=mx.int32), history,
+    return sample_step(logits, mx.full(shape, u), mx.full(shape, renoise, dtype=mx.int32), before(shape, history),
                        numbers(rows=shape[0], **options), mx.array(eos))
 
 

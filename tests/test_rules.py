@@ -1,0 +1,278 @@
+"""Named rules: what each does to a canvas, and that none changes anything while it is off."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.generate import GenerationOptions
+from mlx_diffgemma.policy import ReferencePolicy, Standing
+from mlx_diffgemma.rules import PRESETS, ConfidencePolicy, RulesPolicy
+from mlx_diffgemma.sampler import reveal
+from mlx_diffgemma.session import Loop, Session
+from tests.test_session import PROMPTS, UNSURE, Scripted, certain
+
+NUMBERS = {"max_steps": 6, "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.005, "stability": 1}
+MANY_ENDS = tuple(range(1, 301, 9))  # so that random weights come upon one
+
+
+def rules(kind=RulesPolicy, **changes):
+    return kind(**NUMBERS | changes)
+
+
+def session(model, row, policy, max_tokens=48, eos=(1,), draws=None):
+    return Session(model, PROMPTS[row], policy, draws or Draws(row, 301), eos, max_tokens)
+
+
+def run(model, *sessions):
+    """For each session all steps that left the loop."""
+    steps, loop = {id(s): [] for s in sessions}, Loop(model, sessions)
+    while loop.active:
+        for s, step in loop.advance():
+            steps[id(s)].append(step)
+    return [steps[id(s)] for s in sessions]
+
+
+def plain(steps):
+    return [(s.canvas_index, s.retry, s.step, s.canvas.tolist(), s.argmax.tolist(), s.mean_entropy, s.reason, s.rejected)
+            for s in steps]
+
+
+def standing(entropies, stop=False, ends=(), retry=0, length=64, canvas_index=0):
+    return Standing(canvas_index, retry, length, stop, entropies, ends or [length] * len(entropies))
+
+
+def test_without_a_rule_it_is_the_reference(tiny):
+    reference = run(tiny, session(tiny, 1, ReferencePolicy(**NUMBERS)))[0]
+    assert plain(run(tiny, session(tiny, 1, rules()))[0]) == plain(reference)
+
+
+VARIANTS = [rules(drop_tail=1), rules(length="growing"), rules(length=10, stability=2), rules(ConfidencePolicy, threshold=0.05),
+            ReferencePolicy(**NUMBERS), rules(retry_unconverged=1), rules(drop_tail=1, coverage=0.9)]
+
+
+def test_rows_of_a_batch_equal_the_same_rows_alone_whatever_their_rules(tiny):
+    """Canvases of different lengths, classes and attempts in one forward."""
+    def sessions():
+        return [session(tiny, index % 4, policy, eos=MANY_ENDS if policy.name == "rules" else (1,))
+                for index, policy in enumerate(VARIANTS)]
+
+    together = run(tiny, *sessions())
+    assert len({step.argmax.size for steps in together for step in steps}) >= 4
+    for one, expected in zip(sessions(), together):
+        assert plain(run(tiny, one)[0]) == plain(expected)
+
+
+class TestStop:
+    def test_not_before_the_first_steps_asked_for(self):
+        assert rules(min_steps=3).judge(standing([0.0] * 2, stop=True)) is None
+        assert rules(min_steps=3).judge(standing([0.0] * 3, stop=True)) == "converged"
+
+    def test_plateau_counts_from_the_lowest_entropy(self):
+        policy = rules(plateau=2)
+        assert policy.judge(standing([3.0, 1.0, 2.0])) is None
+        assert policy.judge(standing([3.0, 1.0, 2.0, 1.5])) == "plateau"
+        assert policy.judge(standing([3.0, 2.0, 1.0, 0.9])) is None
+        assert policy.judge(standing([3.0, 1.0, 2.0, 1.5], stop=True)) == "converged"
+
+    def test_a_plateau_did_not_converge(self, tiny):
+        s = session(tiny, 0, rules(plateau=2), max_tokens=24)
+        (steps,) = run(Scripted(tiny, [UNSURE] * 3), s)
+        assert (s.canvases[0].steps, s.canvases[0].converged, steps[-1].certificate) == (3, False, None)
+
+    def test_without_stability_entropy_alone_stops(self, tiny):
+        s = session(tiny, 0, rules(stability=0), max_tokens=24)
+        (steps,) = run(Scripted(tiny, [certain(9)]), s)
+        assert (len(steps), steps[-1].certificate) == (1, "confident")
+
+    def test_a_cap_moves_the_temperatures_unless_they_have_their_own_steps(self):
+        assert rules(max_steps=2).schedule(1) == pytest.approx(0.6)
+        assert rules(max_steps=2, temperature_steps=8).schedule(1) == pytest.approx(0.75)
+        assert rules(max_steps=8, temperature_steps=2).schedule(5) == pytest.approx(0.4), "the lowest, once it is reached"
+
+
+class TestDroppedTail:
+    @staticmethod
+    def ending(at, token=9):
+        logits = certain(token)
+        logits[0, at:] = np.eye(301)[1] * 60.0
+        return logits
+
+    def test_positions_after_a_stable_end_leave(self, tiny, monkeypatch):
+        sizes, real = [], Scripted.denoise
+        monkeypatch.setattr(Scripted, "denoise", lambda self, canvas, *rest, **options: (
+            sizes.append(canvas.size) or real(self, canvas, *rest, **options)))
+        unsure = self.ending(4) * 0.05  # the argmax stands but nothing is certain
+        s = session(tiny, 0, rules(drop_tail=2), max_tokens=24)
+        run(Scripted(tiny, [unsure, unsure, unsure, self.ending(4)]), s)
+        assert sizes == [24, 24, 6, 6], "the end at 4 in parts of 3 positions"
+        assert s.canvases[0].tokens.tolist() == [9] * 4 + [1]
+        assert (s.canvases[0].rows, s.canvases[0].steps) == (60, 4)
+
+    def test_they_count_as_certain(self, tiny):
+        flat = self.ending(4) * 0.05
+        s = session(tiny, 0, rules(drop_tail=1), max_tokens=24)
+        (steps,) = run(Scripted(tiny, [flat] * 6), s)
+        assert steps[1].mean_entropy == pytest.approx(steps[1].entropy.sum().item() / 24, rel=1e-5)
+
+    def test_an_end_that_moves_drops_nothing(self):
+        policy = rules(drop_tail=2)
+        assert policy.keeps(standing([1, 1], ends=[9, 8]), 64) == 64
+        assert policy.keeps(standing([1, 1], ends=[9, 9]), 64) == 16
+        assert policy.keeps(standing([1, 1], ends=[64, 64]), 64) == 64
+        assert policy.keeps(standing([1], ends=[9]), 64) == 64
+        assert policy.keeps(standing([1, 1], ends=[63, 63]), 64) == 64
+
+    def test_an_end_that_vanishes_leaves_a_short_canvas_and_the_answer_goes_on(self, tiny):
+        s = session(tiny, 0, rules(drop_tail=1), max_tokens=30)
+        run(Scripted(tiny, [self.ending(4)] + [certain(9)] * 6), s)
+        assert [c.tokens.size for c in s.canvases] == [6, 24]
+        assert s.start == 30
+
+
+class TestLength:
+    def test_growing(self):
+        assert [rules(length="growing").canvas_length(i, 999, 64) for i in range(4)] == [16, 32, 64, 64]
+
+    def test_fitting(self):
+        assert [rules(length="fitting").canvas_length(0, n, 64) for n in (3, 8, 9, 70)] == [8, 8, 16, 64]
+
+    def test_a_number(self, tiny):
+        s = session(tiny, 0, rules(length=10), max_tokens=25, eos=())
+        run(tiny, s)
+        assert [c.tokens.size for c in s.canvases] == [10, 10, 10]
+        assert s.cache.length == len(PROMPTS[0]) + 20
+
+    def test_positions_draw_the_same_numbers_in_any_canvas(self, tiny):
+        """The seed of position 12 does not depend on where canvases begin, but for the canvas index."""
+        whole, short = (policy.seed(Draws(0, 301), 0, 0, 0, n) for policy, n in ((rules(), 24), (rules(length=10), 10)))
+        assert whole[:10].tolist() == short.tolist()
+
+
+class Counting(Draws):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        object.__setattr__(self, "keys", [])
+
+    def step(self, canvas_index, retry, step, start, length):
+        self.keys.append((canvas_index, retry, step))
+        return super().step(canvas_index, retry, step, start, length)
+
+
+class TestRetries:
+    def test_an_unconverged_canvas_is_tried_again_with_other_draws(self, tiny):
+        draws = Counting(0, 301)
+        s = session(tiny, 0, rules(max_steps=2, retry_unconverged=3), max_tokens=24, draws=draws)
+        (steps,) = run(Scripted(tiny, [UNSURE, UNSURE, certain(9), certain(9)]), s)
+        assert [(x.retry, x.step, x.reason, x.rejected) for x in steps] == [
+            (0, 0, None, False), (0, 1, "max_steps", True), (1, 0, None, False), (1, 1, "converged", False)]
+        assert {key[:2] for key in draws.keys} == {(0, 0), (0, 1)}
+        canvas = s.canvases[0]
+        assert (canvas.steps, canvas.retries, canvas.converged, canvas.rows) == (4, 1, True, 96)
+
+    def test_if_none_converges_the_most_certain_attempt_is_committed(self, tiny):
+        def unsure(token, scale):
+            return certain(token) / 60.0 * scale
+
+        s = session(tiny, 0, rules(max_steps=1, retry_unconverged=2), max_tokens=24)
+        run(Scripted(tiny, [unsure(5, 1.0), unsure(6, 3.0), unsure(7, 2.0)]), s)
+        assert s.canvases[0].tokens.tolist() == [6] * 24
+        assert (s.canvases[0].converged, s.canvases[0].retries) == (False, 2)
+
+    def test_an_empty_first_canvas_is_tried_again(self, tiny):
+        s = session(tiny, 0, rules(reroll_empty=1), max_tokens=24)
+        run(Scripted(tiny, [certain(1), certain(1), certain(9), certain(9)]), s)
+        assert (s.canvases[0].tokens[0], s.canvases[0].retries, s.canvases[0].converged) == (9, 1, True)
+
+    def test_and_accepted_when_it_stays_empty(self, tiny):
+        s = session(tiny, 0, rules(reroll_empty=1), max_tokens=24)
+        run(Scripted(tiny, [certain(1)] * 4), s)
+        assert s.canvases[0].tokens.tolist() == [1]
+
+    def test_a_later_canvas_may_be_empty(self, tiny):
+        s = session(tiny, 0, rules(reroll_empty=1), max_tokens=48)
+        run(Scripted(tiny, [certain(9), certain(9), certain(1), certain(1)]), s)
+        assert [c.retries for c in s.canvases] == [0, 0]
+
+    def test_the_prompt_is_not_encoded_again(self, tiny):
+        s = session(tiny, 0, rules(max_steps=1, retry_unconverged=2), max_tokens=24)
+        run(tiny, s)
+        assert s.cache.length == len(PROMPTS[0])
+
+
+class TestConfidence:
+    def test_reveal(self):
+        p, none = mx.array([[0.2, 0.95, 0.9, 0.5]]), mx.zeros((1, 4), dtype=mx.bool_)
+        assert reveal(p, none, mx.array([0.9])).tolist() == [[False, True, True, False]]
+        assert reveal(p, none, mx.array([0.99])).tolist() == [[False, True, False, False]], "the most probable at least"
+        assert reveal(p, mx.array([[False, True, False, False]]), mx.array([0.9])).tolist() == [[False, False, True, False]]
+        assert reveal(p, mx.ones((1, 4), dtype=mx.bool_), mx.array([0.1])).tolist() == [[False] * 4]
+        assert reveal(mx.ones((1, 3)) / 2, none[:, :3], mx.array([0.9])).tolist() == [[True, False, False]], "one of equals"
+
+    def test_what_is_accepted_stays(self, tiny):
+        (steps,) = run(tiny, session(tiny, 1, rules(ConfidencePolicy, max_steps=12, threshold=0.999), max_tokens=24))
+        assert len(steps) > 3
+        for before, after in itertools.pairwise(steps):
+            accepted = np.array(before.accepted)
+            assert np.array(after.accepted)[accepted].all()
+            assert (np.array(after.canvas)[accepted] == np.array(before.canvas)[accepted]).all()
+            assert np.array(after.accepted).sum() > accepted.sum()
+
+    def test_all_accepted_ends_the_canvas(self, tiny):
+        s = session(tiny, 0, rules(ConfidencePolicy, confidence_threshold=1e-9, stability=3), max_tokens=24)
+        run(Scripted(tiny, [certain(9)] * 3), s)
+        assert (s.canvases[0].steps, s.canvases[0].converged) == (1, True)
+
+
+@pytest.mark.parametrize("changes", [{"min_steps": 0}, {"min_steps": 7}, {"temperature_steps": 0}, {"plateau": -1},
+                                     {"drop_tail": -1}, {"length": 0}, {"length": "short"}, {"reroll_empty": -1},
+                                     {"retry_unconverged": -1}])
+def test_numbers_out_of_range_are_refused(changes):
+    with pytest.raises(UserError):
+        rules(**changes)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.1])
+def test_thresholds_out_of_range_are_refused(threshold):
+    with pytest.raises(UserError):
+        rules(ConfidencePolicy, threshold=threshold)
+
+
+class TestOptions:
+    def test_the_default_is_the_reference(self, tiny):
+        assert type(GenerationOptions().policy(tiny)) is ReferencePolicy
+        assert type(GenerationOptions(preset="reference").policy(tiny)) is ReferencePolicy
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_an_option_overrides_the_preset(self, tiny, name):
+        policy = GenerationOptions(preset=name, confidence_threshold=0.123, temperature=0.5).policy(tiny)
+        assert (policy.confidence_threshold, policy.temperature) == (0.123, 0.5)
+
+    def test_dense_overrides_the_coverage_of_a_preset(self, tiny, monkeypatch):
+        monkeypatch.setitem(PRESETS, "fast", {"coverage": 0.9})
+        assert GenerationOptions(preset="fast").policy(tiny).coverage == 0.9
+        assert GenerationOptions(preset="fast", self_conditioning="dense").policy(tiny).coverage is None
+
+    def test_every_rule_has_an_option(self, tiny):
+        policy = GenerationOptions(
+            diffusion_sampler="confidence-threshold", threshold=0.7, min_denoising_steps=2, temperature_steps=9, plateau=3,
+            drop_tail=2, canvas_length=8, reroll_empty=1, retry_unconverged=4).policy(tiny)
+        assert type(policy) is ConfidencePolicy
+        assert (policy.threshold, policy.min_steps, policy.temperature_steps, policy.plateau, policy.drop_tail, policy.length,
+                policy.reroll_empty, policy.retry_unconverged) == (0.7, 2, 9, 3, 2, 8, 1, 4)
+
+    @pytest.mark.parametrize(("options", "word"), [
+        ({"threshold": 0.5}, "confidence-threshold"), ({"preset": "quick"}, "reference"),
+        ({"diffusion_sampler": "best"}, "entropy-bound"), ({"mode": "ar", "preset": "fast"}, "preset"),
+        ({"diffusion_sampler": "confidence-threshold", "entropy_bound": 0.1}, "entropy_bound"),
+        ({"mode": "ar", "drop_tail": 1}, "drop_tail")])
+    def test_contradictions_are_refused(self, options, word):
+        with pytest.raises(UserError, match=word):
+            GenerationOptions(**options)
+
+    def test_a_canvas_longer_than_the_checkpoint_s_is_refused(self, tiny):
+        with pytest.raises(UserError, match="24 positions"):
+            GenerationOptions(canvas_length=25).policy(tiny)
