@@ -13,72 +13,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from synthetic import canvas_logits, median, random_model
 
 from mlx_diffgemma import conditioning, cost
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.conditioning import Belief
-from mlx_diffgemma.config import ModelConfig, released_config
-from mlx_diffgemma.device import compute_dtype, describe
+from mlx_diffgemma.config import released_config
+from mlx_diffgemma.device import describe
 from mlx_diffgemma.estimate import measure
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.recipes import kind_of, recipe_named
 from mlx_diffgemma.sampler import KEPT, Before, Flag
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("head", "sampler", "self_conditioning", "attention", "experts", "dense_mlp", "step")
-
-
-def random_model(config: ModelConfig, recipe: str | None) -> DiffusionGemma:
-    """Random weights at the scale of trained ones; every matrix is quantised as soon as it is drawn."""
-    model = DiffusionGemma(config)
-    dtype = compute_dtype(mx.bfloat16)
-    for name, value in tree_flatten(model.parameters()):
-        scale = 1.0 if "embed_tokens" in name else value.shape[-1] ** -0.5
-        drawn = mx.random.normal(value.shape, dtype=dtype, scale=scale) if value.ndim > 1 else mx.ones(value.shape, dtype=dtype)
-        mx.eval(drawn)
-        model.update(tree_unflatten([(name, drawn)]))
-    if recipe:
-        rows = recipe_named(recipe)
-
-        def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            precision = rows.precision(kind_of(path)) if hasattr(module, "to_quantized") else None
-            return vars(precision) if precision else False
-
-        nn.quantize(model, class_predicate=predicate)
-        mx.eval(model.parameters())
-    return model
-
-
-def canvas_logits(config: ModelConfig, certain: float, seed: int = 0) -> mx.array:
-    """[1, canvas, vocabulary]: a share ``certain`` of positions with one token far ahead, the others flat but for noise."""
-    rng = np.random.default_rng(seed)
-    length, vocabulary = config.canvas_length, config.text.vocab_size
-    logits = mx.random.normal((1, length, vocabulary), key=mx.random.key(seed))
-    ahead = np.zeros((1, length, 1), dtype=np.float32)
-    ahead[0, : round(certain * length)] = 29.0
-    winner = mx.array(rng.integers(0, vocabulary, (1, length, 1)))
-    return mx.put_along_axis(logits, winner, mx.take_along_axis(logits, winner, axis=-1) + mx.array(ahead), axis=-1)
-
-
-def median(run: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        began = time.perf_counter()
-        mx.eval(run())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """The K/V cache of one sequence.
 
-Entries are always in temporal order.  A full layer keeps everything; a sliding layer keeps its last ``window - 1``
-entries, which is all a later row may see beside itself.  Appending makes new arrays and never writes into old ones, so
-a snapshot is a few references and a length.  ``view`` mutates nothing.
+Entries are always in temporal order.  A full layer keeps everything, in an array with room for more, so that a long
+prompt does not lie in memory twice while it grows; a sliding layer keeps its last ``window - 1`` entries, which is all a
+later row may see beside itself.  Appending never changes what another holder of the array sees, so a snapshot is a few
+references and a length.  ``view`` mutates nothing.
 
     >>> cache = Cache(config.text)
     >>> model.encode([ids], [cache])
@@ -22,6 +23,7 @@ from mlx_diffgemma.errors import UserError
 
 KeyValue = tuple[mx.array, mx.array]  # each [1, KV heads, entries, head size]
 FORMAT = "mlx-diffgemma cache 1"
+ROOM = 1024  # positions by which a full layer's array grows when it is full
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,21 @@ class Cache:
         self.windows = tuple(layer.window for layer in config.layers)
         self.keep_all = keep_all
         self.length = 0
+        self._reserved = 0
         self._entries: list[KeyValue | None] = [None] * len(self.windows)
+        self._stored = [0] * len(self.windows)  # how many positions of each layer's arrays are entries, not room
         self._held: list[KeyValue | None] = [None] * len(self.windows)
+
+    def reserve(self, length: int) -> None:
+        """Full layers that must grow make room for ``length`` positions at once."""
+        self._reserved = length
 
     def view(self, layer: int, upto: int | None = None) -> KeyValue | None:
         """What rows after position ``upto`` (default: the end) may see: on a sliding layer the last window - 1 entries."""
         entries, window = self._entries[layer], self.windows[layer]
         if entries is None or upto == 0:
             return None
-        stored = entries[0].shape[2]
+        stored = self._stored[layer]
         end = stored if upto is None else stored - (self.length - upto)
         if end < 0 or (upto is not None and not self.keep_all and window is not None and upto != self.length):
             raise ValueError(f"layer {layer} no longer holds the entries before position {upto}; use keep_all=True")
@@ -63,14 +71,28 @@ class Cache:
 
     def append(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Add entries [1, KV heads, n, head size] to one layer; ``advance`` counts them once all layers have theirs."""
-        entries = self._entries[layer]
+        entries, window = self._entries[layer], self.windows[layer]
+        if window is None and not self.keep_all:
+            stored = self._stored[layer]
+            self._stored[layer] = stored + keys.shape[2]
+            room = entries or (keys[:, :, :0], values[:, :, :0])
+            self._entries[layer] = (self._written(room[0], keys, stored), self._written(room[1], values, stored))
+            return
         if entries is not None:
             keys, values = mx.concatenate((entries[0], keys), axis=2), mx.concatenate((entries[1], values), axis=2)
-        window = self.windows[layer]
         if window is not None and not self.keep_all and keys.shape[2] > window - 1:
             # A slice would keep the whole array alive.
             keys, values = (mx.contiguous(t[:, :, t.shape[2] - (window - 1) :]) for t in (keys, values))
-        self._entries[layer] = (keys, values)
+        self._entries[layer], self._stored[layer] = (keys, values), keys.shape[2]
+
+    def _written(self, room: mx.array, new: mx.array, stored: int) -> mx.array:
+        """``room`` with ``new`` from position ``stored`` on; MLX writes in place where nobody else holds the array."""
+        needed = stored + new.shape[2]
+        if needed > room.shape[2]:
+            size = max(self._reserved, -(-needed // ROOM) * ROOM)
+            empty = mx.zeros((*room.shape[:2], size - stored, room.shape[3]), dtype=room.dtype)
+            room = mx.concatenate((room[:, :, :stored], empty), axis=2) if stored else empty
+        return mx.slice_update(room, new, mx.array([stored]), axes=[2])
 
     def advance(self, count: int) -> None:
         self.length += count
@@ -101,17 +123,22 @@ class Cache:
             raise ValueError(f"snapshot at {snapshot.length} lies ahead of this cache at {self.length}")
         for layer, (window, entries) in enumerate(zip(self.windows, self._entries, strict=True)):
             if window is not None:
-                self._entries[layer] = snapshot.sliding[layer]
+                self._entries[layer] = kept = snapshot.sliding[layer]
+                self._stored[layer] = 0 if kept is None else kept[0].shape[2]
             elif entries is not None:
-                self._entries[layer] = _cut(entries, 0, snapshot.length) if snapshot.length else None
+                self._stored[layer] = snapshot.length
+                if not snapshot.length:
+                    self._entries[layer] = None
+                elif self.keep_all:  # without room for more
+                    self._entries[layer] = _cut(entries, 0, snapshot.length)
         self._held = [None] * len(self.windows)
         self.length = snapshot.length
 
     def copy(self) -> Cache:
         """An independent cache with the same content; arrays are shared, since nothing writes into them."""
         twin = object.__new__(Cache)
-        twin.windows, twin.keep_all, twin.length = self.windows, self.keep_all, self.length
-        twin._entries, twin._held = list(self._entries), list(self._held)
+        twin.windows, twin.keep_all, twin.length, twin._reserved = self.windows, self.keep_all, self.length, 0
+        twin._entries, twin._stored, twin._held = list(self._entries), list(self._stored), list(self._held)
         return twin
 
     @classmethod
@@ -119,20 +146,24 @@ class Cache:
         """An empty cache of the same layers."""
         twin = other.copy()
         twin._entries, twin._held, twin.length = [None] * len(other.windows), [None] * len(other.windows), 0
+        twin._stored = [0] * len(other.windows)
         return twin
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [array for entries in self._entries if entries is not None for array in entries]
+        """All entries, without the room for more."""
+        return [array for entries, stored in zip(self._entries, self._stored, strict=True) if entries is not None
+                for array in _cut(entries, 0, stored)]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
+        """Bytes of the entries and of the room for more."""
+        return sum(array.nbytes for entries in self._entries if entries is not None for array in entries)
 
     def save(self, path: Path | str, metadata: dict[str, str] | None = None) -> None:
         """Write to a safetensors file; ``metadata`` comes back from ``load``."""
-        tensors = {f"{layer}.{name}": array for layer, entries in enumerate(self._entries) if entries is not None
-                   for name, array in zip(("keys", "values"), entries, strict=True)}
+        tensors = {f"{layer}.{name}": mx.contiguous(array) for layer, entries in enumerate(self._entries) if entries is not None
+                   for name, array in zip(("keys", "values"), _cut(entries, 0, self._stored[layer]), strict=True)}
         header = {**(metadata or {}), "format": FORMAT, "length": str(self.length), "keep_all": str(self.keep_all)}
         mx.save_safetensors(str(path), tensors, header)
 
@@ -154,7 +185,7 @@ class Cache:
                 continue
             if any(a.shape[1] != layer.num_kv_heads or a.shape[3] != layer.head_dim for a in pair):
                 raise UserError(f"{path} was made with another model: layer {index} has shape {pair[0].shape}.")
-            cache._entries[index] = pair
+            cache._entries[index], cache._stored[index] = pair, pair[0].shape[2]
         return cache, header
 
 

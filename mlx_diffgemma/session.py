@@ -174,6 +174,8 @@ class Session:
 def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, progress: Progress | None = None) -> None:
     """Encode what is pending in each session, at most ``chunk`` positions of each at a time."""
     total, done = sum(s.pending.size for s in sessions), 0
+    for session in sessions:
+        session.cache.reserve(session.cache.length + session.pending.size)
     while waiting := [s for s in sessions if s.pending.size]:
         # A last chunk of one row joins the one before it: a single row takes other kernels and rounds differently.
         sizes = [chunk if s.pending.size > chunk + 1 else s.pending.size for s in waiting]

@@ -1,7 +1,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.cache import ROOM, Cache
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
 from tests.checkpoints import SHAPES, config_dict
@@ -56,9 +56,51 @@ def test_memory_of_sliding_layers_is_bounded():
     fill(cache, 15)
     sliding = sum(2 * layer.num_kv_heads * layer.head_dim * 4 for layer in CONFIG.layers if layer.window) * 15
     full = 2 * CONFIG.layers[FULL].head_dim * 4
-    assert cache.nbytes == sliding + 15 * full
-    fill(cache, 100)
-    assert cache.nbytes == sliding + 115 * full
+    assert cache.nbytes == sliding + ROOM * full
+    fill(cache, ROOM)
+    assert cache.nbytes == sliding + 2 * ROOM * full, "full layers grow by whole rooms"
+
+
+def test_reserved_room_is_all_that_is_taken():
+    cache = Cache(CONFIG)
+    cache.reserve(ROOM + 100)
+    fill(cache, 20)
+    before = cache.nbytes
+    fill(cache, ROOM + 80)
+    assert cache.nbytes == before
+    assert positions(cache.view(FULL)) == list(range(ROOM + 100))
+
+
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_a_copy_and_a_snapshot_do_not_see_what_is_written_later(keep_all):
+    """In the room behind them, which they share."""
+    cache = Cache(CONFIG, keep_all)
+    fill(cache, 20)
+    twin, snapshot = cache.copy(), cache.snapshot()
+    fill(cache, 5)
+    for layer in range(len(CONFIG.layers)):
+        twin.append(layer, *entries(100, 3, layer))
+    twin.advance(3)
+    mx.eval(cache.arrays, twin.arrays)
+    assert positions(cache.view(FULL)) == list(range(25))
+    assert positions(twin.view(FULL)) == [*range(20), 100, 101, 102]
+    cache.restore(snapshot)
+    assert positions(cache.view(FULL)) == list(range(20))
+    fill(cache, 2)
+    assert positions(cache.view(FULL)) == list(range(22))
+
+
+def test_writing_into_the_room_copies_nothing():
+    """A second array would double the memory of a long prompt at its last chunk."""
+    cache = Cache(CONFIG)
+    cache.reserve(200_000)
+    fill(cache, 10)
+    mx.eval(cache.arrays)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    fill(cache, 10)
+    mx.eval(cache.arrays)
+    assert mx.get_peak_memory() - before < 200_000 * CONFIG.layers[FULL].head_dim * 4
 
 
 class TestHold:

@@ -8,6 +8,7 @@ from mlx_diffgemma import chat_ids, generate
 from mlx_diffgemma.chat import Chat
 from mlx_diffgemma.errors import UserError
 from tests.test_cli import run
+from tests.test_generate import scripted
 
 
 def say(chat, text):
@@ -52,6 +53,25 @@ def test_thoughts_leave_the_history(nano_pair, monkeypatch):
     chat = Chat(*nano_pair, seed=5, think=True)
     assert [r.thought for r in chat.send("Add 12 and 30.")] == ["let me see"]
     assert "see" not in chat.messages[-1]["content"]
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_what_a_second_turn_encodes_past_the_window(nano_pair, monkeypatch, thinks):
+    """A committed canvas is reused as long as the history repeats it, which it does not where a thought was dropped."""
+    _, tokenizer = nano_pair
+    chat = Chat(*nano_pair, seed=5, think=thinks)
+    thought = tokenizer.encode("<|channel>thought\nlet me see<channel|>", add_special_tokens=False) if thinks else []
+    ones, end = (tokenizer.encode(text, add_special_tokens=False) for text in ("1" * (64 - len(thought)), "23<turn|>"))
+    with monkeypatch.context() as patch:
+        scripted(patch, nano_pair[0], [[*thought, *ones], end])
+        assert say(chat, "Add " + "7" * 100) == "1" * len(ones) + "23"
+    first = chat.stats.encoded
+    assert first > 100, "past the window of 64"
+    say(chat, "Add 1 and 2.")
+    second = len(chat_ids(tokenizer, chat.messages[:-1], think=thinks))
+    reused = first if thinks else first + 64
+    assert (chat.stats.reused, chat.stats.encoded) == (reused, second - reused)
+    assert chat.messages[-1]["content"] == generate(*nano_pair, chat_ids(tokenizer, chat.messages[:-1], think=thinks), seed=6)
 
 
 def test_an_answer_that_is_broken_off(nano_pair):
