@@ -23,6 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from documents import put_table
 
 from mlx_diffgemma import chat_ids, hub, load, nano
 from mlx_diffgemma.cache import Cache
@@ -151,17 +152,11 @@ def measure_one(model: DiffusionGemma, tokenizer: Any, folder: Path, work: Path,
     }
 
 
-BEGIN, END = "<!-- made by bench/recipes.py -->", "<!-- end -->"
-
-
 def write_docs(path: Path) -> None:
     """The table in docs/recipes.md and the plot beside the record."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["settings"]["model"] == nano.VERSION:
-        docs = ROOT / "docs" / "recipes.md"
-        text = docs.read_text(encoding="utf-8")
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        docs.write_text(f"{text[:start]}\n{table(record)}\n{text[end:]}", encoding="utf-8")
+        put_table("recipes.md", "recipes.py", table(record))
     else:
         print(table(record))
     plot(record, path.with_suffix(".png"))

@@ -26,6 +26,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from documents import put_table
 from mlx.utils import tree_flatten
 from mlx_vlm.generate import diffusion as rival_loop
 from mlx_vlm.models import diffusion_gemma as rival
@@ -61,9 +62,10 @@ def main() -> None:
         parser.add_argument(f"--{kind.replace('_', '-')}", action="store_true")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--certain", default="0,0.5,0.9,1", help="shares of certain positions for self-conditioning")
+    parser.add_argument("--table", action="store_true", help="only make the table in docs/speed.md from the record")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "rivals.json")
     arguments = parser.parse_args()
-    chosen = [kind for kind in kinds if getattr(arguments, kind)] or list(kinds)
+    chosen = [] if arguments.table else [kind for kind in kinds if getattr(arguments, kind)] or list(kinds)
     record: dict[str, Any] = json.loads(arguments.output.read_text("utf-8")) if arguments.output.exists() else {}
     for kind in chosen:
         print(kind.replace("_", " "), flush=True)
@@ -74,7 +76,16 @@ def main() -> None:
                   f"{row['ratio']:6.2f} ({row['lowest']:.2f} to {row['highest']:.2f})  {row.get('note', '')}", flush=True)
         record[kind] = {"rows": rows, "pairs": arguments.pairs, "machine": describe(mx.float32)}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    put_table("speed.md", "rivals.py", table(record))
     print(json.dumps(record))
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = ["| what | ours, ms | mlx-vlm's, ms | ratio (range) | |", "|---|---|---|---|---|"]
+    for kind in record.values():
+        lines += [f"| {name} | {1000 * row['ours']:,.2f} | {1000 * row['theirs']:,.2f} | {row['ratio']:.2f} "
+                  f"({row['lowest']:.2f} to {row['highest']:.2f}) | {row.get('note', '')} |" for name, row in kind["rows"].items()]
+    return "\n".join(lines)
 
 
 def pairs(ours: Callable[[], Any], theirs: Callable[[], Any], count: int, note: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from documents import put_table
 
 from mlx_diffgemma import batch_generate, chat_ids, load, nano
 from mlx_diffgemma.device import describe
@@ -21,7 +22,6 @@ from mlx_diffgemma.nano.tasks import TASKS, held_out_examples
 
 ROOT = Path(__file__).parent.parent
 TAILS = (1e-6, 1e-4, 1e-3, 1e-2)
-BEGIN, END = "<!-- made by bench/self_conditioning.py -->", "<!-- end -->"
 
 
 def main() -> None:
@@ -39,10 +39,7 @@ def main() -> None:
     record = json.loads(arguments.output.read_text(encoding="utf-8"))
     print(table(record))
     if record["model"] == nano.VERSION:
-        docs = ROOT / "docs" / "speed.md"
-        text = docs.read_text(encoding="utf-8")
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        docs.write_text(f"{text[:start]}\n{table(record)}\n{text[end:]}", encoding="utf-8")
+        put_table("speed.md", "self_conditioning.py", table(record))
 
 
 def measure(arguments: argparse.Namespace) -> None:
