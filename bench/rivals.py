@@ -192,7 +192,7 @@ def vocabulary_parts(model: DiffusionGemma, theirs: Any, count: int) -> Iterator
     x = mx.random.normal((length, hidden))
     mx.eval(x)
     yield ("head with the soft cap",
-           pairs(lambda: model._head(x),
+           pairs(lambda: model.logits(x),
                  lambda: theirs._softcap(theirs.model.decoder.embed_tokens.as_linear(x[None])), count))
 
 

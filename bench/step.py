@@ -74,7 +74,7 @@ def measure_parts(model: DiffusionGemma, wanted: set[str], arguments: argparse.N
     x = mx.random.normal((length, hidden)).astype(model.dtype)
     layer = model.model.decoder.layers[0]
     if "head" in wanted:
-        parts["head"] = {"seconds": median(lambda: model._head(x), repeats)}
+        parts["head"] = {"seconds": median(lambda: model.logits(x), repeats)}
     if "dense_mlp" in wanted:
         parts["dense_mlp, one layer"] = {"seconds": median(lambda: layer.mlp(x), repeats)}
     if "experts" in wanted:

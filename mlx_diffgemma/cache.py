@@ -63,9 +63,10 @@ class Cache:
         if entries is None or upto == 0:
             return None
         stored = self._stored[layer]
-        end = stored if upto is None else stored - (self.length - upto)
-        if end < 0 or (upto is not None and not self.keep_all and window is not None and upto != self.length):
+        if upto is not None and not self.keep_all and window is not None and upto != self.length:
             raise ValueError(f"layer {layer} no longer holds the entries before position {upto}; use keep_all=True")
+        # Where all is kept, entries stand at their positions, also those of a forward that ``advance`` has not counted yet.
+        end = stored if upto is None or (window is not None and not self.keep_all) else min(upto, stored)
         start = 0 if window is None else max(0, end - (window - 1))
         return _cut(entries, start, end)
 

@@ -15,10 +15,10 @@ sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +38,8 @@ class Segment:
     """Rows ``start`` to ``stop`` of a forward, the next positions of one sequence.
 
     ``canvas`` rows see each other and the cache and write nothing; ``after`` are the rows of an earlier segment of the same
-    forward and sequence, which they follow.  Causal rows write their K/V into the cache, or hold them aside with
+    forward and sequence, which they follow, or ``at`` is the position in the sequence that they begin at, of which they then
+    see nothing more.  Causal rows write their K/V into the cache, or hold them aside with
     ``write="hold"``.  ``blocks`` are (start, end) ranges inside the segment that see each other both ways.
     """
 
@@ -47,12 +48,18 @@ class Segment:
     cache: Cache
     canvas: bool = False
     after: int = 0
+    at: int | None = None
     write: Literal["append", "hold"] = "append"
     blocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def position(self) -> int:
+        """Of the first row."""
+        return self.cache.length + self.after if self.at is None else self.at
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class Attention(nn.Module):
         return self.o_proj(out[0].transpose(1, 0, 2).reshape(rows, -1))
 
     def _attend(self, segment: Segment, index: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        past = segment.cache.view(index)
+        past = segment.cache.view(index, segment.at)
         if not segment.canvas:
             (segment.cache.append if segment.write == "append" else segment.cache.hold)(index, keys, values)
         if self.window is None and not segment.canvas and segment.write == "append":
@@ -233,7 +240,8 @@ class Router(nn.Module):
         """(weights float32, experts), each [rows, top_k]."""
         h = rms_norm(x, None, self.eps) * self.scale * (x.shape[-1] ** -0.5)
         probabilities = mx.softmax(self.proj(h.astype(x.dtype)).astype(mx.float32), axis=-1)
-        chosen = mx.argpartition(-probabilities, self.top_k - 1, axis=-1)[:, : self.top_k]
+        # MLX differentiates through a sort unless told that the choice itself has no gradient.
+        chosen = mx.stop_gradient(mx.argpartition(-probabilities, self.top_k - 1, axis=-1)[:, : self.top_k])
         weights = mx.take_along_axis(probabilities, chosen, axis=-1)
         weights = weights / weights.sum(axis=-1, keepdims=True)
         return weights * self.per_expert_scale.astype(mx.float32)[chosen], chosen
@@ -441,7 +449,7 @@ class DiffusionGemma(nn.Module):
                 segment.cache.advance(segment.rows)
         parts = [hidden[s.stop - 1 if logits == "last" else s.start : s.stop] for s in segments]
         return Encoded(
-            logits=None if logits == "none" else [self._head(part) for part in parts],
+            logits=None if logits == "none" else [self.logits(part) for part in parts],
             hidden=[hidden[s.start : s.stop] for s in segments],
             taps={layer: [x[s.start : s.stop] for s in segments] for layer, x in tapped.items()},
         )
@@ -482,31 +490,75 @@ class DiffusionGemma(nn.Module):
             segment.cache.advance(segment.rows)
         hidden, tapped = hidden[committed:], {layer: x[committed:] for layer, x in tapped.items()}
         return Denoised(
-            logits=self._head(hidden).reshape(*canvas.shape, -1),
+            logits=self.logits(hidden).reshape(*canvas.shape, -1),
             hidden=hidden.reshape(*canvas.shape, -1),
             taps={layer: x.reshape(*canvas.shape, -1) for layer, x in tapped.items()},
         )
 
-    def _forward(self, x: mx.array, segments: Sequence[Segment], taps: Sequence[int]) -> tuple[mx.array, dict[int, mx.array]]:
-        """[rows, hidden] through all layers and the final norm, and the hidden states after the layers in ``taps``."""
+    def learn(self, sequences: Sequence[mx.array], canvases: mx.array, starts: Sequence[int],
+              soft_embedding: mx.array | None = None, checkpoint: bool = False) -> tuple[mx.array, mx.array]:
+        """Both modes in one forward, for training: each sequence causally, and a canvas that lies inside of it.
+
+        ``sequences`` of ids [n], ``canvases`` ids [batch, length]; the canvas begins at position ``starts[i]`` and sees of its
+        sequence only what comes before, so that gradients flow from it into the sequence's keys and values.  With
+        ``checkpoint`` a layer's inner values are computed again for the backward pass instead of being kept.  Returns the
+        hidden states after the last norm: [rows of all sequences, hidden] and [batch, length, hidden].
+        """
+        batch, length = canvases.shape
+        total = sum(ids.size for ids in sequences)
+
+        def segments() -> list[Segment]:
+            caches = [Cache(self.config.text, keep_all=True) for _ in sequences]
+            made, row = [], 0
+            for ids, cache in zip(sequences, caches, strict=True):
+                made.append(Segment(row, row + ids.size, cache))
+                row += ids.size
+            return made + [Segment(total + i * length, total + (i + 1) * length, cache, canvas=True, at=start)
+                           for i, (cache, start) in enumerate(zip(caches, starts, strict=True))]
+
+        canvas = self.model.decoder.self_conditioning(self.embed(canvases), soft_embedding).reshape(batch * length, -1)
+        x = _concatenate([self.embed(_concatenate(list(sequences))), canvas])
+        hidden, _ = self._forward(x, segments(), (), segments if checkpoint else None)
+        return hidden[:total], hidden[total:].reshape(batch, length, -1)
+
+    def _forward(self, x: mx.array, segments: Sequence[Segment], taps: Sequence[int],
+                 renew: Callable[[], Sequence[Segment]] | None = None) -> tuple[mx.array, dict[int, mx.array]]:
+        """[rows, hidden] through all layers and the final norm, and the hidden states after the layers in ``taps``.
+
+        ``renew`` makes the segments anew, with caches of their own, for layers that run once more in the backward pass.
+        """
         decoder, encoder = self.model.decoder, self.model.encoder.language_model
-        positions = _concatenate([mx.arange(s.cache.length + s.after, s.cache.length + s.after + s.rows) for s in segments])
+        positions = _concatenate([mx.arange(s.position, s.position + s.rows) for s in segments])
         shapes = self.config.text.layers
         tables = {shape: rope_table(positions, shape) for shape in set(shapes)}
         tapped = {}
         for index, layer in enumerate(decoder.layers):
             scalar = _per_row(segments, layer.layer_scalar, encoder.layers[index].layer_scalar)
-            x = layer(x, tables[shapes[index]], segments, index, scalar)
+            if renew is None:
+                x = layer(x, tables[shapes[index]], segments, index, scalar)
+            else:
+                x = _checkpointed(layer, x, tables[shapes[index]], renew, index, scalar)
             if index in taps:
                 tapped[index] = x
         return decoder.norm(x), tapped
 
-    def _head(self, hidden: mx.array) -> mx.array:
+    def logits(self, hidden: mx.array) -> mx.array:
         """Soft-capped float32 logits."""
         cap = self.config.text.final_logit_softcapping
         logits = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
         # The cap would turn an overflow into a confident token; it must stay visible as what it is.
         return mx.where(mx.isfinite(logits), mx.tanh(logits / cap) * cap, mx.nan)
+
+
+def _checkpointed(layer: Layer, x: mx.array, table: tuple[mx.array, mx.array], renew: Callable[[], Sequence[Segment]],
+                  index: int, scalar: mx.array) -> mx.array:
+    """``layer`` of ``x``, keeping nothing for the backward pass but ``x``."""
+    def run(parameters: dict[str, Any], x: mx.array) -> mx.array:
+        layer.update(parameters)
+        return layer(x, table, renew(), index, scalar)
+
+    out: mx.array = mx.checkpoint(run)(layer.trainable_parameters(), x)
+    return out
 
 
 def _per_row(segments: Sequence[Segment], canvas: mx.array, causal: mx.array) -> mx.array:
