@@ -264,6 +264,11 @@ class ExpertLinear(nn.Module):
             return y.astype(x.dtype)
         return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_indices)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, outputs, inputs)"""
+        experts, outputs, inputs = self.weight.shape
+        return experts, outputs, inputs
 
     def to_quantized(self, group_size: int, bits: int, mode: str) -> QuantizedExpertLinear:
         """As MLX's own layers have it, for ``nn.quantize``."""
@@ -280,6 +285,12 @@ class QuantizedExpertLinear(nn.Module):
         if biases:  # affine only
             self.biases = biases[0]
         self.freeze()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, outputs, inputs)"""
+        experts, outputs, packed = self.weight.shape
+        return experts, outputs, packed * 32 // self.bits
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
         """Rows [n, 1, inputs] through the expert of each; ``experts`` [n]."""
@@ -397,6 +408,12 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config.text)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Under the name that mlx-lm's tuner looks for."""
+        layers: list[Layer] = self.model.decoder.layers
+        return layers
 
     @property
     def dtype(self) -> mx.Dtype:

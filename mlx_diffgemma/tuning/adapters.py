@@ -1,0 +1,197 @@
+"""Which parameters are trained, and adapters as mlx-lm keeps them: adapter_config.json and adapters.safetensors.
+
+    >>> prepare(model, AdapterOptions(num_layers=-1))       # LoRA on attention, dense MLP and self-conditioning
+    >>> load_adapter(model, Path("adapters"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_diffgemma.config import read_json
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.model import DiffusionGemma, ExpertLinear, QuantizedExpertLinear
+
+TYPES = ("lora", "dora", "full")
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+DENSE = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+ROUTER = ("router.proj",)
+CONDITIONING = tuple(f"model.decoder.self_conditioning.{name}_proj" for name in ("gate", "up", "down"))
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+MARK = "mlx_diffgemma"  # in adapter_config.json: what only this package writes
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is trained: ``fine_tune_type`` lora, dora or full, in the last ``num_layers`` layers (-1: all).
+
+    ``lora_parameters`` as in mlx-lm: rank, scale, dropout, and ``keys`` naming the modules; without keys it is attention,
+    dense MLP and self-conditioning, with ``train_experts`` the experts too, with ``train_router`` the router.
+    """
+
+    fine_tune_type: str = "lora"
+    num_layers: int = 16
+    lora_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rank": 8, "dropout": 0.0, "scale": 20.0})
+    train_experts: bool = False
+    train_router: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fine_tune_type not in TYPES:
+            raise UserError(f"Unknown fine_tune_type {self.fine_tune_type!r}; use one of {', '.join(TYPES)}.")
+        if self.num_layers < 1 and self.num_layers != -1:
+            raise UserError(f"num_layers must be -1 (all) or at least 1, got {self.num_layers}.")
+        if "alpha" in self.lora_parameters:
+            raise UserError("lora_parameters has 'alpha', which mlx-lm's layout calls 'scale': scale = alpha / rank.")
+        unknown = sorted(set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"})
+        missing = sorted({"rank", "scale", "dropout"} - set(self.lora_parameters))
+        if unknown or missing:
+            raise UserError(f"lora_parameters must hold rank, scale and dropout, and may hold keys; "
+                            f"{f'unknown: {unknown[0]}' if unknown else f'missing: {missing[0]}'}.")
+        rank, dropout = self.lora_parameters["rank"], self.lora_parameters["dropout"]
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError(f"The rank must be a whole number of at least 1, got {rank}.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout must lie between 0 and 1, got {dropout}.")
+        if self.fine_tune_type == "dora" and self.train_experts:
+            raise UserError("DoRA of the experts is not supported; use lora, or leave train_experts out.")
+
+    @property
+    def keys(self) -> list[str]:
+        """Paths of the modules that get an adapter: within a layer, or from the model's root."""
+        given = self.lora_parameters.get("keys")
+        if given is not None:
+            return list(given)
+        return [*ATTENTION, *DENSE, *(EXPERTS if self.train_experts else ()), *(ROUTER if self.train_router else ()), *CONDITIONING]
+
+
+class LoRAExpertLinear(nn.Module):
+    """:class:`ExpertLinear` with a low-rank update for each expert: ``lora_a`` [experts, rank, inputs], ``lora_b`` [experts,
+    outputs, rank]."""
+
+    def __init__(self, linear: ExpertLinear | QuantizedExpertLinear, rank: int, scale: float, dropout: float):
+        super().__init__()
+        experts, outputs, inputs = linear.shape
+        self.linear, self.scale, self.dropout = linear, scale, nn.Dropout(dropout)
+        bound = 1 / math.sqrt(inputs)
+        self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, inputs))
+        self.lora_b = mx.zeros((experts, outputs, rank))
+
+    def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
+        """Rows [n, 1, inputs] through the expert of each; ``experts`` [n]."""
+        y = self.linear(x, experts, sorted_indices)
+        z = self.dropout(x).astype(self.lora_a.dtype)
+        for matrix in (self.lora_a, self.lora_b):
+            z = mx.gather_mm(z, matrix.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_indices)
+        return y + (self.scale * z).astype(y.dtype)
+
+
+def prepare(model: DiffusionGemma, options: AdapterOptions) -> str:
+    """Freeze ``model`` but for what ``options`` ask to train, which is added where it is an adapter; the base's fingerprint.
+
+    Layer scalars are buffers of the reference and are never trained.  Errors: UserError for keys that name no module.
+    """
+    layers = len(model.layers)
+    if options.num_layers > layers:
+        raise UserError(f"num_layers {options.num_layers} exceeds the {layers} layers of this model; -1 means all.")
+    base = fingerprint(model)
+    model.freeze()
+    count = layers if options.num_layers == -1 else options.num_layers
+    if options.fine_tune_type == "full":
+        _unfreeze(model, options, count)
+        return base
+    names = {path for path, module in model.layers[-1].named_modules() if module is not model.layers[-1]}
+    names |= {path for path, _ in model.layers[0].named_modules()} | {path for path, _ in model.named_modules()}
+    if missing := [key for key in options.keys if key not in names]:
+        raise UserError(f"lora_parameters.keys names {missing[0]!r}, which this model does not have; paths are those inside a "
+                        f"layer ({ATTENTION[0]}) or from the root ({CONDITIONING[0]}).")
+    linears = set(options.keys) - set(EXPERTS)  # mlx-lm does not know our expert matrices
+    linear_to_lora_layers(model, count, {**options.lora_parameters, "keys": linears}, options.fine_tune_type == "dora")
+    rank, scale, dropout = (options.lora_parameters[name] for name in ("rank", "scale", "dropout"))
+    for layer in model.layers[-count:]:
+        for path in set(options.keys) & set(EXPERTS):
+            name = path.removeprefix("experts.")
+            layer.experts[name] = LoRAExpertLinear(layer.experts[name], rank, scale, dropout)
+    return base
+
+
+def _unfreeze(model: DiffusionGemma, options: AdapterOptions, count: int) -> None:
+    quantised = [path for path, module in model.named_modules() if hasattr(module, "bits")]
+    if quantised:
+        raise UserError(f"A quantised model cannot be trained in full ({quantised[0]} is packed); use lora, or dequantise it first "
+                        "with `mlx-diffgemma convert -d`.")
+    for layer in model.layers[-count:]:
+        layer.unfreeze()
+        if not options.train_experts:
+            layer.experts.freeze()
+        if not options.train_router:
+            layer.router.freeze()
+    if count == len(model.layers):
+        model.model.decoder.self_conditioning.unfreeze()
+        model.model.decoder.norm.unfreeze()
+    model.freeze(keys=["layer_scalar"])
+
+
+def fingerprint(model: DiffusionGemma) -> str:
+    """Of a base model, the same in every quantisation: norms and scales are never quantised."""
+    text, decoder = hashlib.sha256(), model.model.decoder
+    for layer in (model.layers[0], model.layers[-1]):
+        for array in (layer.router.scale, layer.router.per_expert_scale, layer.input_layernorm.weight, layer.layer_scalar):
+            text.update(np.array(array.astype(mx.bfloat16).astype(mx.float32)).tobytes())
+    text.update(np.array(decoder.self_conditioning.pre_norm.weight.astype(mx.bfloat16).astype(mx.float32)).tobytes())
+    return text.hexdigest()
+
+
+def write_config(folder: Path, base: str, layers: int, options: AdapterOptions, **run: Any) -> None:
+    """adapter_config.json, as mlx-lm reads it, for a ``base`` of so many ``layers``; ``run`` is the rest of the record."""
+    content = {**run, **asdict(options), "lora_parameters": {**options.lora_parameters, "keys": options.keys}}
+    content["num_layers"] = layers if options.num_layers == -1 else options.num_layers
+    if options.fine_tune_type == "full":
+        content["lora_parameters"] = None
+    content[MARK] = {"base": base}
+    (folder / CONFIG).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: DiffusionGemma, folder: Path) -> None:
+    """Add the adapter in ``folder`` to ``model``.
+
+    Errors: UserError when it is not whole, was made for another base model, or holds tensors that this one has no place for.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no adapter folder {folder}.")
+    config, path = read_json(folder / CONFIG), folder / WEIGHTS
+    if not path.exists():
+        raise UserError(f"{folder} has no {WEIGHTS}; train the adapter to its first checkpoint.")
+    made_for = (config.get(MARK) or {}).get("base")
+    if made_for is not None and made_for != fingerprint(model):
+        raise UserError(f"The adapter in {folder} was trained on another base model; give --model the one it was made for.")
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "full":
+        given = config.get("lora_parameters") or {}
+        prepare(model, AdapterOptions(kind, int(config.get("num_layers", -1)),
+                                      {name: given[name] for name in ("rank", "scale", "dropout", "keys") if name in given}))
+    try:
+        weights = dict(mx.load(str(path)))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy or train it again.") from None
+    known = dict(tree_flatten(model.parameters()))
+    for name, value in weights.items():
+        if name not in known or known[name].shape != value.shape:
+            shape = known[name].shape if name in known else None
+            raise UserError(f"{path} does not fit this model: {name} has shape {value.shape}, "
+                            f"{f'expected {shape}' if shape else 'which it does not have'}.")
+    model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in weights.items()]))
+    model.freeze()
+    model.eval()

@@ -1,0 +1,110 @@
+"""Training examples from jsonl files in mlx-lm's formats: chat, completions or text, one object a line.
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"prompt": "…", "completion": "…"}
+    {"text": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """``ids`` int32 [n], of which those from ``answer`` on are the answer, end token included."""
+
+    ids: np.ndarray
+    answer: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one file; ``too_long`` counts those left out because they exceed the limit, the longest of them
+    ``longest`` tokens."""
+
+    examples: tuple[Example, ...]
+    too_long: int = 0
+    longest: int = 0
+
+
+def load_splits(folder: Path, tokenizer: TokenizerWrapper, end: int, limit: int) -> dict[str, Split]:
+    """train, valid and test of ``folder``, as far as there are files; examples of more than ``limit`` tokens are left out.
+
+    ``end`` ends a text.  Errors: UserError naming file and line.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no data folder {folder}; it should hold train.jsonl, and valid.jsonl and test.jsonl if wanted.")
+    return {name: load_split(path, tokenizer, end, limit) for name in SPLITS if (path := folder / f"{name}.jsonl").exists()}
+
+
+def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int) -> Split:
+    """Errors: UserError for a line that is no JSON, lacks a field or has an empty answer; for a file without examples."""
+    examples, lengths = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = _example(json.loads(line), tokenizer, end)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from None
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        lengths.append(example.ids.size)
+        if example.ids.size <= limit:
+            examples.append(example)
+    if not lengths:
+        raise UserError(f"{path} holds no examples.")
+    if not examples:
+        raise UserError(f"All {len(lengths)} examples of {path} exceed {limit} tokens (the shortest has {min(lengths)}); "
+                        "raise --max-seq-length.")
+    return Split(tuple(examples), len(lengths) - len(examples), max(lengths))
+
+
+def _example(entry: Any, tokenizer: TokenizerWrapper, end: int) -> Example:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"an object is expected, got {type(entry).__name__}.")
+    if "messages" in entry:
+        return _chat(entry["messages"], entry.get("tools"), tokenizer)
+    if "prompt" in entry or "completion" in entry:
+        for name in ("prompt", "completion"):
+            if not isinstance(entry.get(name), str):
+                raise UserError(f"{name!r} is missing or no text.")
+        return _chat([{"role": "user", "content": entry["prompt"]}, {"role": "assistant", "content": entry["completion"]}],
+                     entry.get("tools"), tokenizer)
+    if not isinstance(entry.get("text"), str):
+        found = ", ".join(entry) or "nothing"
+        raise UserError(f"one of 'messages', 'prompt' with 'completion', or 'text' is missing; found {found}.")
+    ids = encode_prompt(tokenizer, entry["text"])
+    if len(ids) < 2:
+        raise UserError("'text' is empty.")
+    return Example(np.array([*ids, end] if ids[-1] not in tokenizer.eos_token_ids else ids, dtype=np.int32), 1)
+
+
+def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper) -> Example:
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise UserError("'messages' must be a list of objects with a role.")
+    if len(messages) < 2 or messages[-1]["role"] not in ("assistant", "model"):
+        raise UserError("the last message must be the assistant's, after at least one other.")
+    if not messages[-1].get("content") and not messages[-1].get("tool_calls"):
+        raise UserError("the assistant's message is empty.")
+    prompt = chat_ids(tokenizer, messages[:-1], tools=tools)
+    whole = list(tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=False, tools=tools))
+    if whole[: len(prompt)] != prompt:
+        raise UserError("the chat template writes the conversation otherwise once the answer is known; it cannot be trained on.")
+    ends = [place for place in range(len(prompt), len(whole)) if whole[place] in tokenizer.eos_token_ids]
+    if not ends:
+        raise UserError("the chat template ends the answer with no end token.")
+    return Example(np.array(whole[: ends[-1] + 1], dtype=np.int32), len(prompt))

@@ -1,0 +1,243 @@
+"""The training loop: batches, steps, validation on fixed noise, checkpoints that a killed run goes on from bit for bit.
+
+Every random number depends on the seed and on the iteration alone, so a checkpoint need not hold any generator's state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.tuning.data import Example
+from mlx_diffgemma.tuning.objective import Batch, Losses, Objective, losses, make_batch
+
+ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """``iters`` batches of ``batch_size`` examples; the optimiser steps after every ``grad_accumulation_steps``.
+
+    ``canvas_length`` None is the checkpoint's.  ``max_grad_norm`` 0 does not clip.  Losses are reported every
+    ``steps_per_report``, validation runs every ``steps_per_eval`` over ``val_batches`` (-1: all), a checkpoint is written every
+    ``save_every`` and at the end.
+    """
+
+    iters: int = 1000
+    batch_size: int = 4
+    grad_accumulation_steps: int = 1
+    canvas_length: int | None = None
+    max_grad_norm: float = 1.0
+    grad_checkpoint: bool = False
+    val_batches: int = 25
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size", "grad_accumulation_steps", "steps_per_report", "steps_per_eval", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.canvas_length is not None and self.canvas_length < 1:
+            raise UserError(f"canvas_length must be at least 1, got {self.canvas_length}.")
+        if self.max_grad_norm < 0:
+            raise UserError(f"max_grad_norm must be 0 (off) or more, got {self.max_grad_norm}.")
+
+
+@dataclass
+class Report:
+    """Figures at an iteration: mean losses in nats since the last report, or of a validation; ``seconds`` since the start."""
+
+    iteration: int
+    canvas: float
+    causal: float
+    total: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory: int
+    seconds: float
+    valid: bool = False
+
+
+@dataclass
+class Trainer:
+    """One run.  What of the model is trainable is trained; everything else stays as it is."""
+
+    model: DiffusionGemma
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    objective: Objective
+    options: TrainingOptions
+    optimizer: optimizers.Optimizer
+    iteration: int = 0
+    tokens: int = 0
+    reports: list[Report] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise UserError("There is nothing to train on; give a train.jsonl with at least one example.")
+        if not tree_flatten(self.model.trainable_parameters()):
+            raise UserError("Nothing of the model is trainable with these options.")
+        self.length = self.options.canvas_length or self.model.config.canvas_length
+        self.end = self.model.config.generation.eos_token_ids[0]
+        self.optimizer.init(self.model.trainable_parameters())
+
+    def run(self, on_report: Callable[[Report], None] | None = None, on_save: Callable[[], None] | None = None) -> None:
+        """From the present iteration to the last."""
+        options, began, sums = self.options, time.perf_counter(), _Sums()
+        value_and_grad = nn.value_and_grad(self.model, self._loss)
+        gradients: Any = None
+        self.model.train()
+        mx.reset_peak_memory()
+
+        def tell(report: Report) -> None:
+            self.reports.append(report)
+            if on_report:
+                on_report(report)
+
+        while self.iteration < options.iters:
+            if self.valid and self.iteration % options.steps_per_eval == 0:
+                tell(self.validate(began))
+            batch = self.batch(self.iteration)
+            (_, found), gradient = value_and_grad(self.model, batch)
+            gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
+            self.iteration += 1
+            if self.iteration % options.grad_accumulation_steps == 0 or self.iteration == options.iters:
+                self._update(gradients)
+                gradients = None
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state, gradients, found.canvas, found.causal)
+            sums.add(found, batch)
+            if self.iteration % options.steps_per_report == 0 or self.iteration == options.iters:
+                tell(self._report(sums, began))
+                sums = _Sums()
+            if on_save and (self.iteration % options.save_every == 0 or self.iteration == options.iters):
+                on_save()
+        if self.valid:
+            tell(self.validate(began))
+        self.model.eval()
+
+    def _loss(self, model: DiffusionGemma, batch: Batch) -> tuple[mx.array, Losses]:
+        found = losses(model, batch, self.objective, self.options.grad_checkpoint)
+        return found.total(self.objective), found
+
+    def _update(self, gradients: Any) -> None:
+        count = self.options.grad_accumulation_steps
+        if count > 1:
+            gradients = tree_map(lambda g: g / count, gradients)
+        if self.options.max_grad_norm:
+            gradients, _ = optimizers.clip_grad_norm(gradients, self.options.max_grad_norm)
+        self.optimizer.update(self.model, gradients)
+
+    def batch(self, iteration: int) -> Batch:
+        """The batch of an iteration: epochs are permutations of the examples, one after the other without a seam."""
+        size, count = self.options.batch_size, len(self.train)
+        chosen = []
+        for place in range(iteration * size, (iteration + 1) * size):
+            epoch, index = divmod(place, count)
+            chosen.append(self.train[self._order(epoch)[index]])
+        return self._make(chosen, self._rng(TRAIN, iteration))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._permutation = epoch, self._rng(ORDER, epoch).permutation(len(self.train))
+        return self._permutation
+
+    def _rng(self, purpose: int, number: int) -> np.random.Generator:
+        return np.random.default_rng([self.options.seed, purpose, number])
+
+    def _make(self, examples: Sequence[Example], rng: np.random.Generator) -> Batch:
+        return make_batch([e.ids for e in examples], [e.answer for e in examples], self.length,
+                          self.model.config.text.vocab_size, self.end, self.objective, rng)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """The same examples under the same noise each time, so that figures compare."""
+        size = self.options.batch_size
+        pieces = [self.valid[start : start + size] for start in range(0, len(self.valid), size)]
+        for number, piece in enumerate(pieces if self.options.val_batches < 0 else pieces[: self.options.val_batches]):
+            yield self._make(piece, self._rng(VALID, number))
+
+    def validate(self, began: float) -> Report:
+        self.model.eval()
+        sums = _Sums()
+        for batch in self.validation_batches():
+            _, found = self._loss(self.model, batch)
+            mx.eval(found.canvas, found.causal)
+            sums.add(found, batch)
+        self.model.train()
+        return self._report(sums, began, valid=True)
+
+    def _report(self, sums: _Sums, began: float, valid: bool = False) -> Report:
+        canvas, causal = sums.canvas / max(1, sums.canvas_tokens), sums.causal / max(1, sums.causal_tokens)
+        if not valid:
+            self.tokens += sums.tokens
+        return Report(self.iteration, canvas, causal, self.objective.canvas * canvas + self.objective.causal * causal,
+                      float(self.optimizer.learning_rate), self.tokens, sums.tokens / (time.perf_counter() - sums.began),
+                      mx.get_peak_memory(), time.perf_counter() - began, valid)
+
+    def save(self, path: Path) -> None:
+        """Weights that are trained, the optimiser's state and the counters, in one file put in place at once."""
+        tensors = {f"weights.{name}": value for name, value in tree_flatten(self.model.trainable_parameters())}
+        tensors |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
+        counters = {"iteration": self.iteration, "tokens": self.tokens, "reports": [vars(report) for report in self.reports]}
+        write_safely(path, tensors, {"counters": json.dumps(counters), "run": self.fingerprint()})
+
+    def restore(self, path: Path) -> None:
+        """Go on from ``path``.  Errors: UserError for a damaged file or that of another run."""
+        try:
+            tensors, metadata = mx.load(str(path), return_metadata=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); start the run anew.") from None
+        if metadata.get("run") != self.fingerprint():
+            raise UserError(f"{path} belongs to a run with other options; start anew in another folder, or repeat those options.")
+        weights, state = ([(name.removeprefix(kind), value) for name, value in tensors.items() if name.startswith(kind)]
+                          for kind in ("weights.", "optimizer."))
+        self.model.update(tree_unflatten(weights))
+        self.optimizer.state = tree_unflatten(state)
+        counters = json.loads(metadata["counters"])
+        self.iteration, self.tokens = counters["iteration"], counters["tokens"]
+        self.reports = [Report(**report) for report in counters["reports"]]
+
+    def fingerprint(self) -> str:
+        """What decides the result but for the number of iterations."""
+        options = {name: value for name, value in vars(self.options).items()
+                   if name not in ("iters", "save_every", "steps_per_report", "steps_per_eval", "val_batches", "grad_checkpoint")}
+        shapes = [(name, value.shape) for name, value in tree_flatten(self.model.trainable_parameters())]
+        return json.dumps([options, vars(self.objective), len(self.train), type(self.optimizer).__name__, len(shapes),
+                           sum(math.prod(shape) for _, shape in shapes)])
+
+
+class _Sums:
+    """Losses of several batches, weighted by what they were taken over."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.canvas = self.causal = 0.0
+        self.canvas_tokens = self.causal_tokens = self.tokens = 0
+
+    def add(self, found: Losses, batch: Batch) -> None:
+        self.canvas += found.canvas.item() * found.canvas_tokens
+        self.causal += found.causal.item() * found.causal_tokens
+        self.canvas_tokens, self.causal_tokens = self.canvas_tokens + found.canvas_tokens, self.causal_tokens + found.causal_tokens
+        self.tokens += batch.clean.size + sum(ids.size for ids in batch.sequences)
+
+
+def write_safely(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that is there whole or not at all."""
+    unfinished = path.with_name(f".{path.stem}.partial.safetensors")
+    mx.save_safetensors(str(unfinished), tensors, metadata or {})
+    unfinished.replace(path)
