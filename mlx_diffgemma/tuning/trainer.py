@@ -114,6 +114,7 @@ class Trainer:
             if self.valid and self.iteration % options.steps_per_eval == 0:
                 tell(self.validate(began))
             batch = self.batch(self.iteration)
+            mx.random.seed(self.options.seed * 1_000_003 + self.iteration)  # for dropout
             (_, found), gradient = value_and_grad(self.model, batch)
             gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
             self.iteration += 1
