@@ -37,6 +37,7 @@ from mlx_diffgemma.recipes import MODES, RECIPES
 from mlx_diffgemma.rules import LENGTHS, PRESETS, SAMPLERS
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
+from mlx_diffgemma.tuning.commands import lora
 
 if TYPE_CHECKING:
     from mlx_diffgemma.chat import Chat
@@ -604,6 +605,9 @@ def parity(
                              f"reference's spread {e.spread:.1e}{'' if e.excused else ' NOT EXCUSED'}")
     if not report.ok:
         raise typer.Exit(1)
+
+
+app.command("lora")(lora)
 
 
 @app.callback(invoke_without_command=True)
