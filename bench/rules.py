@@ -1,7 +1,7 @@
 """What the named rules and presets cost and gain: scores, forwards and converged canvases against the reference.
 
     python bench/rules.py --work WORK                       # every setting; what WORK holds already is not run again
-    python bench/rules.py --work WORK --settings fast --limit 500
+    python bench/rules.py --work WORK --settings "preset fast" --limit 500 --output fast.json
     python bench/rules.py --table                           # docs/speed.md and the plot from the JSON
 
 Same prompts and seeds for all, so differences are paired; their 95 % intervals come from drawing prompts with replacement.
@@ -10,6 +10,7 @@ Same prompts and seeds for all, so differences are paired; their 95 % intervals 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlx_diffgemma.evaluate import tasks_named
 from mlx_diffgemma.nano.tasks import held_out_examples
 from mlx_diffgemma.rules import PRESETS
 
-ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "rules-nano.json"
 COLUMNS = ("score", "forwards", "rows", "canvases", "converged", "retries", "empty")
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -61,14 +62,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("rules-work"))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "rules-nano.json")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only make table and plot")
     arguments = parser.parse_args()
     if not arguments.table:
         measure(arguments)
     record = json.loads(arguments.output.read_text(encoding="utf-8"))
     print(table(record))
-    if record["model"] == nano.VERSION:
+    if arguments.output == RESULTS and set(record["settings"]) >= set(SETTINGS):
         put_table("speed.md", "rules.py", table(record))
     plot(record, arguments.output.with_suffix(".png"))
 
@@ -80,7 +81,9 @@ def measure(arguments: argparse.Namespace) -> None:
     chosen |= {text: json.loads(text) for text in arguments.option}
     found = {}
     for name, options in {"reference": {}, **chosen}.items():
-        path = arguments.work / f"{name.replace(' ', '-')}-{arguments.limit}x{arguments.seeds}.npy"
+        expanded = PRESETS.get(options.get("preset", ""), {}) | options
+        key = hashlib.sha256(json.dumps([arguments.model, arguments.tasks, expanded], sort_keys=True).encode()).hexdigest()[:8]
+        path = arguments.work / f"{name.replace(' ', '-')}-{key}-{arguments.limit}x{arguments.seeds}.npy"
         if not path.exists():
             np.save(path, answers(model, tokenizer, arguments, options))
         found[name] = np.load(path)

@@ -78,8 +78,8 @@ Plateau = Annotated[int | None, typer.Option(help="Rule: give a canvas up when i
 DropTail = Annotated[int | None, typer.Option(help="Rule: positions after an end token that stood for this many steps leave the "
                                               "canvas.")]
 CanvasLength = Annotated[str | None, typer.Option(help=f"Rule: positions of a canvas; a number, {' or '.join(map(repr, LENGTHS))} "
-                                                  "(a quarter of the full canvas, then twice the last one; no longer than the "
-                                                  "tokens still allowed).")]
+                                                  "(a quarter of the full canvas, then twice the last one; what is still allowed, "
+                                                  "in eighths of the full canvas).")]
 RerollEmpty = Annotated[int | None, typer.Option(help="Rule: try an empty first canvas again, at most so often.")]
 RetryUnconverged = Annotated[int | None, typer.Option(help="Rule: try a canvas that did not converge again, at most so often.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
@@ -202,7 +202,9 @@ def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any
         "text": "".join(part.text for part in parts), "thought": "".join(part.thought for part in parts),
         "tool_calls": [call for part in parts for call in part.tool_calls],
         "tokens": [token for part in parts for token in part.tokens], "steps": sum(part.steps for part in parts),
-        "canvases": [{"steps": part.steps, "converged": part.converged} for part in parts if part.steps],
+        "rows": sum(part.rows for part in parts), "retries": sum(part.retries for part in parts),
+        "canvases": [{name: getattr(part, name) for name in ("steps", "rows", "retries", "converged")}
+                     for part in parts if part.steps],
         "converged": all(part.converged for part in parts),
         "finish_reason": "interrupted" if interrupted else last["finish_reason"],
     }
@@ -237,6 +239,7 @@ def chat(
     options = _generation_options(locals())
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype)
+    GenerationOptions.from_keywords(options).policy(network)  # refuse what does not fit this checkpoint now, not at each turn
     talk = Chat(network, tokenizer, system_prompt, think, **options)
     at_terminal = sys.stdin.isatty() and output.is_terminal
     if at_terminal:
@@ -640,9 +643,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options of a generation among a command's own; what is wrong is refused here, before anything is loaded."""
     options = {f.name: given[f.name] for f in fields(GenerationOptions) if f.name in given} | {"temperature": given["temp"]}
-    length = options.get("canvas_length")
-    if length is not None and length.lstrip("-").isdigit():
-        options["canvas_length"] = int(length)
+    if options.get("canvas_length") is not None:
+        with contextlib.suppress(ValueError):
+            options["canvas_length"] = int(options["canvas_length"])
     GenerationOptions.from_keywords(options)
     return options
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from mlx_diffgemma.model import DiffusionGemma
 
-BUCKET = 32  # uncovered positions are taken in multiples of this, so that few shapes occur
+BUCKET = 32  # uncovered positions are taken in multiples of this, or in fewer powers of two, so that few shapes occur
+SMALLEST = 8
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,19 @@ def soft_embedding(model: DiffusionGemma, belief: Belief) -> mx.array:
     count, flat = sum(belief.counts), belief.uncovered.flatten()
     if not count:
         return soft
-    taken = mx.argsort(~flat)[: min(flat.size, -(-count // BUCKET) * BUCKET)]  # the uncovered come first
+    taken = mx.argsort(~flat)[: min(flat.size, _bucket(count))]  # the uncovered come first
     exact = dense(model, belief.logits.flatten(0, 1)[taken] / belief.temperature[taken // soft.shape[1]][:, None])
     covered = soft.flatten(0, 1)
     # Covered positions that fill the bucket keep what they have, so that no row depends on another's count.
     rows = mx.where(flat[taken][:, None], exact, covered[taken])
     place = mx.put_along_axis(mx.arange(taken.size, taken.size + flat.size), taken, mx.arange(taken.size), axis=0)
     return mx.concatenate((rows, covered))[place].reshape(soft.shape)
+
+
+def _bucket(count: int) -> int:
+    if count > BUCKET // 2:
+        return -(-count // BUCKET) * BUCKET
+    return max(SMALLEST, 1 << (count - 1).bit_length())
 
 
 def dense(model: DiffusionGemma, scaled: mx.array) -> mx.array:

@@ -25,6 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma import cost, hub
 from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
+from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.device import check_memory, generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
@@ -139,6 +140,8 @@ class GenerationOptions:
             raise UserError("threshold belongs to the sampler 'confidence-threshold'; choose that or leave it out.")
         if self.entropy_bound is not None and confidence:
             raise UserError("entropy_bound has no meaning with the sampler 'confidence-threshold'; leave one of them out.")
+        # Numbers out of range are refused here; what depends on the checkpoint's numbers, in ``policy``.
+        self._policy(GenerationConfig(max_denoising_steps=10**9, t_min=1e-9, t_max=1e9))
         if self.mode == "ar" and (diffusion := [name for name in DIFFUSION_ONLY if getattr(self, name) is not None]):
             raise UserError(f"{diffusion[0]} has no meaning with mode 'ar', which runs no denoising steps; leave it out.")
 
@@ -149,6 +152,12 @@ class GenerationOptions:
 
     def policy(self, model: DiffusionGemma) -> ReferencePolicy:
         """The policy of these options, with the checkpoint's numbers where they name none.  Errors: UserError."""
+        length, full = self.chosen("canvas_length"), model.config.canvas_length
+        if length is not None and not isinstance(length, str) and length > full:
+            raise UserError(f"canvas_length {length} exceeds the {full} positions this checkpoint was made for.")
+        return self._policy(model.config.generation)
+
+    def _policy(self, config: GenerationConfig) -> ReferencePolicy:
         coverage = self.chosen("coverage")
         if self.self_conditioning == "dense":
             coverage = None
@@ -158,14 +167,11 @@ class GenerationOptions:
         own = {field: value for field, value in named.items() if value is not None}
         own |= {"temperature": 1.0 if self.chosen("temperature") is None else self.chosen("temperature"), "top_k": self.top_k,
                 "top_p": self.top_p, "coverage": coverage}
-        length, full = self.chosen("canvas_length"), model.config.canvas_length
-        if isinstance(length, int) and length > full:
-            raise UserError(f"canvas_length {length} exceeds the {full} positions this checkpoint was made for.")
         if self.chosen("diffusion_sampler") == "confidence-threshold":
             kind: type[ReferencePolicy] = ConfidencePolicy
         else:
             kind = RulesPolicy if any(name in own for name in RULES.values()) else ReferencePolicy
-        policy: ReferencePolicy = kind.from_config(model.config.generation, **own)
+        policy: ReferencePolicy = kind.from_config(config, **own)
         return policy
 
 
@@ -252,7 +258,7 @@ def stream_generate(
     request = _Request.prepare(model, tokenizer, prompt, chosen, prefix)
     _check_room(model, [request], 1)
     if chosen.mode == "ar":
-        if policy is not None or on_step is not None:
+        if on_step is not None:
             raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
         if prompt_cache is not None:
             raise UserError("prompt_cache belongs to canvases; leave it out with mode 'ar'.")
@@ -411,8 +417,9 @@ class _Request:
 
     def _warn(self, response: GenerationResponse) -> None:
         if not response.converged:
-            warnings.warn(f"Canvas {response.canvas_index} did not converge within {response.steps} denoising steps; its text "
-                          "may be faulty.", GenerationWarning, stacklevel=4)
+            attempts = f" in {response.retries + 1} attempts" if response.retries else ""
+            warnings.warn(f"Canvas {response.canvas_index} did not converge within {response.steps} denoising steps{attempts}; "
+                          "its text may be faulty.", GenerationWarning, stacklevel=4)
         if response.finish_reason == "empty":
             warnings.warn("The answer is empty: the end token came first; try another seed or a fuller prompt.",
                           GenerationWarning, stacklevel=4)
@@ -452,6 +459,8 @@ def _check_room(model: DiffusionGemma, requests: Sequence[_Request], batch_size:
 
 def _check_policy(policy: Policy | None, options: dict[str, Any]) -> None:
     """Errors: UserError for options that a given policy decides itself."""
+    if policy is not None and options.get("mode") == "ar":
+        raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
     decided = [name for name in options if name in (*DIFFUSION_ONLY, "temperature", "top_k", "top_p")]
     if policy is not None and decided:
         raise UserError(f"{decided[0]} is for the policy to decide, which was given; set it there.")

@@ -29,7 +29,7 @@ class RulesPolicy(ReferencePolicy):
     - ``plateau``: a canvas ends, unconverged, when its lowest mean entropy is this many steps old; 0 is off.
     - ``drop_tail``: when the first end token has stood at one place in the argmax for this many steps, the positions after
       it leave the canvas, in eighths.  They count as certain in the mean entropy.  0 is off.
-    - ``length``: of a canvas.  A number; "fitting": no longer than the tokens the answer may still have; "growing": a
+    - ``length``: of a canvas.  A number; "fitting": what the answer may still have, in eighths of the full canvas; "growing": a
       quarter of the full canvas, then twice as long as the one before.
     - ``reroll_empty``: how often a first canvas that begins with the end token is tried again.
     - ``retry_unconverged``: how often a canvas that did not converge is tried again.  After the last attempt the one with the
@@ -50,10 +50,13 @@ class RulesPolicy(ReferencePolicy):
             ("min_denoising_steps", self.min_steps, 1), ("temperature_steps", self.schedule_steps, 1),
             ("plateau", self.plateau, 0), ("drop_tail", self.drop_tail, 0), ("reroll_empty", self.reroll_empty, 0),
             ("retry_unconverged", self.retry_unconverged, 0),
-            ("canvas_length", self.length if isinstance(self.length, int) else 1, 1),
+            ("canvas_length", 1 if self.length is None or isinstance(self.length, str) else self.length, 1),
         ):
-            if value < low:
-                raise UserError(f"{name} must be at least {low}, got {value}.")
+            if isinstance(value, float) or not hasattr(value, "__index__") or value < low:
+                raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}.")
+        if not self.t_min and self.schedule_steps < self.max_steps:
+            raise UserError(f"With t_min 0 the temperature would reach 0 after {self.schedule_steps} of {self.max_steps} steps; "
+                            "give a t_min above 0.")
         if self.min_steps > self.max_steps:
             raise UserError(f"min_denoising_steps {self.min_steps} exceeds max_denoising_steps {self.max_steps}.")
         if isinstance(self.length, str) and self.length not in LENGTHS:
@@ -68,8 +71,8 @@ class RulesPolicy(ReferencePolicy):
         return self.max_steps if self.temperature_steps is None else self.temperature_steps
 
     def canvas_length(self, canvas_index: int, remaining: int, full: int) -> int:
-        if isinstance(self.length, int):
-            return min(self.length, full)
+        if self.length is not None and not isinstance(self.length, str):
+            return min(int(self.length), full)
         part = max(1, full // PARTS)
         if self.length == "growing":
             return min(full, max(1, full // 4) << canvas_index)
@@ -91,7 +94,7 @@ class RulesPolicy(ReferencePolicy):
 
     def keeps(self, standing: Standing, rows: int) -> int:
         last = standing.ends[-self.drop_tail :] if self.drop_tail else ()
-        if len(last) < self.drop_tail or len(set(last)) != 1 or last[0] >= rows:
+        if len(last) < self.drop_tail or len(set(last)) != 1:
             return rows
         part = max(1, standing.length // PARTS)
         return min(rows, -(-(last[0] + 1) // part) * part)

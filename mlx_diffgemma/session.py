@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma import conditioning
-from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.cache import ROOM, Cache
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
@@ -96,7 +96,7 @@ class Session:
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
-        self.full_length = canvas_length or model.config.canvas_length
+        self.full_length, self.context = canvas_length or model.config.canvas_length, model.config.text.max_position_embeddings
         self.prompt_cache, self.ids = prompt_cache, list(ids)
         self.cache = prompt_cache.begin(model, self.ids) if prompt_cache else Cache(model.config.text)
         self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
@@ -107,7 +107,7 @@ class Session:
         self.length = self.full_length  # with how many positions the current canvas began
         self.retry = self.steps = self.rows = 0  # of the current canvas: attempts before, and what all attempts took
         self.canvas: mx.array | None = None  # None between two canvases
-        self._rejected: list[CanvasStep] = []  # the last steps of attempts that did not converge
+        self.rejected: list[CanvasStep] = []  # the last steps of attempts that did not converge
 
     @property
     def canvas_index(self) -> int:
@@ -119,8 +119,8 @@ class Session:
         return len(self.entropies) if self.canvas is not None else 0
 
     def open_canvas(self) -> None:
-        if not self.retry:
-            self.length = self.policy.canvas_length(self.canvas_index, self.max_tokens - self.start, self.full_length)
+        length = self.policy.canvas_length(self.canvas_index, self.max_tokens - self.start, self.full_length)
+        self.length = min(length, self.context - len(self.ids))
         self.canvas = mx.array(self.policy.seed(self.draws, self.canvas_index, self.retry, self.start, self.length))
         self.accepted = mx.zeros((self.length,), dtype=mx.bool_)
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
@@ -133,7 +133,8 @@ class Session:
         self.steps, self.rows = self.steps + 1, self.rows + self.canvas.size
         self.entropies.append(mean_entropy)
         self.ends.append(end)
-        return Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends)
+        self.standing = Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends)
+        return self.standing
 
     def encoded(self) -> None:
         """All that was pending is in the cache now."""
@@ -144,27 +145,24 @@ class Session:
     def take(self, step: CanvasStep) -> None:
         """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""
         if not step.stopped:
-            standing = Standing(self.canvas_index, self.retry, self.length, False, self.entropies, self.ends)
-            rows = self.policy.keeps(standing, step.canvas.size)
+            rows = self.policy.keeps(self.standing, step.canvas.size)
             self.canvas, self.accepted = step.canvas[:rows], step.accepted[:rows]
             self.history = tuple(argmax[:rows] for argmax in (*self.history, step.argmax)[1:]) if self.history else ()
         elif step.rejected:
-            if step.reason != "converged":
-                self._rejected.append(step)
+            if step.reason != "converged" and self.ends[-1]:  # an empty one is no answer to come back to
+                self.rejected.append(step)
             self.retry += 1
             self.open_canvas()
         else:
             self._commit(step)
 
     def _commit(self, step: CanvasStep) -> None:
-        if step.reason != "converged":  # none of the attempts did: the most certain one
-            step = min((step, *self._rejected), key=lambda attempt: attempt.mean_entropy)
         argmax = np.array(step.argmax)
         ends = np.flatnonzero(np.isin(argmax, self.eos_ids))
         kept = argmax[: ends[0] + 1] if ends.size else argmax
         self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.steps, self.rows,
                                     step.reason == "converged", ends.size > 0, self.retry))
-        self.pending, self.canvas, self._rejected = argmax, None, []
+        self.pending, self.canvas, self.rejected = argmax, None, []
         self.retry = self.steps = self.rows = 0
         self.ids += argmax.tolist()
         self.start += argmax.size
@@ -175,7 +173,7 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
     """Encode what is pending in each session, at most ``chunk`` positions of each at a time."""
     total, done = sum(s.pending.size for s in sessions), 0
     for session in sessions:
-        session.cache.reserve(session.cache.length + session.pending.size)
+        session.cache.reserve(session.cache.length + session.pending.size + ROOM)
     while waiting := [s for s in sessions if s.pending.size]:
         # A last chunk of one row joins the one before it: a single row takes other kernels and rounds differently.
         sizes = [chunk if s.pending.size > chunk + 1 else s.pending.size for s in waiting]
@@ -288,13 +286,19 @@ class Loop:
         step = session.step
         standing = session.read(bool(flags[Flag.STOP]), flags[Flag.MEAN_ENTROPY], int(flags[Flag.EOS_POSITION]))
         reason = session.policy.judge(standing)
-        return CanvasStep(
+        found = CanvasStep(
             canvas_index=session.canvas_index, retry=session.retry, step=step, max_steps=session.policy.max_steps,
             canvas=outcome.canvas[row], argmax=outcome.argmax[row].astype(mx.int32), accepted=outcome.accepted[row],
             entropy=outcome.entropy[row], logprob=outcome.logprob[row], mean_entropy=flags[Flag.MEAN_ENTROPY],
             reason=reason, certificate=session.policy.certificate if reason == "converged" else None,
             rejected=reason is not None and session.policy.rejects(standing, reason),
         )
+        if not found.committed or reason == "converged" or not session.rejected:
+            return found
+        # None of the attempts converged: what is committed is the most certain one, under the number of the last.
+        attempts = session.rejected if standing.ends[-1] == 0 else [found, *session.rejected]
+        best = min(attempts, key=lambda attempt: attempt.mean_entropy)
+        return replace(best, retry=found.retry, step=found.step, reason=reason, rejected=False)
 
 
 def _canvas(session: Session) -> mx.array:

@@ -94,7 +94,7 @@ class TestSoftEmbedding:
         logits = mx.concatenate([logits_with(20, seed) for seed in range(9)])
         for rows in range(1, 10):
             soft_embedding(tiny, belief(logits[:rows]))
-        assert shapes == {24, BUCKET, 2 * BUCKET}
+        assert shapes == {8, 16, BUCKET, 2 * BUCKET}
 
     def test_quantised_tables(self, divisible_folder, tmp_path):
         from mlx_diffgemma.convert import convert

@@ -91,6 +91,13 @@ class TestReuse:
         assert (cache.reused, cache.encoded) == (278, 64 + 9)
         assert ours == tokens(again, 64)
 
+    def test_the_last_token_may_be_the_one_that_differs(self, nano_pair):
+        cache = PromptCache(nano_pair[0])
+        turn(nano_pair, LONG, cache, max_tokens=64)
+        other = [*LONG[:-1], LONG[-1] + 1]
+        assert turn(nano_pair, other, cache, max_tokens=64) == turn(nano_pair, other, max_tokens=64)
+        assert cache.reused == 0
+
     def test_the_same_prompt_again_encodes_nothing(self, nano_pair):
         cache = PromptCache(nano_pair[0])
         first = turn(nano_pair, LONG, cache, max_tokens=64)

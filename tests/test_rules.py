@@ -1,11 +1,15 @@
 """Named rules: what each does to a canvas, and that none changes anything while it is off."""
 
 import itertools
+import json
+import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import GenerationWarning, batch_generate, stream_generate
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.generate import GenerationOptions
@@ -13,6 +17,7 @@ from mlx_diffgemma.policy import ReferencePolicy, Standing
 from mlx_diffgemma.rules import PRESETS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.sampler import reveal
 from mlx_diffgemma.session import Loop, Session
+from tests.test_cli import run as command
 from tests.test_session import PROMPTS, UNSURE, Scripted, certain
 
 NUMBERS = {"max_steps": 6, "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.005, "stability": 1}
@@ -146,6 +151,18 @@ class TestLength:
         assert [c.tokens.size for c in s.canvases] == [10, 10, 10]
         assert s.cache.length == len(PROMPTS[0]) + 20
 
+    def test_fitting_counts_what_is_left(self, tiny):
+        s = session(tiny, 0, rules(length="fitting"), max_tokens=28, eos=())
+        run(tiny, s)
+        assert [c.tokens.size for c in s.canvases] == [24, 6]
+
+    @pytest.mark.parametrize("length", ["growing", 10, 7])
+    def test_never_past_the_context(self, tiny, length):
+        s = session(tiny, 0, rules(length=length, max_steps=1), max_tokens=24, eos=())
+        s.context = len(PROMPTS[0]) + 24
+        run(tiny, s)
+        assert len(s.ids) == s.context
+
     def test_positions_draw_the_same_numbers_in_any_canvas(self, tiny):
         """The seed of position 12 does not depend on where canvases begin, but for the canvas index."""
         whole, short = (policy.seed(Draws(0, 301), 0, 0, 0, n) for policy, n in ((rules(), 24), (rules(length=10), 10)))
@@ -178,14 +195,22 @@ class TestRetries:
             return certain(token) / 60.0 * scale
 
         s = session(tiny, 0, rules(max_steps=1, retry_unconverged=2), max_tokens=24)
-        run(Scripted(tiny, [unsure(5, 1.0), unsure(6, 3.0), unsure(7, 2.0)]), s)
+        (steps,) = run(Scripted(tiny, [unsure(5, 1.0), unsure(6, 3.0), unsure(7, 2.0)]), s)
         assert s.canvases[0].tokens.tolist() == [6] * 24
+        assert steps[-1].argmax.tolist() == [6] * 24, "what leaves the loop is what is committed"
+        assert (steps[-1].retry, steps[-1].committed, [step.committed for step in steps[:-1]]) == (2, True, [False, False])
         assert (s.canvases[0].converged, s.canvases[0].retries) == (False, 2)
 
     def test_an_empty_first_canvas_is_tried_again(self, tiny):
         s = session(tiny, 0, rules(reroll_empty=1), max_tokens=24)
         run(Scripted(tiny, [certain(1), certain(1), certain(9), certain(9)]), s)
         assert (s.canvases[0].tokens[0], s.canvases[0].retries, s.canvases[0].converged) == (9, 1, True)
+
+    def test_an_empty_attempt_does_not_come_back(self, tiny):
+        """Though it was the more certain one."""
+        s = session(tiny, 0, rules(max_steps=1, reroll_empty=1), max_tokens=24)
+        run(Scripted(tiny, [certain(1) / 60.0 * 3.0, certain(9) / 60.0]), s)
+        assert s.canvases[0].tokens.tolist() == [9] * 24
 
     def test_and_accepted_when_it_stays_empty(self, tiny):
         s = session(tiny, 0, rules(reroll_empty=1), max_tokens=24)
@@ -196,6 +221,22 @@ class TestRetries:
         s = session(tiny, 0, rules(reroll_empty=1), max_tokens=48)
         run(Scripted(tiny, [certain(9), certain(9), certain(1), certain(1)]), s)
         assert [c.retries for c in s.canvases] == [0, 0]
+
+    def test_each_canvas_counts_its_own(self, tiny):
+        s = session(tiny, 0, rules(max_steps=1, retry_unconverged=1, stability=0), max_tokens=48)
+        run(Scripted(tiny, [UNSURE, certain(9), certain(9)]), s)
+        assert [(c.steps, c.rows, c.retries) for c in s.canvases] == [(2, 48, 1), (1, 24, 0)]
+
+    def test_answers_are_put_together_from_what_was_committed(self, nano_pair):
+        prompt, options = "Tell me a story about Leo the owl and a map.", {"max_denoising_steps": 5, "retry_unconverged": 2}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GenerationWarning)
+            parts = list(stream_generate(*nano_pair, prompt, 128, seed=0, **options))
+            (whole,) = batch_generate(*nano_pair, [prompt], max_tokens=128, seed=0, **options)
+        assert len(parts) == len(whole.parts) == 2
+        assert [(p.steps, p.rows, p.retries, p.converged) for p in parts] == [(15, 15 * 64, 2, False)] * 2
+        assert (whole.steps, whole.rows, whole.retries) == (30, 30 * 64, 4)
+        assert "".join(p.text for p in parts) == whole.text
 
     def test_the_prompt_is_not_encoded_again(self, tiny):
         s = session(tiny, 0, rules(max_steps=1, retry_unconverged=2), max_tokens=24)
@@ -228,7 +269,8 @@ class TestConfidence:
 
 
 @pytest.mark.parametrize("changes", [{"min_steps": 0}, {"min_steps": 7}, {"temperature_steps": 0}, {"plateau": -1},
-                                     {"drop_tail": -1}, {"length": 0}, {"length": "short"}, {"reroll_empty": -1},
+                                     {"drop_tail": -1}, {"drop_tail": 1.5}, {"plateau": "2"}, {"length": 8.0}, {"length": 0},
+                                     {"t_min": 0.0, "temperature_steps": 2}, {"length": "short"}, {"reroll_empty": -1},
                                      {"retry_unconverged": -1}])
 def test_numbers_out_of_range_are_refused(changes):
     with pytest.raises(UserError):
@@ -268,11 +310,60 @@ class TestOptions:
         ({"threshold": 0.5}, "confidence-threshold"), ({"preset": "quick"}, "reference"),
         ({"diffusion_sampler": "best"}, "entropy-bound"), ({"mode": "ar", "preset": "fast"}, "preset"),
         ({"diffusion_sampler": "confidence-threshold", "entropy_bound": 0.1}, "entropy_bound"),
-        ({"mode": "ar", "drop_tail": 1}, "drop_tail")])
+        ({"mode": "ar", "drop_tail": 1}, "drop_tail"), ({"canvas_length": "abc"}, "growing"), ({"plateau": -1}, "plateau"),
+        ({"threshold": 2.0, "diffusion_sampler": "confidence-threshold"}, "threshold"), ({"max_denoising_steps": 0}, "max_den"),
+        ({"t_max": -0.2}, "t_max")])
     def test_contradictions_are_refused(self, options, word):
         with pytest.raises(UserError, match=word):
             GenerationOptions(**options)
 
+    def test_numbers_that_fit_other_checkpoints_are_not_refused(self):
+        GenerationOptions(t_max=0.2, min_denoising_steps=60)
+        GenerationOptions(t_min=0.9)
+
+    def test_a_policy_decides_alone(self, nano_pair):
+        policy = GenerationOptions().policy(nano_pair[0])
+        for call in (lambda **o: list(stream_generate(*nano_pair, "fox", policy=policy, **o)),
+                     lambda **o: batch_generate(*nano_pair, ["fox"], policy=policy, **o)):
+            with pytest.raises(UserError, match="drop_tail is for the policy"):
+                call(drop_tail=1)
+            with pytest.raises(UserError, match="mode 'ar'"):
+                call(mode="ar")
+
+    def test_presets_are_as_documented(self):
+        text = (Path(__file__).parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+        for name, options in PRESETS.items():
+            if options:
+                flags = " ".join(f"--{option.replace('_', '-')} {value}" for option, value in options.items())
+                assert f"| `{name}` | `{flags}` |" in text
+
     def test_a_canvas_longer_than_the_checkpoint_s_is_refused(self, tiny):
         with pytest.raises(UserError, match="24 positions"):
             GenerationOptions(canvas_length=25).policy(tiny)
+
+
+class TestCommand:
+    def test_a_canvas_length(self, monkeypatch, capsys):
+        code, out, _ = command(monkeypatch, capsys, "generate", "-p", "Add 12 and 30.", "--canvas-length", "8", "--json")
+        record = json.loads(out.splitlines()[-1])
+        assert (code, record["rows"]) == (0, 8 * record["steps"])
+
+    def test_all_canvases_are_summed(self, monkeypatch, capsys):
+        _, out, _ = command(monkeypatch, capsys, "generate", "-p", "Tell me a story about Leo the owl and a map.", "--seed", "0",
+                            "-m", "128", "--retry-unconverged", "1", "--max-denoising-steps", "3", "--json")
+        record = json.loads(out.splitlines()[-1])
+        assert record["canvases"] == [{"steps": 6, "rows": 384, "retries": 1, "converged": False}] * 2
+        assert (record["steps"], record["rows"], record["retries"]) == (12, 768, 2)
+
+    @pytest.mark.parametrize("length", ["abc", "--5", "²", "0", "65"])
+    @pytest.mark.parametrize("verb", ["generate", "chat"])
+    def test_wrong_lengths_are_one_sentence(self, monkeypatch, capsys, verb, length):
+        words = [verb, f"--canvas-length={length}", *(["-p", "fox"] if verb == "generate" else [])]
+        code, _, err = command(monkeypatch, capsys, *words)
+        assert (code, err.count("\n"), "canvas_length" in err) == (2, 1, True)
+
+    def test_rules_are_for_the_canvas_mode_of_both(self, monkeypatch, capsys):
+        code, out, _ = command(monkeypatch, capsys, "evaluate", "--tasks", "add", "--limit", "2", "--mode", "both",
+                               "--preset", "fast", "--json")
+        diffusion, causal = (json.loads(line) for line in out.splitlines()[-2:])
+        assert (code, diffusion["options"]["preset"], "preset" in causal["options"]) == (0, "fast", False)

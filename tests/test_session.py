@@ -96,6 +96,17 @@ class TestFusedCommit:
         assert s.cache.length == len(PROMPTS[1]) + 3 * 24, "the last canvas is never encoded"
 
 
+def test_a_commit_finds_room_in_the_cache(tiny):
+    s = session(tiny, 1, max_tokens=48, eos=())
+    loop = Loop(tiny, [s])
+    loop.advance()
+    before = s.cache.nbytes
+    while loop.active:
+        loop.advance()
+    assert s.cache.length == len(PROMPTS[1]) + 24
+    assert s.cache.nbytes == before, "no full layer was copied for it"
+
+
 def test_prefill_in_chunks_changes_nothing(tiny):
     whole = run(tiny, [session(tiny, 1)])
     for chunk in (2, 7, 39):
