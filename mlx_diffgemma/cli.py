@@ -51,6 +51,7 @@ output = Console(highlight=False)
 SHOWN = (GenerationWarning, CheckpointWarning)  # warnings meant for the user
 
 Model = Annotated[str, typer.Option("--model", help=f"'{nano.NAME}' (built in), a checkpoint folder, or a Hub id.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16. Default: the checkpoint's on "
                                                 "a GPU, float32 on a CPU.")]
@@ -90,6 +91,7 @@ def generate_command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The user's message; '-' reads standard input.")],
     model: Model = nano.NAME,
     revision: Revision = None,
+    adapter_path: Adapter = None,
     system_prompt: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
     prefill_response: Annotated[str | None, typer.Option(help="Text the answer begins with.")] = None,
@@ -137,7 +139,7 @@ def generate_command(
     if ignore_chat_template and (system_prompt or think or variables):
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
     with _status(f"loading {model}"):
-        network, tokenizer = load(model, revision=revision, dtype=dtype)
+        network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
     if ignore_chat_template:
         ids = encode_prompt(tokenizer, text)
     else:
@@ -217,6 +219,7 @@ CHAT_HELP = "/reset forgets the conversation, /system TEXT sets the system messa
 def chat(
     model: Model = nano.NAME,
     revision: Revision = None,
+    adapter_path: Adapter = None,
     system_prompt: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Cut each answer after this many tokens.")] = None,
@@ -238,7 +241,7 @@ def chat(
 
     options = _generation_options(locals())
     with _status(f"loading {model}"):
-        network, tokenizer = load(model, revision=revision, dtype=dtype)
+        network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
     GenerationOptions.from_keywords(options).policy(network)  # refuse what does not fit this checkpoint now, not at each turn
     talk = Chat(network, tokenizer, system_prompt, think, **options)
     at_terminal = sys.stdin.isatty() and output.is_terminal
@@ -501,6 +504,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Suites or tasks, comma-separated; 'nano' is the built-in suite.")],
     model: Model = nano.NAME,
     revision: Revision = None,
+    adapter_path: Adapter = None,
     limit: Annotated[int, typer.Option(help="Held-out prompts a task.")] = 500,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     num_seeds: Annotated[int, typer.Option(help="How many seeds, counting up from the first.")] = 1,
@@ -543,7 +547,7 @@ def evaluate(
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
     with _status(f"loading {model}"):
-        network, tokenizer = load(model, revision=revision, dtype=dtype)
+        network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
     for name, chosen in per_mode.items():
         with Progress(console=errors, transient=True) as bar:
             bars: dict[str, Any] = {}

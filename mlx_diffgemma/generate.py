@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -35,6 +36,7 @@ from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session
 from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
+from mlx_diffgemma.tuning.adapters import load_adapter
 from mlx_diffgemma.weights import check_supported, load_model
 
 MODES = ("diffusion", "ar")
@@ -223,13 +225,16 @@ class GenerationResponse:
     parts: tuple[GenerationResponse, ...] = ()  # the responses a whole answer of batch_generate was put together from
 
 
-def load(model: str, *, revision: str | None = None, dtype: str | None = None) -> tuple[DiffusionGemma, TokenizerWrapper]:
-    """(model, tokenizer) of "nano", a checkpoint folder or a Hub repository.
+def load(model: str, *, revision: str | None = None, dtype: str | None = None, adapter_path: str | None = None,
+         ) -> tuple[DiffusionGemma, TokenizerWrapper]:
+    """(model, tokenizer) of "nano", a checkpoint folder or a Hub repository, with the adapter of a folder if one is given.
 
     ``dtype`` overrides the compute dtype: float32, bfloat16 or float16.  Errors: UserError.
     """
     folder = hub.resolve(model, revision, before_weights=check_supported)
     loaded = load_model(folder, dtype)
+    if adapter_path is not None:
+        load_adapter(loaded, Path(adapter_path))
     return loaded, load_tokenizer(folder, loaded.config.generation.eos_token_ids)
 
 
