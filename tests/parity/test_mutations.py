@@ -87,9 +87,9 @@ def test_frozen_positions_are_noticed(tmp_path, monkeypatch):
     assert compare_trajectories(*sides, "plain").ok
     sample, frozen = policy.sample_step, {}
 
-    def freezing(logits, u, renoise, history, numbers, eos):
-        step = sample(logits, u, renoise, history, numbers, eos)
-        first = bool((history[:, -1] == -1).all().item())
+    def freezing(logits, u, renoise, before, numbers, eos):
+        step = sample(logits, u, renoise, before, numbers, eos)
+        first = bool((before.history[:, -1] == -1).all().item())
         mask, canvas = (mx.zeros(step.accepted.shape, dtype=mx.bool_), step.canvas) if first else frozen["last"]
         canvas = mx.where(mask, canvas, step.canvas)
         frozen["last"] = (mask | step.accepted, canvas)
