@@ -7,6 +7,7 @@ state.safetensors to go on from, and losses.csv and losses.png.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -86,18 +87,24 @@ class TuningOptions:
             raise UserError(f"lr_schedule or optimizer_config cannot be used: {error}.") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-5, without a point, for text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML file of options.  Errors: UserError when it is missing or no mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}).") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold options, one a line.")
-    # YAML 1.1 reads 1e-5, without a point, as text.
-    return {key: float(value) if key == "learning_rate" and isinstance(value, str) else value for key, value in content.items()}
+    return dict(content)
 
 
 @dataclass

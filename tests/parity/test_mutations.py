@@ -54,7 +54,7 @@ def no_norm_at_the_first_step(monkeypatch):
 
 
 def no_soft_cap(monkeypatch):
-    monkeypatch.setattr(model.DiffusionGemma, "_head",
+    monkeypatch.setattr(model.DiffusionGemma, "logits",
                         lambda self, h: self.model.decoder.embed_tokens.as_linear(h).astype(mx.float32))
 
 

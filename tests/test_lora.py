@@ -1,0 +1,136 @@
+"""From jsonl files to an adapter on disk and back into an answer; what is wrong is told in one sentence."""
+
+import csv
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_diffgemma import chat_ids, generate, load
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.tuning.data import load_split, load_splits
+from tests.test_cli import run
+
+SMALL = ["--iters", "4", "--batch-size", "2", "--num-layers", "1", "--canvas-length", "8", "--learning-rate", "1e-3",
+         "--steps-per-report", "2", "--save-every", "2"]
+
+
+def write(folder, **splits):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, entries in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return folder
+
+
+PAIRS = [{"prompt": f"What comes after {i}?", "completion": f"{i + 1}"} for i in range(6)]
+
+
+class TestData:
+    @pytest.mark.parametrize("entry", [
+        {"prompt": "Add 1 and 2.", "completion": "3"},
+        {"messages": [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}]}])
+    def test_the_prompt_is_what_generation_asks(self, nano_pair, tmp_path, entry):
+        _, tokenizer = nano_pair
+        (example,) = load_split(write(tmp_path, train=[entry]) / "train.jsonl", tokenizer, 1, 100).examples
+        prompt = chat_ids(tokenizer, [{"role": "user", "content": "Add 1 and 2."}])
+        assert example.ids[: example.answer].tolist() == prompt
+        assert example.ids[example.answer :].tolist() == tokenizer.encode("3<turn|>", add_special_tokens=False)
+
+    def test_several_turns_train_the_last(self, nano_pair, tmp_path):
+        _, tokenizer = nano_pair
+        turns = [("user", "Add 1 and 2."), ("assistant", "3"), ("user", "Add 2 and 2."), ("assistant", "4")]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        (example,) = load_split(write(tmp_path, train=[{"messages": messages}]) / "train.jsonl", tokenizer, 1, 100).examples
+        assert example.ids[: example.answer].tolist() == chat_ids(tokenizer, messages[:-1])
+
+    def test_text_ends_with_an_end_token(self, nano_pair, tmp_path):
+        (example,) = load_split(write(tmp_path, train=[{"text": "a red fox"}]) / "train.jsonl", nano_pair[1], 1, 100).examples
+        assert (example.answer, example.ids[-1]) == (1, 1)
+
+    def test_long_examples_are_counted(self, nano_pair, tmp_path):
+        path = write(tmp_path, train=[*PAIRS, {"text": "fox " * 300}]) / "train.jsonl"
+        split = load_split(path, nano_pair[1], 1, 100)
+        assert (len(split.examples), split.too_long, split.longest > 100) == (6, 1, True)
+        with pytest.raises(UserError, match="All 7 examples .* exceed 4 tokens"):
+            load_split(path, nano_pair[1], 1, 4)
+
+    @pytest.mark.parametrize(("line", "says"), [
+        ('{"prompt": "a"', "line 2: not valid JSON"), ('{"prompt": "a"}', "line 2: 'completion' is missing"),
+        ("[1]", "line 2: an object"), ('{"x": 1}', "line 2: one of 'messages'"), ('{"text": ""}', "line 2: 'text' is empty"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: the last message must be"),
+        ('{"messages": "a"}', "line 2: 'messages' must be a list"),
+        ('{"prompt": "a", "completion": ""}', "line 2: the assistant's message is empty")])
+    def test_wrong_lines_are_named(self, nano_pair, tmp_path, line, says):
+        path = write(tmp_path, train=PAIRS[:1]) / "train.jsonl"
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(UserError, match=says):
+            load_split(path, nano_pair[1], 1, 100)
+
+    def test_folders(self, nano_pair, tmp_path):
+        with pytest.raises(UserError, match="no data folder"):
+            load_splits(tmp_path / "nowhere", nano_pair[1], 1, 100)
+        assert set(load_splits(write(tmp_path, train=PAIRS, test=PAIRS), nano_pair[1], 1, 100)) == {"train", "test"}
+        (tmp_path / "valid.jsonl").write_text("\n")
+        with pytest.raises(UserError, match="holds no examples"):
+            load_splits(tmp_path, nano_pair[1], 1, 100)
+
+
+class TestCommand:
+    def lora(self, monkeypatch, capsys, tmp_path, *arguments):
+        return run(monkeypatch, capsys, "lora", "--data", str(tmp_path / "data"), "--adapter-path", str(tmp_path / "out"), *SMALL,
+                   *arguments)
+
+    def test_train_test_resume_and_use(self, monkeypatch, capsys, tmp_path):
+        write(tmp_path / "data", train=PAIRS, valid=PAIRS[:2], test=PAIRS[2:4])
+        code, out, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "--test", "--json")
+        record = json.loads(out.splitlines()[-1])
+        assert (code, record["iteration"], record["test"]["total"] > 0) == (0, 4, True)
+        assert "4 train: loss" in err
+        found = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"adapter_config.json", "adapters.safetensors", "0000002_adapters.safetensors", "state.safetensors",
+                "losses.csv"} <= found
+        rows = list(csv.DictReader((tmp_path / "out" / "losses.csv").open()))
+        assert [row["iteration"] for row in rows] == ["0", "2", "4", "4"]
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train")
+        assert (code, "holds a run already" in err) == (2, True)
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "--resume", "--iters", "6")
+        assert (code, "going on at iteration 4" in err) == (0, True)
+        tuned, tokenizer = load("nano", adapter_path=str(tmp_path / "out"))
+        prompt = chat_ids(tokenizer, [{"role": "user", "content": "Tell me a story about Leo the owl and a map."}])
+        told = run(monkeypatch, capsys, "generate", "-p", "Tell me a story about Leo the owl and a map.", "--seed", "1", "-m", "64",
+                   "--adapter-path", str(tmp_path / "out"))
+        assert told[:2] == (0, generate(tuned, tokenizer, prompt, seed=1, max_tokens=64) + "\n")
+        plain = load("nano")[0]
+        tuned_logits, plain_logits = (m.logits(m.learn([mx.array(prompt)], mx.array([prompt[:8]]), [4])[0]) for m in (tuned, plain))
+        assert mx.abs(tuned_logits - plain_logits).max() > 1e-3
+
+    def test_a_yaml_file_under_the_command_line(self, monkeypatch, capsys, tmp_path):
+        write(tmp_path / "data", train=PAIRS)
+        (tmp_path / "c.yaml").write_text(
+            "train: true\niters: 9\nlora_parameters: {rank: 2, scale: 4.0, dropout: 0.0}\n"
+            "lr_schedule: {name: cosine_decay, arguments: [1e-3, 4], warmup: 1}\nlearning_rate: 1e-4\n")
+        code, out, err = self.lora(monkeypatch, capsys, tmp_path, "-c", str(tmp_path / "c.yaml"), "--json")
+        assert (code, json.loads(out.splitlines()[-1])["iteration"]) == (0, 4), err
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (config["lora_parameters"]["rank"], config["fine_tune_type"], config["num_layers"]) == (2, "lora", 1)
+
+    @pytest.mark.parametrize(("arguments", "says"), [
+        ([], "Nothing to do"), (["--train", "--rank", "0"], "rank"), (["--train", "--num-layers", "7"], "exceeds the 6 layers"),
+        (["--train", "--optimizer", "lion"], "Unknown optimizer"), (["--train", "--canvas-length", "65"], "exceeds the 64"),
+        (["--train", "--batch-size", "0"], "batch_size"), (["--train", "--fine-tune-type", "prefix"], "lora, dora, full"),
+        (["--train", "-c", "nowhere.yaml"], "There is no file nowhere.yaml"), (["--test"], "has no test.jsonl"),
+        (["--train", "--canvas-weight", "-1"], "negative"),
+        (["--train", "--resume-adapter-file", "x.safetensors"], "cannot be read")])
+    def test_refusals(self, monkeypatch, capsys, tmp_path, arguments, says):
+        write(tmp_path / "data", train=PAIRS)
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, *arguments)
+        assert (code, says in err) == (2, True), err
+
+    @pytest.mark.parametrize(("text", "says"), [
+        ("rnak: 3", "Unknown option 'rnak'"), ("- a", "must hold options"), ("a: [", "not valid YAML"),
+        ("lora_parameters: {rank: 8, alpha: 16}", "scale"), ("lr_schedule: {name: zigzag, arguments: [1]}", "lr_schedule")])
+    def test_wrong_files(self, monkeypatch, capsys, tmp_path, text, says):
+        write(tmp_path / "data", train=PAIRS)
+        (tmp_path / "c.yaml").write_text(text)
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "-c", str(tmp_path / "c.yaml"))
+        assert (code, says in err) == (2, True), err
