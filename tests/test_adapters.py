@@ -103,7 +103,7 @@ class TestPrepare:
             prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": ["self_attn.qkv"]}))
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full", "experts"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora", "full", "experts"])
 def test_saved_and_loaded_is_the_same(divisible_folder, tmp_path, kind):
     options = AdapterOptions("lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts")
     before = outputs(load_model(divisible_folder))

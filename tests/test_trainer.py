@@ -42,8 +42,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("lora", [None, DROPOUT], ids=["full", "lora with dropout"])
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize(("lora", "at"), [(DROPOUT, 4), pytest.param(None, 4, marks=pytest.mark.slow),
+                                          pytest.param(DROPOUT, 1, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at):
     path = tmp_path / "state.safetensors"
     unbroken = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2)
@@ -67,6 +67,7 @@ def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at
     assert same(dict(tree_flatten(unbroken.optimizer.state)), dict(tree_flatten(second.optimizer.state)))
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one(divisible_folder, tmp_path):
     whole, short = trainer(divisible_folder), trainer(divisible_folder, iters=3)
     whole.run()
@@ -78,6 +79,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(divisible_folder, tmp_path):
     assert same(weights(whole), weights(longer))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(divisible_folder):
     run = trainer(divisible_folder, valid=EXAMPLES, iters=40, steps_per_eval=1000, val_batches=-1)
     run.run()
@@ -94,6 +96,7 @@ def test_validation_sees_the_same_noise_each_time(divisible_folder):
     assert run.iteration == 0
 
 
+@pytest.mark.slow
 def test_validation_does_not_touch_the_run(divisible_folder):
     with_it = trainer(divisible_folder, valid=EXAMPLES, lora=DROPOUT, steps_per_eval=2)
     without = trainer(divisible_folder, lora=DROPOUT)
