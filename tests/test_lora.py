@@ -80,6 +80,7 @@ class TestCommand:
         return run(monkeypatch, capsys, "lora", "--data", str(tmp_path / "data"), "--adapter-path", str(tmp_path / "out"), *SMALL,
                    *arguments)
 
+    @pytest.mark.slow
     def test_train_test_resume_and_use(self, monkeypatch, capsys, tmp_path):
         write(tmp_path / "data", train=PAIRS, valid=PAIRS[:2], test=PAIRS[2:4])
         code, out, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "--test", "--json")
