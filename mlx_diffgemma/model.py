@@ -136,6 +136,16 @@ def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
     return (nn.gelu_approx(gate.astype(mx.float32)) * up.astype(mx.float32)).astype(gate.dtype)
 
 
+@partial(mx.compile, shapeless=True)
+def soft_cap(logits: mx.array, cap: mx.array) -> mx.array:
+    """``cap * tanh(logits / cap)`` in float32, in one pass over the vocabulary.
+
+    The cap would turn an overflow into a confident token; it stays visible as NaN.
+    """
+    logits = logits.astype(mx.float32)
+    return mx.where(mx.isfinite(logits), mx.tanh(logits / cap) * cap, mx.nan)
+
+
 class Attention(nn.Module):
     """Grouped-query attention at scale 1 over segments; source: DiffusionGemma{Encoder,Decoder}TextAttention."""
 
@@ -561,10 +571,8 @@ class DiffusionGemma(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Soft-capped float32 logits."""
-        cap = self.config.text.final_logit_softcapping
-        logits = self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32)
-        # The cap would turn an overflow into a confident token; it must stay visible as what it is.
-        return mx.where(mx.isfinite(logits), mx.tanh(logits / cap) * cap, mx.nan)
+        cap = mx.array(self.config.text.final_logit_softcapping, dtype=mx.float32)
+        return soft_cap(self.model.decoder.embed_tokens.as_linear(hidden), cap)
 
 
 def _checkpointed(layer: Layer, x: mx.array, table: tuple[mx.array, mx.array], renew: Callable[[], Sequence[Segment]],

@@ -181,8 +181,8 @@ class TestOtherCommands:
     def test_doctor_notices_other_numbers(self, monkeypatch, capsys):
         from mlx_diffgemma import model
 
-        head = model.DiffusionGemma._head
-        monkeypatch.setattr(model.DiffusionGemma, "_head", lambda self, h: head(self, h) * 1.01)
+        head = model.DiffusionGemma.logits
+        monkeypatch.setattr(model.DiffusionGemma, "logits", lambda self, h: head(self, h) * 1.01)
         code, _, err = run(monkeypatch, capsys, "doctor", "--json")
         assert code == 1
         assert "something else than the reference" in err
