@@ -59,7 +59,7 @@ def test_thoughts_leave_the_history(nano_pair, monkeypatch):
 def test_what_a_second_turn_encodes_past_the_window(nano_pair, monkeypatch, thinks):
     """A committed canvas is reused as long as the history repeats it, which it does not where a thought was dropped."""
     _, tokenizer = nano_pair
-    chat = Chat(*nano_pair, seed=5, think=thinks)
+    chat = Chat(*nano_pair, seed=5, think=thinks, max_denoising_steps=3, max_tokens=128)
     thought = tokenizer.encode("<|channel>thought\nlet me see<channel|>", add_special_tokens=False) if thinks else []
     ones, end = (tokenizer.encode(text, add_special_tokens=False) for text in ("1" * (64 - len(thought)), "23<turn|>"))
     with monkeypatch.context() as patch:
@@ -71,7 +71,8 @@ def test_what_a_second_turn_encodes_past_the_window(nano_pair, monkeypatch, thin
     second = len(chat_ids(tokenizer, chat.messages[:-1], think=thinks))
     reused = first if thinks else first + 64
     assert (chat.stats.reused, chat.stats.encoded) == (reused, second - reused)
-    assert chat.messages[-1]["content"] == generate(*nano_pair, chat_ids(tokenizer, chat.messages[:-1], think=thinks), seed=6)
+    assert chat.messages[-1]["content"] == generate(*nano_pair, chat_ids(tokenizer, chat.messages[:-1], think=thinks), seed=6,
+                                                    max_denoising_steps=3, max_tokens=128)
 
 
 def test_an_answer_that_is_broken_off(nano_pair):
