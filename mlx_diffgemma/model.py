@@ -15,6 +15,7 @@ sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
@@ -31,6 +33,7 @@ from mlx_diffgemma.masks import Mask, causal_mask
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
 SORT_FROM = 64
 SCORES = 2**26  # attention scores that are held at once: 256 MB in float32
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,12 @@ def apply_rope(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
-    """``gelu(gate) * up`` with the tanh form of GELU, rounded to the dtype of ``gate`` once, at the end."""
-    return (nn.gelu_approx(gate.astype(mx.float32)) * up.astype(mx.float32)).astype(gate.dtype)
+    """``gelu(gate) * up`` with the tanh form of GELU, rounded to the dtype of ``gate`` once, at the end.
+
+    Since ``(1 + tanh(z)) / 2 = sigmoid(2 z)`` and the cube is two products, it takes half the time of MLX's own on the CPU.
+    """
+    x = gate.astype(mx.float32)
+    return (x * mx.sigmoid(GELU_SLOPE * (x + 0.044715 * x * x * x)) * up.astype(mx.float32)).astype(gate.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -582,7 +589,31 @@ def _checkpointed(layer: Layer, x: mx.array, table: tuple[mx.array, mx.array], r
         layer.update(parameters)
         return layer(x, table, renew(), index, scalar)
 
-    out: mx.array = mx.checkpoint(run)(layer.trainable_parameters(), x)
+    return checkpoint(run, layer.trainable_parameters(), x)
+
+
+def checkpoint(run: Callable[[Any, mx.array], mx.array], parameters: Any, x: mx.array) -> mx.array:
+    """``run(parameters, x)``, computed a second time for its gradient in place of keeping what lies between.
+
+    Unlike mx.checkpoint's, the second time waits for the gradient that comes from above, and the gradient that goes down waits
+    for those of the parameters: MLX is free to choose an order in which it would hold what lies between for all layers at once.
+    """
+    flat = tree_flatten(parameters)
+    names, values = [name for name, _ in flat], [value for _, value in flat]
+
+    def on_values(x: mx.array, *values: mx.array) -> mx.array:
+        return run(tree_unflatten(list(zip(names, values, strict=True))) if names else {}, x)
+
+    function = mx.custom_function(on_values)
+
+    @function.vjp
+    def backward(inputs: Sequence[mx.array] | mx.array, cotangent: mx.array, _: mx.array) -> Any:
+        if isinstance(inputs, mx.array):  # MLX unpacks what is alone
+            return mx.vjp(on_values, mx.depends([inputs], [cotangent]), [cotangent])[1][0]
+        below, *own = mx.vjp(on_values, mx.depends(list(inputs), [cotangent]), [cotangent])[1]
+        return [*mx.depends([below], own), *own]
+
+    out: mx.array = function(x, *values)
     return out
 
 
