@@ -23,8 +23,7 @@ import mlx.core as mx
 from mlx_diffgemma import GenerationWarning, chat_ids, load, nano, stream_generate
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.estimate import estimate, measure
-from mlx_diffgemma.evaluate import tasks_named
-from mlx_diffgemma.nano.tasks import held_out_examples
+from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.recipes import recipe_named
 from mlx_diffgemma.rules import PRESETS
 
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
-    asked = arguments.prompt or [held_out_examples(task, 1)[0].prompt for task in tasks_named("nano")]
+    asked = arguments.prompt or [task.questions(1)[0].prompt for task in tasks_named("nano")]
     prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in asked]
     rows = {}
     for preset in arguments.presets.split(","):

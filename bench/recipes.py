@@ -30,10 +30,10 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.evaluate import evaluate, tasks_named
+from mlx_diffgemma.evaluation.run import evaluate
+from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.info import inspect
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.nano.tasks import held_out_examples
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.recipes import RECIPES, recipe_named
 from mlx_diffgemma.session import Loop, Session
@@ -104,8 +104,8 @@ def answers(model: DiffusionGemma, tokenizer: Any, tasks: str, prompts: int, see
     """The model's own first canvases on held-out prompts."""
     generation, cases = model.config.generation, []
     for task in tasks_named(tasks):
-        for number, example in enumerate(held_out_examples(task, prompts)):
-            ids = chat_ids(tokenizer, [{"role": "user", "content": example.prompt}])
+        for number, question in enumerate(task.questions(prompts)):
+            ids = chat_ids(tokenizer, question.messages)
             draws = Draws(seed + number, model.config.text.vocab_size)
             session = Session(model, ids, ReferencePolicy.from_config(generation), draws, generation.eos_token_ids, max_tokens=1)
             loop = Loop(model, [session])
@@ -140,7 +140,7 @@ def measure_one(model: DiffusionGemma, tokenizer: Any, folder: Path, work: Path,
         theirs = np.load(work / f"{index}.npy")
         kl.append(float((np.exp(theirs.astype(np.float64)) * (theirs.astype(np.float64) - ours)).sum(-1).mean()))
         same.append(float((theirs.argmax(-1) == ours.argmax(-1)).mean()))
-    report = evaluate(model, tokenizer, arguments.tasks, arguments.limit, [arguments.seed], arguments.batch_size)
+    report = evaluate(model, tokenizer, tasks_named(arguments.tasks), arguments.limit, [arguments.seed], arguments.batch_size)
     canvases = sum(r.canvases for r in report.results)
     found = inspect(folder)
     return {

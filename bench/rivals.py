@@ -40,10 +40,9 @@ from mlx_diffgemma.config import ModelConfig, released_config
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.evaluate import tasks_named
+from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.model import DiffusionGemma, Segment, rope_table
-from mlx_diffgemma.nano.tasks import held_out_examples
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.sampler import Before, Flag, SamplerStep
 
@@ -302,8 +301,8 @@ def answers(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
         theirs, processor = loaded
         theirs.config.generation_config = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
     mx.eval(model.parameters(), theirs.parameters())
-    asked = [example for task in tasks_named("nano") for example in held_out_examples(task, 2)]
-    prompts = [chat_ids(tokenizer, [{"role": "user", "content": example.prompt}]) for example in asked]
+    asked = [question for task in tasks_named("nano") for question in task.questions(2)]
+    prompts = [chat_ids(tokenizer, question.messages) for question in asked]
     replay = Replay(model.config.text.vocab_size)
     rival_loop._diffusion_initialize_canvas = replay  # type: ignore[assignment]
     ends = set(model.config.generation.eos_token_ids)

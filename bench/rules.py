@@ -21,8 +21,7 @@ from documents import put_table
 
 from mlx_diffgemma import GenerationWarning, batch_generate, chat_ids, load, nano
 from mlx_diffgemma.device import describe
-from mlx_diffgemma.evaluate import tasks_named
-from mlx_diffgemma.nano.tasks import held_out_examples
+from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.rules import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "rules-nano.json"
@@ -101,15 +100,15 @@ def answers(model: Any, tokenizer: Any, arguments: argparse.Namespace, options: 
     tasks = tasks_named(arguments.tasks)
     out = np.zeros((len(tasks), arguments.seeds, arguments.limit, len(COLUMNS)))
     for row, task in enumerate(tasks):
-        examples = held_out_examples(task, arguments.limit)
-        prompts = [chat_ids(tokenizer, [{"role": "user", "content": example.prompt}]) for example in examples]
+        questions = task.questions(arguments.limit)
+        prompts = [chat_ids(tokenizer, question.messages) for question in questions]
         for seed in range(arguments.seeds):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GenerationWarning)  # counted here
                 given = batch_generate(model, tokenizer, prompts, seeds=[seed * 1_000_003 + i for i in range(arguments.limit)],
                                        batch_size=arguments.batch_size, **options)
-            for index, (answer, example) in enumerate(zip(given, examples, strict=True)):
-                out[row, seed, index] = (task.score(answer.text, example), answer.steps, answer.rows, len(answer.parts),
+            for index, (answer, question) in enumerate(zip(given, questions, strict=True)):
+                out[row, seed, index] = (question.mark(answer.text).score, answer.steps, answer.rows, len(answer.parts),
                                          sum(part.converged for part in answer.parts), answer.retries,
                                          answer.finish_reason == "empty")
     return out

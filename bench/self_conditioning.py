@@ -16,9 +16,8 @@ from documents import put_table
 
 from mlx_diffgemma import batch_generate, chat_ids, load, nano
 from mlx_diffgemma.device import describe
-from mlx_diffgemma.evaluate import tasks_named
+from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.generate import GenerationResponse
-from mlx_diffgemma.nano.tasks import TASKS, held_out_examples
 
 ROOT = Path(__file__).parent.parent
 TAILS = (1e-6, 1e-4, 1e-3, 1e-2)
@@ -49,8 +48,8 @@ def measure(arguments: argparse.Namespace) -> None:
     rows: dict[str, dict[str, Any]] = {name: {"answers": 0, "changed": 0, "canvases": 0, "steps": 0, "converged": 0, "scores": []}
                                        for name in settings}
     for task in tasks_named(arguments.tasks):
-        examples = held_out_examples(task, arguments.limit)
-        prompts = [chat_ids(tokenizer, [{"role": "user", "content": example.prompt}]) for example in examples]
+        questions = task.questions(arguments.limit)
+        prompts = [chat_ids(tokenizer, question.messages) for question in questions]
         for seed in range(arguments.seeds):
             seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
             plain: list[GenerationResponse] = []
@@ -63,8 +62,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 row["canvases"] += len(canvases)
                 row["steps"] += sum(part.steps for part in canvases)
                 row["converged"] += sum(part.converged for part in canvases)
-                if TASKS[task.name].exact:
-                    row["scores"] += [task.score(a.text, e) for a, e in zip(found, examples, strict=True)]
+                if task.exact:
+                    row["scores"] += [q.mark(a.text).score for a, q in zip(found, questions, strict=True)]
         print(task.name, {name: row["changed"] for name, row in rows.items()}, flush=True)
     for row in rows.values():
         row["score"] = float(np.mean(row.pop("scores")))

@@ -10,16 +10,17 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import mlx.core as mx
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from mlx_diffgemma import __version__, nano
 from mlx_diffgemma.device import memory_limit
@@ -41,7 +42,9 @@ from mlx_diffgemma.tuning.commands import lora
 
 if TYPE_CHECKING:
     from mlx_diffgemma.chat import Chat
+    from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.convert import Conversion
+    from mlx_diffgemma.evaluation.run import EvaluationReport, TaskResult
 
 DEFAULTS = GenerationOptions()
 app = typer.Typer(name="mlx-diffgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -373,7 +376,7 @@ def convert_command(
 ) -> None:
     """Convert or quantise a checkpoint, in far less memory than it takes."""
     from mlx_diffgemma import hub
-    from mlx_diffgemma.convert import ConvertOptions, convert, partial_folder, plan
+    from mlx_diffgemma.convert import ConvertOptions, convert, plan
 
     options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
     if (chosen := options.chosen()) and chosen.warning:
@@ -381,17 +384,55 @@ def convert_command(
     if dry_run:
         _print_conversion(plan(hf_path, *hub.headers(hf_path, revision), options), as_json)
         return
+    with _writing(mlx_path, overwrite) as progress:
+        target = convert(hf_path, mlx_path, quantize, q_group_size, q_bits, q_mode, dtype, upload_repo, revision, dequantize,
+                         recipe, overwrite, resume, progress)
+    _print_written(target, as_json)
+
+
+@app.command("fuse")
+def fuse_command(
+    model: Model = nano.NAME,
+    adapter_path: Annotated[Path, typer.Option(help="Folder of the adapter.")] = Path("adapters"),
+    save_path: Annotated[Path, typer.Option(help="The folder to write.")] = Path("fused_model"),
+    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Store everything unquantised.")] = False,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Give what the adapter changed the precision it had. Default: it "
+                                             "stays unquantised, so that the result answers as the adapter did.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Store what is not quantised as float16, bfloat16 or float32. Default: as it "
+                                              "is.")] = None,
+    upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Work an adapter into the weights of its base."""
+    from mlx_diffgemma.tuning.fuse import fuse
+
+    with _writing(save_path, overwrite) as progress:
+        target = fuse(model, adapter_path, save_path, dequantize, requantize, dtype, upload_repo, revision, overwrite, resume,
+                      progress)
+    _print_written(target, as_json)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, overwrite: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a conversion, and how to go on with it when it is interrupted."""
+    from mlx_diffgemma.convert import partial_folder
+
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
                   console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("converting", total=None)
+        task = bar.add_task("writing", total=None)
         try:
-            target = convert(hf_path, mlx_path, quantize, q_group_size, q_bits, q_mode, dtype, upload_repo, revision, dequantize,
-                             recipe, overwrite, resume, lambda done, total: bar.update(task, completed=done, total=total))
+            yield lambda done, total: bar.update(task, completed=done, total=total)
         except KeyboardInterrupt:
-            where = partial_folder(mlx_path.expanduser().resolve())
+            where = partial_folder(folder.expanduser().resolve())
             again = "--overwrite --resume" if overwrite else "--resume"
             errors.print("interrupted" + (f"; {where} is kept, run again with {again} to go on" if where.exists() else ""))
             raise typer.Exit(130) from None
+
+
+def _print_written(target: Path, as_json: bool) -> None:
     from mlx_diffgemma.info import inspect
 
     found = inspect(target)
@@ -438,6 +479,9 @@ def estimate(
                                               "26B shape.")] = None,
     measured: Annotated[bool, typer.Option("--measure", help="Measure this machine's memory rate and matrix rate first.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Count self-conditioning over the full vocabulary.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="What each way of fine-tuning takes with examples of --context "
+                                           "tokens, and on which Mac it fits.")] = False,
+    batch_size: Annotated[int, typer.Option(help="With --training: examples a batch.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Estimate step time, memory and tokens a second from the config alone."""
@@ -447,6 +491,10 @@ def estimate(
     from mlx_diffgemma.estimate import estimate as count
     from mlx_diffgemma.recipes import recipe_named
 
+    if training:
+        shape = ModelConfig.from_folder(hub.small_files(model)) if model else released_config()
+        _print_training(shape, context, batch_size, as_json)
+        return
     if chip is not None and measured:
         raise UserError("Either --chip or --measure: the one takes a row of the table, the other this machine.")
     which = measure() if measured else chip_named(chip) if chip is not None else this_chip()
@@ -477,6 +525,25 @@ def estimate(
                  + f"\nmemory: {_count(found.memory, 'B')}; this machine allows {_count(memory_limit(), 'B')}", soft_wrap=True)
 
 
+def _print_training(config: ModelConfig, sequence: int, batch_size: int, as_json: bool) -> None:
+    from mlx_diffgemma.tuning.memory import ways
+
+    found = ways(config, sequence, batch_size)
+    if as_json:
+        print(json.dumps([asdict(way) | asdict(plain) | {"grad_checkpoint": asdict(twice), "mac": plain.mac,
+                                                         "mac_with_grad_checkpoint": twice.mac} for way, plain, twice in found]))
+        return
+    output.print(f"Fine-tuning all layers: batch size {batch_size}, {sequence:,} tokens and a canvas of {config.canvas_length}",
+                 soft_wrap=True)
+    table = Table("trained", "base", "weights", "all", "a Mac of", "--grad-checkpoint", "a Mac of", box=SIMPLE_HEAD)
+    for way, plain, twice in found:
+        table.add_row(str(way), way.recipe, _count(plain.weights, "B"), *(
+            text for memory in (plain, twice)
+            for text in (_count(memory.total, "B"), "none" if memory.mac is None else f"{memory.mac} GB")))
+    output.print(table)
+    output.print("Of a Mac's memory its GPU may take two thirds up to 32 GB, three quarters above.", soft_wrap=True)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine: golden outputs in float32, bfloat16 and 4 bits, step time, one JSON line to paste."""
@@ -501,11 +568,13 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def evaluate(
-    tasks: Annotated[str, typer.Option(help="Suites or tasks, comma-separated; 'nano' is the built-in suite.")],
+    tasks: Annotated[str | None, typer.Option(help="Suites or tasks, comma-separated: nano, sudoku, sudoku-6, ….")] = None,
+    data: Annotated[Path | None, typer.Option(help="A jsonl file of questions of your own: `prompt` or `messages`, with "
+                                              "`completion`, `schema`, or `choices` and `answer`. See docs/evaluate.md.")] = None,
     model: Model = nano.NAME,
     revision: Revision = None,
     adapter_path: Adapter = None,
-    limit: Annotated[int, typer.Option(help="Held-out prompts a task.")] = 500,
+    limit: Annotated[int, typer.Option(help="Questions a task, at most.")] = 500,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     num_seeds: Annotated[int, typer.Option(help="How many seeds, counting up from the first.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Answers that share a forward.")] = 16,
@@ -532,11 +601,13 @@ def evaluate(
     output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model on held-out prompts with known answers."""
-    from mlx_diffgemma.evaluate import evaluate as run
-    from mlx_diffgemma.evaluate import tasks_named
+    """Score a model: built-in tasks held out from training, or questions of your own."""
+    from mlx_diffgemma.evaluation.run import evaluate as run
+    from mlx_diffgemma.evaluation.tasks import tasks_named, tasks_of_file
 
-    tasks_named(tasks)
+    if tasks is None and data is None:
+        raise UserError("Nothing to ask; give --tasks nano for example, or --data with a jsonl file.")
+    asked = [*(tasks_named(tasks) if tasks is not None else ()), *(tasks_of_file(data) if data else ())]
     modes = ("diffusion", "ar") if mode == "both" else (mode,)
     given = locals()
     per_mode = {m: _generation_options(given | {"mode": m}) for m in modes if mode != "both" or m == "diffusion"}
@@ -557,19 +628,16 @@ def evaluate(
                     bars[task] = bar.add_task(task, total=total)
                 bar.update(bars[task], completed=done)
 
-            report = run(network, tokenizer, tasks, limit, range(seed, seed + num_seeds), batch_size, advance, **chosen)
+            report = run(network, tokenizer, asked, limit, range(seed, seed + num_seeds), batch_size, advance, **chosen)
         record = report.record() | {"model": nano.VERSION if model == nano.NAME else model}
         if output_dir is not None:
             (output_dir / f"evaluate-{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if as_json:
             print(json.dumps(record))
             continue
-        table = Table("task", "answers", "score", "95 % interval", "steps a canvas", "tokens a forward", "converged",
-                      title=f"{record['model']}, {name}")
-        for r in report.results:
-            table.add_row(r.task, str(r.answers), f"{r.score:.1%}", f"{r.low:.1%} to {r.high:.1%}", _or_dash(r.steps_per_canvas),
-                          _or_dash(r.tokens_per_forward), "-" if r.converged is None else f"{r.converged:.1%}")
-        output.print(table)
+        output.print(f"{record['model']}, {name}")
+        for table in _scores(report):
+            output.print(table)
         output.print(f"mean of the exact tasks: {report.exact_mean:.1%}")
 
 
@@ -674,6 +742,34 @@ def _count(number: float, unit: str = "") -> str:
         if number >= size:
             return f"{number / size:.3g} {prefix}{unit}"
     return f"{number:.0f} {unit}".strip()
+
+
+def _scores(report: EvaluationReport) -> Iterator[Table]:
+    """A row a task, without the columns that no task has a figure for; then the groups."""
+    style: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    figures: dict[str, Callable[[TaskResult], str]] = {
+        "answers": lambda r: str(r.answers), "score": lambda r: f"{r.score:.1%}",
+        "95 %": lambda r: f"{100 * r.low:.1f}-{r.high:.1%}", "partial": lambda r: _share(r.partial),
+        "steps a canvas": lambda r: _or_dash(r.steps_per_canvas), "when right": lambda r: _or_dash(r.steps_when_right),
+        "when wrong": lambda r: _or_dash(r.steps_when_wrong), "tokens a forward": lambda r: _or_dash(r.tokens_per_forward),
+        "converged": lambda r: _share(r.converged)}
+    shown = {name: cell for name, cell in figures.items() if any(cell(r) != "-" for r in report.results)}
+    rows = [(r.task, *(cell(r) for cell in shown.values())) for r in report.results]
+    columns = (Column(name, min_width=max(map(len, cells))) for name, *cells in zip(("task", *shown), *rows, strict=True))
+    table = Table(*columns, **style)
+    for row in rows:
+        table.add_row(*row)
+    yield table
+    if any(r.groups for r in report.results):
+        table = Table("task", "group", "answers", "score", **style)
+        for r in report.results:
+            for group in r.groups:
+                table.add_row(r.task, group.group, str(group.answers), f"{group.score:.1%}")
+        yield table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _or_dash(value: float | None) -> str:

@@ -45,6 +45,30 @@ Progress = Callable[[int, int], None]  # source bytes done, of all
 
 
 @dataclass(frozen=True)
+class Merge:
+    """A change to a tensor of ``shape``: ``rows`` takes its rows start to stop in float32 to what they become."""
+
+    shape: tuple[int, ...]
+    rows: Callable[[mx.array, int, int], mx.array]
+
+
+@dataclass(frozen=True)
+class Merger:
+    """An adapter on its way into the weights: what becomes of the matrices and vectors in ``merges``, by key or module path.
+
+    They are stored without quantisation, unless ``requantize`` gives them back the precision they had.  ``check`` refuses
+    another base; ``digest`` tells one adapter from another, ``name`` and ``command`` are for the model card.
+    """
+
+    name: str
+    digest: str
+    merges: Mapping[str, Merge]
+    check: Callable[[Arrangement], None]
+    command: str
+    requantize: bool = False
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """What to make of a checkpoint, in mlx-lm's words.  Errors: UserError for words that contradict each other.
 
@@ -111,6 +135,7 @@ class Output:
     after: Precision | None
     dtype: mx.Dtype
     arrays: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]
+    merge: Merge | None = None
 
     @property
     def size(self) -> int:
@@ -136,17 +161,20 @@ class Output:
         """
         for start, stop in row_slices(self.shape):
             read = {suffix: tensor.read(start, stop) for suffix, tensor in self.source.items()}
-            made = self._convert(read)
+            made = self._convert(read, start, stop)
             mx.eval(made)
             yield dict(zip(self.arrays, made, strict=True))
 
-    def _convert(self, read: Mapping[str, mx.array]) -> list[mx.array]:
-        if self.before is not None and self.after is not None:  # kept as it is
-            values = [read[suffix] for suffix in ("weight", "scales", "biases") if suffix in read]
-            return [self._cast(v) if mx.issubdtype(v.dtype, mx.floating) else v for v in values]
+    def _convert(self, read: Mapping[str, mx.array], start: int, stop: int) -> list[mx.array]:
+        if self.before is not None and self.after is not None and self.merge is None:  # kept as it is
+            kept = [read[suffix] for suffix in ("weight", "scales", "biases") if suffix in read]
+            return [self._cast(v) if mx.issubdtype(v.dtype, mx.floating) else v for v in kept]
         if self.before is not None:
-            return [self.before.dequantize(read, self.dtype)]
-        (values,) = read.values()
+            values = self.before.dequantize(read, self.dtype if self.merge is None else mx.float32)
+        else:
+            (values,) = read.values()
+        if self.merge is not None:
+            values = self.merge.rows(values.astype(mx.float32), start, stop)
         values = self._cast(values) if mx.issubdtype(values.dtype, mx.floating) else values
         return [values] if self.after is None else list(self.after.quantize(values).values())
 
@@ -176,6 +204,7 @@ class Conversion:
     source: Arrangement
     raw_config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
+    merger: Merger | None = None
 
     @property
     def bytes_in(self) -> int:
@@ -202,7 +231,8 @@ class Conversion:
         """The name under which the result is marked: the recipe's, or the source's own where its precision is kept."""
         if recipe := self.options.chosen():
             return recipe.name
-        return None if self.options.dequantize else self.config.recipe
+        changed = self.merger is not None and not self.merger.requantize
+        return None if self.options.dequantize or changed else self.config.recipe
 
     def rows(self) -> list[ClassRow]:
         """What becomes of each class of tensors."""
@@ -234,6 +264,7 @@ class Conversion:
         sources = {piece.stored.path for o in self.outputs for t in o.source.values() for piece in t.pieces}
         files = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(sources)]
         plan = [(o.path, asdict(o.after) if o.after else None, str(o.dtype)) for o in self.outputs]
+        plan += [(self.merger.digest, None, "merged")] if self.merger else []
         versions = (mlx_diffgemma.__version__, mx.__version__, str(mx.default_device()))
         return hashlib.sha256(json.dumps([files, plan, versions, self.raw_config]).encode()).hexdigest()
 
@@ -254,8 +285,9 @@ class ClassRow:
         return 8 * self.bytes_out / self.parameters
 
 
-def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: ConvertOptions) -> Conversion:
-    """Errors: UserError when the checkpoint is not whole or the options do not fit it."""
+def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: ConvertOptions,
+         merger: Merger | None = None) -> Conversion:
+    """Errors: UserError when the checkpoint is not whole, or the options or what is merged do not fit it."""
     config = ModelConfig.from_folder(folder)
     found = arrange(stored, config, name)
     recipe = options.chosen()
@@ -268,7 +300,7 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
     if quantised and recipe is not None:
         raise UserError(f"{name} is quantised already ({', '.join(sorted({str(p) for p in quantised.values()}))}); convert the "
                         "original checkpoint instead, or dequantise this one first with -d, which loses no more but gains nothing.")
-    if options.dequantize and not quantised:
+    if options.dequantize and not quantised and not merger:
         raise UserError(f"{name} is not quantised; leave -d out.")
     tensors = {**found.tensors, **found.vision}
     default = DTYPES[tensors["model.decoder.norm.weight"].stored.dtype]
@@ -282,14 +314,20 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
         path, dot, suffix = key.rpartition(".")
         if path in quantised:
             if suffix == "weight":
-                outputs.append(_quantised_output(path, tensors, quantised[path], options, default))
+                outputs.append(_quantised_output(path, tensors, quantised[path], options, default, merger))
             continue
-        outputs.append(_float_output(key, path if dot and suffix == "weight" else key, tensors[key], recipe, options))
+        outputs.append(_float_output(key, path if dot and suffix == "weight" else key, tensors[key], recipe, options, merger))
+    if merger and (lost := merger.merges.keys() - {output.path for output in outputs}):
+        raise UserError(f"{merger.name} changes {min(lost)}, which {name} does not have.")
+    for output in outputs:
+        if output.merge and output.merge.shape != output.shape:
+            raise UserError(f"{merger.name if merger else ''} has an update of shape {output.merge.shape} for {output.path}, which "
+                            f"is {output.shape} in {name}.")
     raw, generation = _configs(folder, config, {output.path: output.after for output in outputs}, bool(found.vision))
     if dtype := options.stored_dtype:
         for part in (raw, raw["text_config"]):
             part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part} or {"dtype": dtype}
-    conversion = Conversion(name, folder, config, options, tuple(outputs), found, raw, generation)
+    conversion = Conversion(name, folder, config, options, tuple(outputs), found, raw, generation, merger)
     raw[MARK] = {"version": mlx_diffgemma.__version__, "recipe": conversion.recipe}
     return conversion
 
@@ -304,20 +342,29 @@ def convert(hf_path: str, mlx_path: str | Path = "mlx_model", quantize: bool = F
     was interrupted.  Errors: UserError; nothing is left then but what ``resume`` can use.
     """
     options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
-    hf_path = hf_path if hf_path == nano.NAME else os.path.expanduser(hf_path)
+    return carry_out(hf_path, mlx_path, options, None, upload_repo, revision, overwrite, resume, progress)
+
+
+def carry_out(name: str, mlx_path: str | Path, options: ConvertOptions, merger: Merger | None = None,
+              upload_repo: str | None = None, revision: str | None = None, overwrite: bool = False, resume: bool = False,
+              progress: Progress | None = None) -> Path:
+    """``convert``, with something to merge or without.  Errors: as there."""
+    name = name if name == nano.NAME else os.path.expanduser(name)
     target = Path(mlx_path).expanduser().resolve()
     check_target(target, overwrite, resume)
     # All that can be refused is refused from headers alone, before gigabytes are fetched or an upload is begun.
-    conversion = plan(hf_path, *hub.headers(hf_path, revision), options)
+    conversion = plan(name, *hub.headers(name, revision), options, merger)
     _check_disk(conversion, target)
     if upload_repo:
         hub.check_upload(upload_repo)
-    folder = hub.resolve(hf_path, revision)
+    folder = hub.resolve(name, revision)
     source = folder.resolve()
     if source == target or source in target.parents or target in source.parents:
-        raise UserError(f"{target} and the checkpoint to convert lie in each other; choose another --mlx-path.")
-    conversion = plan(hf_path, folder, read_headers(folder), options)
+        raise UserError(f"{target} and the checkpoint to convert lie in each other; choose another folder to write.")
+    conversion = plan(name, folder, read_headers(folder), options, merger)
     conversion.source.check_copies()
+    if merger:
+        merger.check(conversion.source)
     write(conversion, target, overwrite, resume, upload_repo, progress)
     if upload_repo:
         hub.upload(target, upload_repo)
@@ -406,7 +453,8 @@ def _alone(partial: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, options: ConvertOptions) -> Output:
+def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, options: ConvertOptions,
+                  merger: Merger | None) -> Output:
     is_matrix = path != key and len(tensor.shape) > 1 and tensor.stored.is_float
     kind = "vision" if kind_of(path) == "vision" else kind_of(path) if is_matrix else "other"
     after = recipe.precision(kind) if recipe and is_matrix else None
@@ -422,21 +470,21 @@ def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, op
         arrays = {f"{path}.{suffix}": array for suffix, array in after.packed(tensor.shape, dtype).items()}
     else:  # experts go by the released layout's name, which every reader knows
         arrays = {path if kind == "experts" else key: (dtype, tensor.shape)}
-    return Output(path, kind, tensor.shape, {"": tensor}, None, after, dtype, arrays)
+    return Output(path, kind, tensor.shape, {"": tensor}, None, after, dtype, arrays, merger.merges.get(path) if merger else None)
 
 
 def _quantised_output(path: str, tensors: Mapping[str, Tensor], before: Precision, options: ConvertOptions,
-                      default: mx.Dtype) -> Output:
+                      default: mx.Dtype, merger: Merger | None) -> Output:
     source = {suffix: tensors[f"{path}.{suffix}"] for suffix in ("weight", "scales", "biases") if f"{path}.{suffix}" in tensors}
     scales = source["scales"]
     dtype = dtype_named(options.dtype) if options.dtype else DTYPES[scales.stored.dtype] if scales.stored.is_float else default
     shape = (*scales.shape[:-1], scales.shape[-1] * before.group_size)
-    kind = kind_of(path)
-    if options.dequantize:
+    kind, merge = kind_of(path), merger.merges.get(path) if merger else None
+    if options.dequantize or (merger and merge and not merger.requantize):
         arrays = {path if kind == "experts" else f"{path}.weight": (dtype, shape)}
-        return Output(path, kind, shape, source, before, None, dtype, arrays)
+        return Output(path, kind, shape, source, before, None, dtype, arrays, merge)
     arrays = {f"{path}.{suffix}": array for suffix, array in before.packed(shape, dtype).items()}
-    return Output(path, kind, shape, source, before, before, dtype, arrays)
+    return Output(path, kind, shape, source, before, before, dtype, arrays, merge)
 
 
 def _configs(folder: Path, config: ModelConfig, precisions: Mapping[str, Precision | None],

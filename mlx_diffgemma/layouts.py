@@ -83,6 +83,9 @@ class Tensor:
             first += piece.rows
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
+    def read_all(self) -> mx.array:
+        return self.read(0, sum(piece.rows for piece in self.pieces))
+
     def assemble(self, whole: Mapping[str, mx.array]) -> mx.array:
         """The tensor, from whole stored tensors by name."""
         if len(self.pieces) == 1 and self.stored.shape == self.shape:

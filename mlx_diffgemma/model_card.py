@@ -17,7 +17,7 @@ TEMPLATE = """---
 
 # {title}
 
-{origin}, converted with mlx-diffgemma {version}: {bits:.2f} bits per weight, {size:.2f} GB.
+{origin}{merged}, converted with mlx-diffgemma {version}: {bits:.2f} bits per weight, {size:.2f} GB.
 
 | class | tensors | parameters | precision | bits per weight |
 |---|---|---|---|---|
@@ -26,7 +26,7 @@ TEMPLATE = """---
 Made by:
 
 ```bash
-mlx-diffgemma convert --hf-path {source} {command}
+{command}
 ```
 
 Use, {place}:
@@ -43,19 +43,22 @@ def model_card(conversion: Conversion, upload_repo: str | None) -> str:
     own = _metadata(conversion.folder)
     is_hub_id = not Path(conversion.name).exists() and conversion.name.count("/") == 1
     base = conversion.name if is_hub_id else own.get("base_model")
-    quantised = any(output.after for output in conversion.outputs)
+    relation = "finetune" if conversion.merger else "quantized" if any(output.after for output in conversion.outputs) else None
     data = ModelCardData(
         license=own.get("license", "apache-2.0"), library_name="mlx", base_model=base,
-        base_model_relation="quantized" if base and quantised else None, language=own.get("language"),
+        base_model_relation=relation if base else None, language=own.get("language"),
         pipeline_tag="image-text-to-text" if conversion.config.vision else "text-generation",
         tags=["mlx", "diffusion_gemma", "mlx-diffgemma"],
     )
-    name = conversion.name if is_hub_id else Path(conversion.name).name
+    name, merger = conversion.name if is_hub_id else Path(conversion.name).name, conversion.merger
+    words = "fine-tuned" if merger else conversion.recipe or conversion.options.command() or "as stored"
+    command = (f"mlx-diffgemma fuse --model {name} {merger.command}" if merger
+               else f"mlx-diffgemma convert --hf-path {name} {conversion.options.command()}")
     return TEMPLATE.format(
-        metadata=data.to_yaml(), title=upload_repo or f"{name}, {conversion.recipe or conversion.options.command() or 'as stored'}",
+        metadata=data.to_yaml(), title=upload_repo or f"{name}, {words}",
         origin=f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`",
         version=conversion.raw_config["mlx_diffgemma"]["version"], bits=conversion.bits_per_weight,
-        size=conversion.bytes_out / 1e9, source=name, command=conversion.options.command(),
+        size=conversion.bytes_out / 1e9, command=command, merged=f" with the adapter `{merger.name}` worked in" if merger else "",
         rows="\n".join(f"| {row.kind} | {row.tensors} | {row.parameters:,} | {row.precision} | {row.bits_per_weight:.2f} |"
                        for row in conversion.rows()),
         place="from anywhere" if upload_repo else "from inside this folder", model=upload_repo or ".",

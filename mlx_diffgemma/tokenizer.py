@@ -56,6 +56,26 @@ def chat_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]],
         raise UserError(f"The chat template refuses this conversation: {error}") from None
 
 
+def answer_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]],
+               tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    """Ids of the last message, the model's: what the template adds to ``chat_ids`` of the others once it is known, up to the
+    token that ends the turn.
+
+    Errors: UserError for a template that writes the rest otherwise then, or ends the turn with no end token.
+    """
+    asked, whole = (tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=generation, tools=tools,
+                                                  enable_thinking=False)
+                    for part, generation in ((list(messages[:-1]), True), (list(messages), False)))
+    if not whole.startswith(asked):
+        raise UserError("the chat template writes the conversation otherwise once the answer is known, so the answer cannot be "
+                        "told apart.")
+    ids = list(tokenizer.encode(whole[len(asked) :], add_special_tokens=False))
+    ends = [place for place, token in enumerate(ids) if token in tokenizer.eos_token_ids]
+    if not ends:
+        raise UserError("the chat template ends the answer with no end token.")
+    return ids[: ends[-1] + 1]
+
+
 def encode_prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     """Ids of plain text, with the start token unless the text brings it."""
     special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)

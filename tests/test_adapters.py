@@ -14,8 +14,8 @@ from mlx_diffgemma.tuning.adapters import (
     CONFIG,
     WEIGHTS,
     AdapterOptions,
-    fingerprint,
     load_adapter,
+    model_fingerprint,
     prepare,
     write_config,
 )
@@ -30,7 +30,8 @@ LORA = {"rank": 4, "dropout": 0.0, "scale": 8.0}
 
 
 def trained(model, options, iters=3, rate=1e-2):
-    model.base = prepare(model, options)
+    model.base = model_fingerprint(model)
+    prepare(model, options)
     Trainer(model, EXAMPLES, (), Objective(), TrainingOptions(iters=iters, batch_size=2, canvas_length=16),
             optimizers.Adam(learning_rate=rate)).run()
     return model
@@ -125,8 +126,8 @@ def test_on_a_packed_base(packed_folder, tmp_path):
 
 
 def test_one_base_in_two_precisions_has_one_fingerprint(divisible_folder, packed_folder, tiny):
-    assert fingerprint(load_model(divisible_folder)) == fingerprint(load_model(packed_folder))
-    assert fingerprint(load_model(divisible_folder)) != fingerprint(tiny)
+    assert model_fingerprint(load_model(divisible_folder)) == model_fingerprint(load_model(packed_folder))
+    assert model_fingerprint(load_model(divisible_folder)) != model_fingerprint(tiny)
 
 
 def test_adapters_that_are_refused(divisible_folder, tmp_path, nano_pair):

@@ -1,9 +1,22 @@
+"""Which questions are asked, how answers are read, and what is counted."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import chat_ids
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.evaluate import _bootstrap, _wilson, evaluate, tasks_named
+from mlx_diffgemma.evaluation.choices import read_choices
+from mlx_diffgemma.evaluation.run import _Answer, _bootstrap, _result, _wilson, evaluate
+from mlx_diffgemma.evaluation.tasks import Mark, Question, Task, tasks_named, tasks_of_file
+from mlx_diffgemma.generate import GenerationResponse
 from mlx_diffgemma.nano.tasks import TASKS
+from tests.test_cli import run
 
 
 def test_suites_and_tasks():
@@ -15,18 +28,18 @@ def test_suites_and_tasks():
 
 
 def test_figures_do_not_depend_on_the_batch_size(nano_pair):
-    one, four = (evaluate(*nano_pair, "compare", limit=5, seeds=[3], batch_size=size).results for size in (1, 4))
+    one, four = (evaluate(*nano_pair, tasks_named("compare"), limit=5, seeds=[3], batch_size=size).results for size in (1, 4))
     assert one == four
 
 
 def test_counts(nano_pair):
-    report = evaluate(*nano_pair, "compare", limit=3, seeds=[0, 1])
+    report = evaluate(*nano_pair, tasks_named("compare"), limit=3, seeds=[0, 1])
     result = report.results[0]
     assert result.answers == 6
     assert 1 <= result.steps_per_canvas <= 48
     assert 0 <= result.low <= result.score <= result.high <= 1
     assert result.converged is not None
-    causal = evaluate(*nano_pair, "compare", limit=3, mode="ar").results[0]
+    causal = evaluate(*nano_pair, tasks_named("compare"), limit=3, mode="ar").results[0]
     assert causal.steps_per_canvas is causal.converged is None
 
 
@@ -42,4 +55,105 @@ def test_intervals():
 
 def test_limits():
     with pytest.raises(UserError, match="limit must be at least 1"):
-        evaluate(None, None, "add", limit=0)
+        evaluate(None, None, tasks_named("add"), limit=0)
+
+
+class TestRightAndWrong:
+    """Counts of a report, on answers that are made up."""
+
+    @staticmethod
+    def answer(score, steps, group="", partial=None):
+        part = GenerationResponse("", 0, None, False, 0, 0.0, 0, 0.0, 0.0, tokens=(1, 2), steps=steps)
+        return _Answer(Question.from_prompt("", Mark, group), Mark(score, partial), replace(part, parts=(part,)))
+
+    def test_steps_and_groups(self):
+        task = Task("t", lambda _: [])
+        r = _result(task, [self.answer(1, 4, "10 to 12", 1.0), self.answer(1, 6, "4 to 6", 1.0), self.answer(0, 20, "4 to 6", 0.5)])
+        assert (r.steps_per_canvas, r.steps_when_right, r.steps_when_wrong, r.tokens_per_forward) == (10, 5, 20, 0.2)
+        assert [(g.group, g.answers, g.score) for g in r.groups] == [("4 to 6", 2, 0.5), ("10 to 12", 1, 1.0)]
+        assert r.partial == pytest.approx(2.5 / 3)
+
+    def test_a_task_that_is_not_exact_knows_no_right(self):
+        r = _result(Task("t", lambda _: [], exact=False), [self.answer(1, 4), self.answer(0.2, 8)])
+        assert (r.steps_when_right, r.steps_when_wrong, r.partial, r.groups) == (None, None, None, ())
+
+
+def write(path, *entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
+
+
+class TestFile:
+    def test_three_ways_of_scoring(self, tmp_path):
+        schema = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}, "additionalProperties": False}
+        path = write(tmp_path / "own.jsonl", {"prompt": "a", "completion": " b\n", "group": "x"}, {"prompt": "a", "schema": schema},
+                     {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+                     {"prompt": "e", "choices": ["f", "g"], "answer": "g"}, {"prompt": "e", "choices": ["f", "g"], "answer": 0})
+        exact, valid, choice = tasks_of_file(path)
+        assert (exact.name, valid.name, choice.name) == ("own (exact)", "own (schema)", "own (choices)")
+        first, second = exact.questions(9)
+        assert (first.mark("b").score, first.mark("B").score, first.group, second.prompt) == (1, 0, "x", "c")
+        (question,) = valid.questions(9)
+        marks = [question.mark(text) for text in ('{"name": "x"}', '{"name": 1}', '{"name": "x"', '```{"name": "x"}```')]
+        assert marks == [Mark(1.0, 1.0), Mark(0.0, 1.0), Mark(0.0, 0.0), Mark(0.0, 0.0)]
+        assert [[q.mark(c).score for c in q.choices] for q in choice.questions(9)] == [[0, 1], [1, 0]]
+        assert len(exact.questions(1)) == 1
+
+    @pytest.mark.parametrize(("line", "says"), [
+        ("{", "line 2: not valid JSON"), ("[]", "line 2: an object"), ('{"completion": "a"}', "line 2: 'prompt' or 'messages'"),
+        ('{"prompt": "a"}', "line 2: one of 'completion'"), ('{"prompt": "a", "schema": {"type": "objct"}}', "no JSON schema"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "at least two"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "one of the choices"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "answers nothing")])
+    def test_wrong_lines_are_named(self, tmp_path, line, says):
+        path = write(tmp_path / "own.jsonl", {"prompt": "a", "completion": "b"})
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(UserError, match=says):
+            tasks_of_file(path)
+
+    def test_no_file_and_an_empty_one(self, tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            tasks_of_file(tmp_path / "nowhere.jsonl")
+        with pytest.raises(UserError, match="holds no questions"):
+            tasks_of_file(write(tmp_path / "own.jsonl"))
+
+
+class TestChoices:
+    def test_probabilities_of_one_token_are_the_canvas_modes_own(self, nano_pair):
+        model, tokenizer = nano_pair
+        prompt, ids = chat_ids(tokenizer, [{"role": "user", "content": "Is 3 greater than 90?"}]), [[100], [200], [300]]
+        cache = Cache(model.config.text)
+        model.encode([mx.array(prompt)], [cache])
+        noise = Draws(5, model.config.text.vocab_size).step(0, 0, 0, 0, 64).initial
+        wanted = mx.softmax(model.denoise(mx.array(noise[None]), [cache]).logits[0, 0][mx.array([100, 200, 300])])
+        assert read_choices(model, prompt, ids, seed=5, reads=1) == pytest.approx(np.array(wanted), rel=1e-4)
+
+    def test_order_and_company_do_not_matter_to_the_odds(self, tiny):
+        read = [[9], [30, 7], [40]]
+        forward, back = (read_choices(tiny, [5, 6, 7], order) for order in (read, read[::-1]))
+        assert forward == pytest.approx(back[::-1], rel=1e-5)
+        pair = read_choices(tiny, [5, 6, 7], read[:2])
+        assert pair[0] / pair[1] == pytest.approx(forward[0] / forward[1], rel=1e-4)
+
+    def test_refusals(self, tiny):
+        with pytest.raises(UserError, match="same"):
+            read_choices(tiny, [5], [[1], [1]])
+        with pytest.raises(UserError, match="between 1 and 24"):
+            read_choices(tiny, [5], [[1], []])
+
+    def test_nano_compares_numbers_by_reading(self, nano_pair, tmp_path):
+        pairs = [(a, word, b) for a, word, b in ((12, "greater", 40), (80, "less", 9), (33, "less", 71), (64, "greater", 5),
+                                                 (18, "less", 86), (90, "greater", 27), (55, "less", 14), (2, "greater", 77))]
+        entries = [{"prompt": f"Is {a} {word} than {b}?", "choices": ["yes", "no"],
+                    "answer": "yes" if (a > b) == (word == "greater") else "no"} for a, word, b in pairs]
+        (result,) = evaluate(*nano_pair, tasks_of_file(write(tmp_path / "own.jsonl", *entries))).results
+        assert (result.answers, result.canvases, result.steps_per_canvas) == (8, 0, None)
+        assert result.score >= 7 / 8
+
+
+def test_command_on_a_file_of_ones_own(monkeypatch, capsys, tmp_path):
+    path = write(tmp_path / "own.jsonl", {"prompt": "Is 12 greater than 40?", "completion": "no", "group": "two digits"})
+    code, out, _ = run(monkeypatch, capsys, "evaluate", "--data", str(path), "--limit", "5")
+    assert (code, "two digits" in out, "100.0%" in out) == (0, True, True)
+    code, _, err = run(monkeypatch, capsys, "evaluate")
+    assert (code, "Nothing to ask" in err) == (2, True)

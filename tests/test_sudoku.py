@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mlx_diffgemma.sudoku import (
+from mlx_diffgemma.evaluation.sudoku import (
     BOXES,
     CLUES,
     Puzzle,

@@ -1,9 +1,8 @@
-"""Scores a model on generated tasks with known answers.
+"""Asks a model the questions of tasks and counts: scores with intervals, steps of right and of wrong answers, groups.
 
-A suite is a set of tasks; ``nano`` is the one the built-in model was trained for, asked on held-out inputs only.  Every
-prompt has its own seed, so a figure does not depend on the batch size.
+Every question has its own seed, so a figure does not depend on the batch size.
 
-    >>> report = evaluate(model, tokenizer, "nano", limit=500, seeds=[0])
+    >>> report = evaluate(model, tokenizer, tasks_named("nano"), limit=500, seeds=[0])
     >>> report.exact_mean
 """
 
@@ -21,32 +20,47 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.evaluation.choices import read_choices
+from mlx_diffgemma.evaluation.tasks import Mark, Question, Task
 from mlx_diffgemma.generate import GenerationResponse, GenerationWarning, batch_generate
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.nano.tasks import TASKS, Example, Task, held_out_examples
-from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.tokenizer import answer_ids, chat_ids
 
-# "find" was trained too but not learnt: nano answers it no better than chance, as its card says.
-SUITES: dict[str, tuple[str, ...]] = {"nano": tuple(name for name in TASKS if name != "find")}
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """Figures of those questions of a task that share a name."""
+
+    group: str
+    answers: int
+    score: float
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """Figures of one task: ``score`` in [0, 1] with its 95 % interval over ``answers`` answers.
 
-    ``steps_per_canvas``, ``tokens_per_forward`` and ``converged`` (share of canvases) are None for ``mode="ar"``.
+    ``partial`` is the mean partial credit, None where a task knows none.  ``steps_per_canvas``, with those of right and of wrong
+    answers, ``tokens_per_forward`` and ``converged`` (share of canvases) are None where no canvas was denoised, and those
+    of right and wrong also where there is none or the task is not exact.
     """
 
     task: str
+    exact: bool
     answers: int
     score: float
     low: float
     high: float
+    partial: float | None
     canvases: int
     steps_per_canvas: float | None
+    steps_when_right: float | None
+    steps_when_wrong: float | None
     tokens_per_forward: float | None
     converged: float | None
+    groups: tuple[GroupResult, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,62 +75,88 @@ class EvaluationReport:
     @property
     def exact_mean(self) -> float:
         """Mean score of the tasks scored by exact match."""
-        exact = [r.score for r in self.results if TASKS[r.task].exact]
+        exact = [r.score for r in self.results if r.exact]
         return float(np.mean(exact)) if exact else math.nan
 
     def record(self) -> dict[str, object]:
         return {**asdict(self), "exact_mean": self.exact_mean}
 
 
-def tasks_named(names: str) -> list[Task]:
-    """Tasks of a comma-separated list of suites and tasks.  Errors: UserError for an unknown name."""
-    chosen: dict[str, Task] = {}
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        if name not in SUITES and name not in TASKS:
-            raise UserError(f"Unknown task {name!r}; there are the suite(s) {', '.join(SUITES)} and the tasks {', '.join(TASKS)}.")
-        chosen |= {task: TASKS[task] for task in SUITES.get(name, (name,))}
-    if not chosen:
-        raise UserError("No task named; give for example --tasks nano.")
-    return list(chosen.values())
+@dataclass(frozen=True)
+class _Answer:
+    """``response`` is None for a choice that was read off the canvas."""
+
+    question: Question
+    mark: Mark
+    response: GenerationResponse | None
 
 
-def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: str, limit: int = 500, seeds: Sequence[int] = (0,),
-             batch_size: int = 16, progress: Progress | None = None, **options: Any) -> EvaluationReport:
-    """Answer ``limit`` held-out prompts of each task under each seed; ``options`` as in ``batch_generate``."""
+def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence[Task], limit: int = 500,
+             seeds: Sequence[int] = (0,), batch_size: int = 16, progress: Progress | None = None,
+             **options: Any) -> EvaluationReport:
+    """Ask at most ``limit`` questions of each task under each seed; ``options`` as in ``batch_generate``."""
     if limit < 1 or not seeds:
         raise UserError(f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds.")
     results = []
-    for task in tasks_named(tasks):
-        examples = held_out_examples(task, limit)
-        prompts = [chat_ids(tokenizer, [{"role": "user", "content": e.prompt}]) for e in examples]
-        answers: list[GenerationResponse] = []
+    for task in tasks:
+        questions = list(task.questions(limit))
         finished = itertools.count(1)
 
-        def count(*_: object, name: str = task.name, finished: Iterator[int] = finished) -> None:
+        def count(*_: object, name: str = task.name, total: int = len(questions), finished: Iterator[int] = finished) -> None:
             if progress:
-                progress(name, next(finished), limit * len(seeds))
+                progress(name, next(finished), total * len(seeds))
 
+        answers: list[_Answer] = []
         for seed in seeds:
+            own = [seed * 1_000_003 + index for index in range(len(questions))]
+            if questions[0].choices:
+                for question, number in zip(questions, own, strict=True):
+                    answers.append(_choose(model, tokenizer, question, number))
+                    count()
+                continue
+            prompts = [chat_ids(tokenizer, question.messages) for question in questions]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GenerationWarning)  # counted below
-                answers += batch_generate(model, tokenizer, prompts, seeds=[seed * 1_000_003 + i for i in range(limit)],
-                                          batch_size=batch_size, on_answer=count, **options)
-        results.append(_result(task, examples * len(seeds), answers))
+                given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count, **options)
+            answers += [_Answer(q, q.mark(response.text), response) for q, response in zip(questions, given, strict=True)]
+        results.append(_result(task, answers))
     return EvaluationReport(str(options.get("mode", "diffusion")), tuple(seeds), limit, dict(options), describe(model.dtype),
                             tuple(results))
 
 
-def _result(task: Task, examples: Sequence[Example], answers: Sequence[GenerationResponse]) -> TaskResult:
-    scores = np.array([task.score(answer.text, example) for answer, example in zip(answers, examples, strict=True)])
+def _choose(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question, seed: int) -> _Answer:
+    """Each choice is a whole answer: it ends with the turn's end."""
+    ids = [answer_ids(tokenizer, [*question.messages, {"role": "assistant", "content": choice}]) for choice in question.choices]
+    shares = read_choices(model, chat_ids(tokenizer, question.messages), ids, seed)
+    return _Answer(question, question.mark(question.choices[int(shares.argmax())]), None)
+
+
+def _result(task: Task, answers: Sequence[_Answer]) -> TaskResult:
+    scores = np.array([answer.mark.score for answer in answers])
     low, high = _wilson(scores) if task.exact else _bootstrap(scores)
-    canvases = [part for answer in answers for part in answer.parts if part.steps]
-    forwards = sum(part.steps for part in canvases)
+    partial = [answer.mark.partial for answer in answers if answer.mark.partial is not None]
+    canvases = [(answer.mark, part) for answer in answers if answer.response for part in answer.response.parts if part.steps]
+    names = sorted({answer.question.group for answer in answers} - {""}, key=_by_number)
+    groups = [(name, np.array([a.mark.score for a in answers if a.question.group == name])) for name in names]
+
+    def steps(chosen: Callable[[Mark], bool]) -> float | None:
+        counts = [part.steps for mark, part in canvases if chosen(mark)]
+        return float(np.mean(counts)) if counts else None
+
+    forwards = sum(part.steps for _, part in canvases)
     return TaskResult(
-        task.name, len(scores), float(scores.mean()), low, high, len(canvases),
-        steps_per_canvas=forwards / len(canvases) if canvases else None,
-        tokens_per_forward=sum(len(part.tokens) for part in canvases) / forwards if canvases else None,
-        converged=float(np.mean([part.converged for part in canvases])) if canvases else None,
+        task.name, task.exact, len(scores), float(scores.mean()), low, high, float(np.mean(partial)) if partial else None,
+        len(canvases), steps(lambda _: True), steps(lambda mark: task.exact and mark.score == 1),
+        steps(lambda mark: task.exact and mark.score == 0),
+        tokens_per_forward=sum(len(part.tokens) for _, part in canvases) / forwards if canvases else None,
+        converged=float(np.mean([part.converged for _, part in canvases])) if canvases else None,
+        groups=tuple(GroupResult(name, own.size, float(own.mean())) for name, own in groups),
     )
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    first = name.split(" ")[0]
+    return (int(first) if first.isdigit() else -1, name)
 
 
 def _wilson(scores: np.ndarray) -> tuple[float, float]:

@@ -55,6 +55,14 @@ def is_held_out(solution: tuple[int, ...]) -> bool:
     return hashlib.sha256(board_text(solution).encode()).digest()[0] < 32
 
 
+def clue_range(puzzle: Puzzle) -> str:
+    """Under which of four ranges of clues a puzzle is counted."""
+    fewest, most = CLUES[puzzle.size]
+    step = -(-(most - fewest + 1) // 4)
+    first = fewest + step * max(0, min(3, (puzzle.given - fewest) // step))
+    return f"{first} to {first + step - 1} clues"
+
+
 @dataclass(frozen=True)
 class Score:
     """``solved``: the whole board; ``cells``: the share of the empty cells that were filled rightly."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,20 +98,19 @@ class LoRAExpertLinear(nn.Module):
         return y + (self.scale * z).astype(y.dtype)
 
 
-def prepare(model: DiffusionGemma, options: AdapterOptions) -> str:
-    """Freeze ``model`` but for what ``options`` ask to train, which is added where it is an adapter; the base's fingerprint.
+def prepare(model: DiffusionGemma, options: AdapterOptions) -> None:
+    """Freeze ``model`` but for what ``options`` ask to train, which is added where it is an adapter.
 
     Layer scalars are buffers of the reference and are never trained.  Errors: UserError for keys that name no module.
     """
     layers = len(model.layers)
     if options.num_layers > layers:
         raise UserError(f"num_layers {options.num_layers} exceeds the {layers} layers of this model; -1 means all.")
-    base = fingerprint(model)
     model.freeze()
     count = layers if options.num_layers == -1 else options.num_layers
     if options.fine_tune_type == "full":
         _unfreeze(model, options, count)
-        return base
+        return
     names = {path for path, module in model.layers[-1].named_modules() if module is not model.layers[-1]}
     names |= {path for path, _ in model.layers[0].named_modules()} | {path for path, _ in model.named_modules()}
     if missing := [key for key in options.keys if key not in names]:
@@ -124,7 +123,6 @@ def prepare(model: DiffusionGemma, options: AdapterOptions) -> str:
         for path in set(options.keys) & set(EXPERTS):
             name = path.removeprefix("experts.")
             layer.experts[name] = LoRAExpertLinear(layer.experts[name], rank, scale, dropout)
-    return base
 
 
 def _unfreeze(model: DiffusionGemma, options: AdapterOptions, count: int) -> None:
@@ -144,14 +142,22 @@ def _unfreeze(model: DiffusionGemma, options: AdapterOptions, count: int) -> Non
     model.freeze(keys=["layer_scalar"])
 
 
-def fingerprint(model: DiffusionGemma) -> str:
-    """Of a base model, the same in every quantisation: norms and scales are never quantised."""
-    text, decoder = hashlib.sha256(), model.model.decoder
-    for layer in (model.layers[0], model.layers[-1]):
-        for array in (layer.router.scale, layer.router.per_expert_scale, layer.input_layernorm.weight, layer.layer_scalar):
-            text.update(np.array(array.astype(mx.bfloat16).astype(mx.float32)).tobytes())
-    text.update(np.array(decoder.self_conditioning.pre_norm.weight.astype(mx.bfloat16).astype(mx.float32)).tobytes())
-    return text.hexdigest()
+def fingerprint(parameter: Callable[[str], mx.array], layers: int) -> str:
+    """Of a base model of so many ``layers``, the same in every quantisation: norms and scales are never quantised.
+
+    ``parameter`` gives the array of a name.
+    """
+    names = [f"model.decoder.layers.{layer}.{name}" for layer in (0, layers - 1)
+             for name in ("router.scale", "router.per_expert_scale", "input_layernorm.weight", "layer_scalar")]
+    digest = hashlib.sha256()
+    for name in (*names, "model.decoder.self_conditioning.pre_norm.weight"):
+        digest.update(np.array(parameter(name).astype(mx.bfloat16).astype(mx.float32)).tobytes())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: DiffusionGemma) -> str:
+    parameters = dict(tree_flatten(model.parameters()))
+    return fingerprint(parameters.__getitem__, len(model.layers))
 
 
 def write_config(folder: Path, base: str, layers: int, options: AdapterOptions, **run: Any) -> None:
@@ -164,34 +170,64 @@ def write_config(folder: Path, base: str, layers: int, options: AdapterOptions, 
     (folder / CONFIG).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk.  ``base`` is the fingerprint of what it was trained on, None for one of mlx-lm's; ``options`` say
+    what it adds."""
+
+    folder: Path
+    options: AdapterOptions
+    base: str | None
+    weights: Mapping[str, mx.array]
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        """Errors: UserError when it is not whole."""
+        if not folder.is_dir():
+            raise UserError(f"There is no adapter folder {folder}.")
+        config, path = read_json(folder / CONFIG), folder / WEIGHTS
+        if not path.exists():
+            raise UserError(f"{folder} has no {WEIGHTS}; train the adapter to its first checkpoint.")
+        given = config.get("lora_parameters") or {}
+        names = ("rank", "scale", "dropout", "keys")
+        kind = config.get("fine_tune_type", "lora")
+        options = (AdapterOptions(kind, int(config.get("num_layers", -1)), {name: given[name] for name in names if name in given})
+                   if kind != "full" else AdapterOptions(kind, -1))
+        return cls(folder, options, (config.get(MARK) or {}).get("base"), read_weights(path))
+
+    def check(self, base: str) -> None:
+        """Errors: UserError when it was made for another base model."""
+        if self.base is not None and self.base != base:
+            raise UserError(f"The adapter in {self.folder} was trained on another base model; give --model the one it was made "
+                            "for.")
+
+
 def load_adapter(model: DiffusionGemma, folder: Path) -> None:
     """Add the adapter in ``folder`` to ``model``.
 
     Errors: UserError when it is not whole, was made for another base model, or holds tensors that this one has no place for.
     """
-    if not folder.is_dir():
-        raise UserError(f"There is no adapter folder {folder}.")
-    config, path = read_json(folder / CONFIG), folder / WEIGHTS
-    if not path.exists():
-        raise UserError(f"{folder} has no {WEIGHTS}; train the adapter to its first checkpoint.")
-    made_for = (config.get(MARK) or {}).get("base")
-    if made_for is not None and made_for != fingerprint(model):
-        raise UserError(f"The adapter in {folder} was trained on another base model; give --model the one it was made for.")
-    kind = config.get("fine_tune_type", "lora")
-    if kind != "full":
-        given = config.get("lora_parameters") or {}
-        prepare(model, AdapterOptions(kind, int(config.get("num_layers", -1)),
-                                      {name: given[name] for name in ("rank", "scale", "dropout", "keys") if name in given}))
-    try:
-        weights = dict(mx.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy or train it again.") from None
-    known = dict(tree_flatten(model.parameters()))
-    for name, value in weights.items():
-        if name not in known or known[name].shape != value.shape:
-            shape = known[name].shape if name in known else None
-            raise UserError(f"{path} does not fit this model: {name} has shape {value.shape}, "
-                            f"{f'expected {shape}' if shape else 'which it does not have'}.")
-    model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in weights.items()]))
+    adapter = Adapter.read(folder)
+    adapter.check(model_fingerprint(model))
+    if adapter.options.fine_tune_type != "full":
+        prepare(model, adapter.options)
+    put_weights(model, dict(tree_flatten(model.parameters())), adapter.weights, folder / WEIGHTS)
     model.freeze()
     model.eval()
+
+
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """Errors: UserError when the file is missing or damaged."""
+    try:
+        return dict(mx.load(str(path)))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cannot be read ({error}); copy or train it again.") from None
+
+
+def put_weights(model: DiffusionGemma, places: Mapping[str, mx.array], weights: Mapping[str, mx.array], path: Path) -> None:
+    """Into the ``places`` of ``model``; ``path`` is where they come from.  Errors: UserError for one that has no place there."""
+    for name, value in weights.items():
+        if name not in places or places[name].shape != value.shape:
+            expected = f"expected {places[name].shape}" if name in places else "which is not among what is trained there"
+            raise UserError(f"{path} does not fit this model: {name} has shape {value.shape}, {expected}.")
+    model.update(tree_unflatten([(name, value.astype(places[name].dtype)) for name, value in weights.items()]))

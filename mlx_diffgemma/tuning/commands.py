@@ -21,7 +21,7 @@ from mlx_diffgemma.tuning.trainer import Report
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = TuningOptions()
 TRAINING, ADAPTER = DEFAULTS.training, DEFAULTS.adapter
-OWN = ("model", "config", "resume", "as_json", "train", "dtype", "revision", "rank")
+OWN = ("model", "config", "resume", "as_json", "train", "dtype", "revision", "rank", "ignore_memory")
 
 
 def _default(value: object) -> str:
@@ -65,6 +65,7 @@ def lora(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --adapter-path, bit for bit.")] = False,
     resume_adapter_file: Annotated[str | None, typer.Option(help="Begin with these weights.")] = None,
     seed: Annotated[int | None, typer.Option(help=_default(TRAINING.seed))] = None,
+    ignore_memory: Annotated[bool, typer.Option("--ignore-memory", help="Begin even if it should not fit.")] = False,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of these options, with lora_parameters, "
                                                 "lr_schedule, optimizer_config as in mlx-lm; the command line goes first.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")] = False,
@@ -74,7 +75,7 @@ def lora(
     if not (chosen["train"] or options.test):
         raise UserError("Nothing to do; give --train, or --test, or both.")
     network, tokenizer = load(chosen["model"], revision=revision, dtype=dtype)
-    run = Run.prepare(network, tokenizer, options, chosen["model"], resume)
+    run = Run.prepare(network, tokenizer, options, chosen["model"], resume, ignore_memory)
     for name, split in run.splits.items():
         left_out = (f", {split.too_long} left out for exceeding {options.max_seq_length} tokens (the longest has {split.longest})"
                     if split.too_long else "")

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
+from mlx_diffgemma.tokenizer import answer_ids, chat_ids, encode_prompt
 
 SPLITS = ("train", "valid", "test")
 
@@ -100,15 +100,5 @@ def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper) -> Example:
         raise UserError("the last message must be the assistant's, after at least one other.")
     if not messages[-1].get("content") and not messages[-1].get("tool_calls"):
         raise UserError("the assistant's message is empty.")
-    # The prompt is told as it will be when the model is asked; the answer is what the template adds to that once it is known.
-    prompt = chat_ids(tokenizer, messages[:-1], tools=tools)
-    asked, whole = (tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=generation, tools=tools,
-                                                  enable_thinking=False)
-                    for part, generation in ((messages[:-1], True), (messages, False)))
-    if not whole.startswith(asked):
-        raise UserError("the chat template writes the conversation otherwise once the answer is known; it cannot be trained on.")
-    answer = list(tokenizer.encode(whole[len(asked) :], add_special_tokens=False))
-    ends = [place for place, token in enumerate(answer) if token in tokenizer.eos_token_ids]
-    if not ends:
-        raise UserError("the chat template ends the answer with no end token.")
-    return Example(np.array([*prompt, *answer[: ends[-1] + 1]], dtype=np.int32), len(prompt))
+    prompt, answer = chat_ids(tokenizer, messages[:-1], tools=tools), answer_ids(tokenizer, messages, tools)
+    return Example(np.array([*prompt, *answer], dtype=np.int32), len(prompt))

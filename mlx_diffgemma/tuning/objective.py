@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_diffgemma import conditioning
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.tuning.head import cross_entropy, in_parts
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,19 @@ class Losses:
         return objective.canvas * self.canvas + objective.causal * self.causal
 
 
-def losses(model: DiffusionGemma, batch: Batch, objective: Objective, checkpoint: bool = False) -> Losses:
+def losses(model: DiffusionGemma, batch: Batch, objective: Objective, grad_checkpoint: bool = False) -> Losses:
     """The terms of ``batch`` under ``model``; both are differentiable."""
-    sequences = [mx.array(ids) for ids in batch.sequences]
+    # A canvas sees only what comes before it; the rest of its sequence is read for the causal term alone.
+    ends = [ids.size if objective.causal else start for ids, start in zip(batch.sequences, batch.starts, strict=True)]
+    sequences = [mx.array(ids[:end]) for ids, end in zip(batch.sequences, ends, strict=True)]
     corrupted = mx.array(batch.corrupted)
     soft = first_pass(model, batch, sequences, corrupted) if any(batch.conditioned) else None
-    causal_rows, canvas_rows = model.learn(sequences, corrupted, batch.starts, soft, checkpoint)
-    clean = mx.array(batch.clean)
-    canvas = nn.losses.cross_entropy(model.logits(canvas_rows), clean, reduction="mean")
+    causal_rows, canvas_rows = model.learn(sequences, corrupted, batch.starts, soft, grad_checkpoint)
+    canvas = cross_entropy(model, canvas_rows.reshape(batch.clean.size, -1), mx.array(batch.clean.flatten()))
     rows, targets = _next_tokens(batch, objective.mask_prompt)
     causal = mx.array(0.0)
     if objective.causal and rows.size:
-        causal = nn.losses.cross_entropy(model.logits(causal_rows[mx.array(rows)]), mx.array(targets), reduction="mean")
+        causal = cross_entropy(model, causal_rows[mx.array(rows)], mx.array(targets))
     return Losses(canvas, causal, batch.clean.size, rows.size)
 
 
@@ -117,7 +118,9 @@ def first_pass(model: DiffusionGemma, batch: Batch, sequences: Sequence[mx.array
     # A canvas sees only what comes before it, so the rest of its sequence need not be read.
     prefixes = [sequences[row][: batch.starts[row]] for row in chosen]
     _, hidden = model.learn(prefixes, corrupted[mx.array(chosen)], [batch.starts[row] for row in chosen])
-    signal = conditioning.dense(model, mx.stop_gradient(model.logits(hidden)))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    parts = in_parts(model, rows, lambda _, rows: conditioning.dense(model, mx.stop_gradient(model.logits(rows))))
+    signal = mx.concatenate(parts).reshape(hidden.shape)
     place = {row: index for index, row in enumerate(chosen)}
     none = mx.zeros(signal.shape[1:], dtype=signal.dtype)
     return mx.stack([signal[place[row]] if row in place else none for row in range(len(sequences))])

@@ -16,14 +16,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import yaml
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import build_schedule
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.tuning.adapters import WEIGHTS, AdapterOptions, prepare, write_config
+from mlx_diffgemma.tuning.adapters import (
+    WEIGHTS,
+    AdapterOptions,
+    model_fingerprint,
+    prepare,
+    put_weights,
+    read_weights,
+    write_config,
+)
 from mlx_diffgemma.tuning.data import Split, load_splits
+from mlx_diffgemma.tuning.memory import check_training_memory
 from mlx_diffgemma.tuning.objective import Objective
 from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions, write_safely
 
@@ -119,8 +128,9 @@ class Run:
 
     @classmethod
     def prepare(cls, model: DiffusionGemma, tokenizer: TokenizerWrapper, options: TuningOptions, model_name: str,
-                resume: bool = False) -> Run:
-        """Errors: UserError for data, options or an adapter folder that cannot be used."""
+                resume: bool = False, ignore_memory: bool = False) -> Run:
+        """Errors: UserError for data, options or an adapter folder that cannot be used, and for a run that does not fit the memory
+        of this machine, unless ``ignore_memory``."""
         folder = Path(options.adapter_path)
         state = folder / STATE
         if state.exists() and not resume:
@@ -133,13 +143,18 @@ class Run:
         if "train" not in splits:
             raise UserError(f"{options.data} has no train.jsonl.")
         mx.random.seed(options.training.seed)
-        base = prepare(model, options.adapter)
+        base = model_fingerprint(model)
+        prepare(model, options.adapter)
+        if not ignore_memory:
+            longest = max(example.ids.size for split in splits.values() for example in split.examples)
+            check_training_memory(model, longest, options.training)
         trainer = Trainer(model, splits["train"].examples, splits["valid"].examples if "valid" in splits else (),
                           options.objective, options.training, options.build_optimizer())
         if resume and state.exists():
             trainer.restore(state)
         elif options.resume_adapter_file:
-            _load_weights(model, Path(options.resume_adapter_file))
+            path = Path(options.resume_adapter_file)
+            put_weights(model, dict(tree_flatten(model.trainable_parameters())), read_weights(path), path)
         folder.mkdir(parents=True, exist_ok=True)
         flat = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("training", "adapter")}
         write_config(folder, base, len(model.layers), options.adapter, model=model_name, **flat, **vars(options.training))
@@ -193,15 +208,3 @@ class Run:
         figure.savefig(path := self.folder / "losses.png", dpi=110)
         plt.close(figure)
         return path
-
-
-def _load_weights(model: DiffusionGemma, path: Path) -> None:
-    try:
-        weights = dict(mx.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from None
-    known = dict(tree_flatten(model.trainable_parameters()))
-    for name, value in weights.items():
-        if name not in known or known[name].shape != value.shape:
-            raise UserError(f"{path} does not fit what is trained here: {name} has shape {value.shape}.")
-    model.update(tree_unflatten(list(weights.items())))

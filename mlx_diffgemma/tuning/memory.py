@@ -1,0 +1,131 @@
+"""What a training step takes, before anything is loaded: which of the ways to tune a model fit a machine.
+
+Weights, updates and the head's parts are counted; what a layer keeps for its gradient is a count of its intermediate arrays,
+whose coefficients were fitted to measured peaks (`python bench/training_memory.py` compares).
+
+    >>> training_memory(config, weights, trainable, element_size=2, sequence=512, options=TrainingOptions(batch_size=1)).total
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mlx.utils import tree_flatten
+
+from mlx_diffgemma import cost
+from mlx_diffgemma.config import ModelConfig, TextConfig
+from mlx_diffgemma.device import check_memory, memory_limit
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.recipes import recipe_named
+from mlx_diffgemma.tuning.adapters import AdapterOptions, prepare
+from mlx_diffgemma.tuning.head import LOGITS
+from mlx_diffgemma.tuning.trainer import TrainingOptions
+
+# Bytes kept for the gradient by a row in a layer, for each of a dimension.  Most of it is float32 whatever the model computes
+# in; in 16 bits the residual stream is kept in both.
+PER_HIDDEN, PER_HIDDEN_16, PER_INNER, PER_CHOICE, PER_EXPERT_INNER, PER_HEAD, PER_SCORE = 34, 52, 29, 8.3, 28, 10, 4.8
+AT_WORK = 2.2  # layers' worth that the one being differentiated takes at its peak
+LOSS = 12  # times the logits, while a part's loss is differentiated
+MACS = (24, 32, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes: ``weights`` as stored, ``updates`` for what is trained (with gradient and two moments), ``kept`` of the layers for
+    the backward pass, ``work`` of the part being differentiated: a layer, or a part of the head."""
+
+    weights: int
+    updates: int
+    kept: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.updates + self.kept + self.work
+
+    @property
+    def mac(self) -> int | None:
+        """GB of the smallest Mac on which it fits."""
+        # What macOS lets the GPU take by default is two thirds of up to 32 GB, three quarters of more.
+        return next((size for size in MACS if self.total <= (2 / 3 if size <= 32 else 3 / 4) * size * 1e9), None)
+
+
+def training_memory(config: ModelConfig, weights: int, trainable: int, element_size: int, sequence: int,
+                    options: TrainingOptions) -> TrainingMemory:
+    """Of batches of sequences of so many tokens; ``trainable`` is bytes of what is trained beyond ``weights`` or among them."""
+    text, length = config.text, options.canvas_length or config.canvas_length
+    rows = options.batch_size * (sequence + length)
+    layers = [layer_bytes(text, index, sequence, length, element_size) for index in range(len(text.layers))]
+    kept = len(layers) * text.hidden_size * element_size if options.grad_checkpoint else sum(layers)
+    head = LOSS * min(LOGITS, 4 * rows * text.vocab_size)
+    updates = trainable * (3 + (options.grad_accumulation_steps > 1))
+    return TrainingMemory(weights, updates, int(rows * kept), int(max(head, AT_WORK * rows * max(layers))))
+
+
+def layer_bytes(text: TextConfig, index: int, sequence: int, length: int, element_size: int) -> float:
+    """What layer ``index`` keeps of one row."""
+    layer = text.layers[index]
+    keys = min(sequence, layer.window or sequence) + length
+    heads = (text.num_attention_heads + 2 * layer.num_kv_heads) * layer.head_dim
+    return ((PER_HIDDEN if element_size == 4 else PER_HIDDEN_16) * text.hidden_size + PER_INNER * text.intermediate_size
+            + text.top_k_experts * (PER_CHOICE * text.hidden_size + PER_EXPERT_INNER * text.moe_intermediate_size)
+            + PER_HEAD * heads + PER_SCORE * text.num_attention_heads * keys)
+
+
+def check_training_memory(model: DiffusionGemma, sequence: int, options: TrainingOptions) -> None:
+    """Of a model that is ready to train.  Errors: UserError with what would help, when it does not fit this machine."""
+    def needed(options: TrainingOptions) -> int:
+        return training_memory(model.config, weights, trainable, model.dtype.size, sequence, options).total
+
+    weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    trainable = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
+    advice = [(text, size) for text, changed in (
+        ("--grad-checkpoint", replace(options, grad_checkpoint=True)),
+        (f"--batch-size 1 --grad-accumulation-steps {options.batch_size * options.grad_accumulation_steps} --grad-checkpoint",
+         replace(options, batch_size=1, grad_checkpoint=True))) if (size := needed(changed)) < needed(options)]
+    fitting = [f"{text} takes {size / 1e9:.1f} GB" for text, size in advice if size <= memory_limit()]
+    remedy = fitting[0] if fitting else "take a conversion with fewer bits, shorter examples (--max-seq-length) or fewer layers"
+    check_memory(needed(options), f"Training with batches of {options.batch_size} and {sequence} tokens",
+                 f"{remedy}; or --ignore-memory, since this is an estimate")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to tune all layers of a model; ``recipe`` is how the base is stored."""
+
+    full: bool
+    experts: bool
+    recipe: str
+
+    @property
+    def adapter(self) -> AdapterOptions:
+        return AdapterOptions("full" if self.full else "lora", -1, train_experts=self.experts)
+
+    def __str__(self) -> str:
+        return f"{'full' if self.full else 'LoRA'}{', experts too' if self.experts else ''}"
+
+
+WAYS = tuple(Way(full, experts, recipe) for full in (False, True) for experts in (False, True)
+             for recipe in (("bf16",) if full else ("4bit", "8bit", "bf16")))
+
+
+def ways(config: ModelConfig, sequence: int, batch_size: int) -> list[tuple[Way, TrainingMemory, TrainingMemory]]:
+    """What each way takes in 16 bits with sequences of so many tokens, without and with --grad-checkpoint, by count alone."""
+    trainable = {(way.full, way.experts): _trainable(config, way.adapter) for way in WAYS}
+    found = []
+    for way in WAYS:
+        own = trainable[way.full, way.experts]
+        weights = cost.weight_bytes(config, recipe_named(way.recipe)) + (0 if way.full else own)
+        plain, twice = (training_memory(config, weights, own, 2, sequence,
+                                        TrainingOptions(batch_size=batch_size, grad_checkpoint=checkpoint))
+                        for checkpoint in (False, True))
+        found.append((way, plain, twice))
+    return found
+
+
+def _trainable(config: ModelConfig, adapter: AdapterOptions) -> int:
+    """Bytes: updates of low rank are float32, whole weights stay in 16 bits."""
+    model = DiffusionGemma(config)  # allocates nothing: MLX arrays are lazy
+    prepare(model, adapter)
+    count = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+    return count * (2 if adapter.fine_tune_type == "full" else 4)
