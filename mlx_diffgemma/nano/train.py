@@ -340,18 +340,26 @@ def make_batch(examples: Examples, rng: random.Random, shape: Shape, wide: bool)
 
 
 def losses(network: Network, batch: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    ids, clean, starts = batch["ids"], batch["clean"], batch["starts"]
-    rows = len(ids)
+    """Of a batch that is corrupted here."""
+    clean = batch["clean"]
+    rows = len(clean)
     level = 1e-4 + (1 - 1e-4) * torch.rand(rows, 1, generator=generator)
     noise = torch.randint(VOCAB, clean.shape, generator=generator)
     canvas = torch.where(torch.rand(clean.shape, generator=generator) < level, noise, clean)
 
     # The examples of a batch are drawn independently, so the first half may be the self-conditioned one.
+    return losses_on(network, batch, canvas, torch.arange(rows) < rows // 2)
+
+
+def losses_on(network: Network, batch: dict[str, torch.Tensor], canvas: torch.Tensor,
+              conditioned: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a batch corrupted to ``canvas``; the rows in ``conditioned`` get a first pass."""
+    ids, clean, starts = batch["ids"], batch["clean"], batch["starts"]
     soft = torch.zeros(*clean.shape, HIDDEN)
-    half = rows // 2
-    with torch.no_grad():
-        _, first, _ = network(ids[:half], canvas[:half], starts[:half], soft[:half])
-        soft[:half] = network.soft_embedding(network.head(first)).float()
+    if conditioned.any():
+        with torch.no_grad():
+            _, first, _ = network(ids[conditioned], canvas[conditioned], starts[conditioned], soft[conditioned])
+            soft[conditioned] = network.soft_embedding(network.head(first)).float()
     sequence, denoised, balance = network(ids, canvas, starts, soft)
 
     denoise = F.cross_entropy(network.head(denoised).flatten(0, 1), clean.flatten())
