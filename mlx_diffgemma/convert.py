@@ -377,18 +377,18 @@ def check_target(target: Path, overwrite: bool, resume: bool) -> None:
     try:
         if target.exists():
             if not overwrite:
-                raise UserError(f"{target} exists already; choose another --mlx-path, or add --overwrite to replace it.")
+                raise UserError(f"{target} exists already; choose another folder, or add --overwrite to replace it.")
             if not _is_checkpoint(target):
                 raise UserError(f"{target} holds something that is no checkpoint and is not overwritten; choose another "
-                                "--mlx-path.")
+                                "folder.")
         if partial.exists():
             if not partial.is_dir() or {path.name for path in partial.iterdir()} - {JOURNAL, f"{JOURNAL}.new", RESULT}:
-                raise UserError(f"{partial} is in the way and is not ours; move it, or choose another --mlx-path.")
+                raise UserError(f"{partial} is in the way and is not ours; move it, or choose another folder.")
             if not (resume or overwrite):
                 raise UserError(f"An interrupted conversion lies in {partial}; add --resume to go on with it, or --overwrite to "
                                 "begin anew.")
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --mlx-path.") from None
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -413,7 +413,7 @@ def write(conversion: Conversion, target: Path, overwrite: bool = False, resume:
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --mlx-path.") from None
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
     with _alone(partial):
         done = _finished(partial, conversion.fingerprint()) if resume else ()
         if not done:
@@ -448,7 +448,7 @@ def _alone(partial: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"Another conversion is writing {partial}; wait for it, or choose another --mlx-path.") from None
+        raise UserError(f"Another conversion is writing {partial}; wait for it, or choose another folder.") from None
     finally:
         os.close(descriptor)
 
@@ -604,7 +604,7 @@ def _check_disk(conversion: Conversion, target: Path) -> None:
     held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.exists() else 0
     needed, free = conversion.bytes_out + 50_000_000 - held, shutil.disk_usage(ground).free
     if needed > free:
-        raise UserError(f"{target} needs {_gb(needed)} on disk, {_gb(free)} are free; make room or choose another --mlx-path.")
+        raise UserError(f"{target} needs {_gb(needed)} on disk, {_gb(free)} are free; make room or choose another folder.")
 
 
 def partial_folder(target: Path) -> Path:

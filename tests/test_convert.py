@@ -469,13 +469,13 @@ class TestBadInput:
 
     def test_no_permission(self, source, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
-        with pytest.raises(UserError, match=r"/proc/out cannot be written \(.+\); choose another --mlx-path"):
+        with pytest.raises(UserError, match=r"/proc/out cannot be written \(.+\); choose another folder"):
             convert(str(source), "/proc/out", recipe="4bit")
 
     def test_an_existing_target(self, source, tmp_path):
         target = convert(str(source), tmp_path / "out", recipe="4bit")
         before = {path.name: path.read_bytes() for path in target.iterdir()}
-        with pytest.raises(UserError, match="exists already; choose another --mlx-path, or add --overwrite"):
+        with pytest.raises(UserError, match="exists already; choose another folder, or add --overwrite"):
             convert(str(source), target, recipe="8bit")
         assert before == {path.name: path.read_bytes() for path in target.iterdir()}
         convert(str(source), target, recipe="8bit", overwrite=True)

@@ -134,6 +134,8 @@ class TestMacs:
         assert (code, first["recipe"], first["mac"], first["mac_with_grad_checkpoint"]) == (0, "4bit", 48, 32)
         code, out, _ = run(monkeypatch, capsys, "estimate", "--training", "--batch-size", "4")
         assert (code, "LoRA" in out, "batch size 4" in out) == (0, True, True)
+        code, _, err = run(monkeypatch, capsys, "estimate", "--training", "--context", "300000")
+        assert (code, "between 1 and 262,144" in err) == (2, True)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch):

@@ -36,7 +36,7 @@ STAGES = {
     "4x4": Stage({4: 30_000}, 2, "both"),
     "6x6": Stage({6: 60_000}, 2, "both"),
     "lora": Stage({4: 8_000, 6: 40_000}, 0),
-    "9x9": Stage({9: 10_000}, 2, "both"),
+    "9x9": Stage({9: 6_000}, 2, "both"),
 }
 CANVAS = {4: 24, 6: 48, 9: 64}  # a board, its line ends and the end of the turn; nano's canvas has 64 positions at most
 # What is scored: the stage (none: nano as it is), and the sizes it is asked.

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.device import check_memory, memory_limit
+from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import recipe_named
 from mlx_diffgemma.tuning.adapters import AdapterOptions, prepare
@@ -56,7 +57,7 @@ def training_memory(config: ModelConfig, weights: int, trainable: int, element_s
     text, length = config.text, options.canvas_length or config.canvas_length
     rows = options.batch_size * (sequence + length)
     layers = [layer_bytes(text, index, sequence, length, element_size) for index in range(len(text.layers))]
-    kept = len(layers) * text.hidden_size * element_size if options.grad_checkpoint else sum(layers)
+    kept: float = len(layers) * text.hidden_size * element_size if options.grad_checkpoint else sum(layers, 0.0)
     head = LOSS * min(LOGITS, 4 * rows * text.vocab_size)
     updates = trainable * (3 + (options.grad_accumulation_steps > 1))
     return TrainingMemory(weights, updates, int(rows * kept), int(max(head, AT_WORK * rows * max(layers))))
@@ -110,7 +111,12 @@ WAYS = tuple(Way(full, experts, recipe) for full in (False, True) for experts in
 
 
 def ways(config: ModelConfig, sequence: int, batch_size: int) -> list[tuple[Way, TrainingMemory, TrainingMemory]]:
-    """What each way takes in 16 bits with sequences of so many tokens, without and with --grad-checkpoint, by count alone."""
+    """What each way takes in 16 bits with sequences of so many tokens, without and with --grad-checkpoint, by count alone.
+
+    Errors: UserError for a length the model does not have.
+    """
+    if not 1 <= sequence <= config.text.max_position_embeddings:
+        raise UserError(f"Examples have between 1 and {config.text.max_position_embeddings:,} tokens, got {sequence:,}.")
     trainable = {(way.full, way.experts): _trainable(config, way.adapter) for way in WAYS}
     found = []
     for way in WAYS:
