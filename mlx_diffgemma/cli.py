@@ -19,6 +19,7 @@ import mlx.core as mx
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
 
@@ -491,6 +492,10 @@ def estimate(
     from mlx_diffgemma.estimate import estimate as count
     from mlx_diffgemma.recipes import recipe_named
 
+    if training and (chip is not None or measured or dense or recipe != "4bit"):
+        raise UserError("--training counts all recipes and needs no chip; leave --chip, --measure, --recipe and --dense out.")
+    if batch_size != 1 and not training:
+        raise UserError("--batch-size belongs to --training; add that.")
     if training:
         shape = ModelConfig.from_folder(hub.small_files(model)) if model else released_config()
         _print_training(shape, context, batch_size, as_json)
@@ -609,6 +614,8 @@ def evaluate(
         raise UserError("Nothing to ask; give --tasks nano for example, or --data with a jsonl file.")
     asked = [*(tasks_named(tasks) if tasks is not None else ()), *(tasks_of_file(data) if data else ())]
     modes = ("diffusion", "ar") if mode == "both" else (mode,)
+    if "ar" in modes and any(task.questions(1)[0].choices for task in asked):
+        raise UserError("Multiple choice is read off a canvas; leave it out, or take --mode diffusion.")
     given = locals()
     per_mode = {m: _generation_options(given | {"mode": m}) for m in modes if mode != "both" or m == "diffusion"}
     for options in per_mode.values():
@@ -625,7 +632,7 @@ def evaluate(
 
             def advance(task: str, done: int, total: int, bar: Progress = bar, bars: dict[str, Any] = bars) -> None:
                 if task not in bars:
-                    bars[task] = bar.add_task(task, total=total)
+                    bars[task] = bar.add_task(escape(task), total=total)
                 bar.update(bars[task], completed=done)
 
             report = run(network, tokenizer, asked, limit, range(seed, seed + num_seeds), batch_size, advance, **chosen)
@@ -635,7 +642,7 @@ def evaluate(
         if as_json:
             print(json.dumps(record))
             continue
-        output.print(f"{record['model']}, {name}")
+        output.print(f"{record['model']}, {name}", markup=False)
         for table in _scores(report):
             output.print(table)
         output.print(f"mean of the exact tasks: {report.exact_mean:.1%}")
@@ -754,7 +761,7 @@ def _scores(report: EvaluationReport) -> Iterator[Table]:
         "when wrong": lambda r: _or_dash(r.steps_when_wrong), "tokens a forward": lambda r: _or_dash(r.tokens_per_forward),
         "converged": lambda r: _share(r.converged)}
     shown = {name: cell for name, cell in figures.items() if any(cell(r) != "-" for r in report.results)}
-    rows = [(r.task, *(cell(r) for cell in shown.values())) for r in report.results]
+    rows = [(escape(r.task), *(cell(r) for cell in shown.values())) for r in report.results]
     columns = (Column(name, min_width=max(map(len, cells))) for name, *cells in zip(("task", *shown), *rows, strict=True))
     table = Table(*columns, **style)
     for row in rows:
@@ -764,7 +771,7 @@ def _scores(report: EvaluationReport) -> Iterator[Table]:
         table = Table("task", "group", "answers", "score", **style)
         for r in report.results:
             for group in r.groups:
-                table.add_row(r.task, group.group, str(group.answers), f"{group.score:.1%}")
+                table.add_row(escape(r.task), escape(group.group), str(group.answers), f"{group.score:.1%}")
         yield table
 
 

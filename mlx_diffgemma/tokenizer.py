@@ -47,13 +47,8 @@ def chat_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]],
 
     Errors: UserError when there is no template, or it refuses the messages.
     """
-    if not tokenizer.has_chat_template:
-        raise UserError("This checkpoint has no chat template; pass the prompt as it is (--ignore-chat-template).")
-    try:
-        return list(tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=True,
-                                                  enable_thinking=think, tools=tools, **template))
-    except jinja2.TemplateError as error:
-        raise UserError(f"The chat template refuses this conversation: {error}") from None
+    return list(_render(tokenizer, messages, tokenize=True, add_generation_prompt=True, enable_thinking=think, tools=tools,
+                        **template))
 
 
 def answer_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]],
@@ -63,9 +58,8 @@ def answer_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]
 
     Errors: UserError for a template that writes the rest otherwise then, or ends the turn with no end token.
     """
-    asked, whole = (tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=generation, tools=tools,
-                                                  enable_thinking=False)
-                    for part, generation in ((list(messages[:-1]), True), (list(messages), False)))
+    asked, whole = (_render(tokenizer, part, tokenize=False, add_generation_prompt=generation, enable_thinking=False, tools=tools)
+                    for part, generation in ((messages[:-1], True), (messages, False)))
     if not whole.startswith(asked):
         raise UserError("the chat template writes the conversation otherwise once the answer is known, so the answer cannot be "
                         "told apart.")
@@ -74,6 +68,16 @@ def answer_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]
     if not ends:
         raise UserError("the chat template ends the answer with no end token.")
     return ids[: ends[-1] + 1]
+
+
+def _render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """Text or ids of the chat template.  Errors: UserError when there is none, or it refuses the messages."""
+    if not tokenizer.has_chat_template:
+        raise UserError("This checkpoint has no chat template; pass the prompt as it is (--ignore-chat-template).")
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except jinja2.TemplateError as error:
+        raise UserError(f"The chat template refuses this conversation: {error}") from None
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:

@@ -53,6 +53,11 @@ def test_intervals():
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
 
 
+def test_a_task_gives_all_it_has():
+    (task,) = tasks_named("add")
+    assert 500 < len(task.questions(5000)) < 5000
+
+
 def test_limits():
     with pytest.raises(UserError, match="limit must be at least 1"):
         evaluate(None, None, tasks_named("add"), limit=0)
@@ -68,13 +73,14 @@ class TestRightAndWrong:
 
     def test_steps_and_groups(self):
         task = Task("t", lambda _: [])
-        r = _result(task, [self.answer(1, 4, "10 to 12", 1.0), self.answer(1, 6, "4 to 6", 1.0), self.answer(0, 20, "4 to 6", 0.5)])
+        answers = [self.answer(1, 4, "10 to 12", 1.0), self.answer(1, 6, "4 to 6", 1.0), self.answer(0, 20, "4 to 6", 0.5)]
+        r = _result(task, answers, 3)
         assert (r.steps_per_canvas, r.steps_when_right, r.steps_when_wrong, r.tokens_per_forward) == (10, 5, 20, 0.2)
         assert [(g.group, g.answers, g.score) for g in r.groups] == [("4 to 6", 2, 0.5), ("10 to 12", 1, 1.0)]
         assert r.partial == pytest.approx(2.5 / 3)
 
     def test_a_task_that_is_not_exact_knows_no_right(self):
-        r = _result(Task("t", lambda _: [], exact=False), [self.answer(1, 4), self.answer(0.2, 8)])
+        r = _result(Task("t", lambda _: [], exact=False), [self.answer(1, 4), self.answer(0.2, 8)], 2)
         assert (r.steps_when_right, r.steps_when_wrong, r.partial, r.groups) == (None, None, None, ())
 
 
@@ -94,8 +100,8 @@ class TestFile:
         first, second = exact.questions(9)
         assert (first.mark("b").score, first.mark("B").score, first.group, second.prompt) == (1, 0, "x", "c")
         (question,) = valid.questions(9)
-        marks = [question.mark(text) for text in ('{"name": "x"}', '{"name": 1}', '{"name": "x"', '```{"name": "x"}```')]
-        assert marks == [Mark(1.0, 1.0), Mark(0.0, 1.0), Mark(0.0, 0.0), Mark(0.0, 0.0)]
+        texts = ('{"name": "x"}', '{"name": 1}', '{"name": "x"', '```{"name": "x"}```', "1" * 5000, "[" * 5000, "NaN")
+        assert [question.mark(text) for text in texts] == [Mark(1.0, 1.0), Mark(0.0, 1.0), *[Mark(0.0, 0.0)] * 5]
         assert [[q.mark(c).score for c in q.choices] for q in choice.questions(9)] == [[0, 1], [1, 0]]
         assert len(exact.questions(1)) == 1
 
@@ -104,6 +110,10 @@ class TestFile:
         ('{"prompt": "a"}', "line 2: one of 'completion'"), ('{"prompt": "a", "schema": {"type": "objct"}}', "no JSON schema"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "at least two"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "one of the choices"),
+        ('{"prompt": "a", "choices": ["b", "b "], "answer": 0}', "two of the choices are the same"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "one of the choices"),
+        ('{"prompt": "a", "schema": {"$ref": "#/$defs/x"}}', "which it does not hold"),
+        ('{"messages": [{"role": "user", "content": 5}], "completion": "a"}', "both texts"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "answers nothing")])
     def test_wrong_lines_are_named(self, tmp_path, line, says):
         path = write(tmp_path / "own.jsonl", {"prompt": "a", "completion": "b"})
@@ -111,7 +121,15 @@ class TestFile:
         with pytest.raises(UserError, match=says):
             tasks_of_file(path)
 
+    def test_a_line_separator_inside_of_a_text_ends_no_line(self, tmp_path):
+        path = tmp_path / "own.jsonl"
+        path.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert tasks_of_file(path)[0].questions(9)[0].prompt == "a\u2028b"
+
     def test_no_file_and_an_empty_one(self, tmp_path):
+        (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+        with pytest.raises(UserError, match="is not UTF-8"):
+            tasks_of_file(tmp_path / "latin.jsonl")
         with pytest.raises(UserError, match="cannot be read"):
             tasks_of_file(tmp_path / "nowhere.jsonl")
         with pytest.raises(UserError, match="holds no questions"):
@@ -154,6 +172,20 @@ class TestChoices:
 def test_command_on_a_file_of_ones_own(monkeypatch, capsys, tmp_path):
     path = write(tmp_path / "own.jsonl", {"prompt": "Is 12 greater than 40?", "completion": "no", "group": "two digits"})
     code, out, _ = run(monkeypatch, capsys, "evaluate", "--data", str(path), "--limit", "5")
-    assert (code, "two digits" in out, "100.0%" in out) == (0, True, True)
+    assert (code, "two digits" in out) == (0, True)
+    write(path, {"prompt": "Is 12 greater than 40?", "completion": "no", "group": "[/two]"},
+          {"prompt": "Is 12 greater than 40?", "completion": "yes"})
+    code, out, _ = run(monkeypatch, capsys, "evaluate", "--data", str(path), "--num-seeds", "2", "--json")
+    (result,) = json.loads(out)["results"]
+    assert (code, result["score"], result["answers"], result["groups"]) == (
+        0, 0.5, 4, [{"group": "[/two]", "answers": 2, "score": 1.0}])
+    assert (result["low"], result["high"]) == pytest.approx(_wilson(np.array([1.0, 0.0])))
+    code, out, _ = run(monkeypatch, capsys, "evaluate", "--data", str(path))
+    assert (code, "[/two]" in out) == (0, True)
+    write(path, {"prompt": "Is 12 greater than 40?", "choices": ["yes", "no " * 40], "answer": "yes"})
+    code, _, err = run(monkeypatch, capsys, "evaluate", "--data", str(path))
+    assert (code, "tokens, a canvas 64" in err) == (2, True)
+    code, _, err = run(monkeypatch, capsys, "evaluate", "--data", str(path), "--mode", "both")
+    assert (code, "read off a canvas" in err) == (2, True)
     code, _, err = run(monkeypatch, capsys, "evaluate")
     assert (code, "Nothing to ask" in err) == (2, True)

@@ -84,6 +84,31 @@ def test_losses_without_training_are_the_same(monkeypatch):
     trained = head.cross_entropy(model, hidden, targets)
     model.eval()
     assert head.cross_entropy(model, hidden, targets).item() == trained.item()
+
+
+@pytest.mark.parametrize("rows", [7, 10_000])
+def test_the_gradient_is_that_of_the_whole_head(monkeypatch, rows):
+    model = model_of()
+    model.model.decoder.embed_tokens.unfreeze()
+    model.train()
+    monkeypatch.setattr(head, "LOGITS", 4 * 2048 * rows)
+    hidden, targets = mx.random.normal((30, HIDDEN)), mx.arange(30)
+
+    def gradients(loss):
+        value = mx.grad(lambda x: loss(x))(hidden)
+        return value, nn.value_and_grad(model, lambda m: loss(hidden))(model)[1]["model"]["decoder"]["embed_tokens"]["weight"]
+
+    ours = gradients(lambda x: head.cross_entropy(model, x, targets))
+    plain = gradients(lambda x: nn.losses.cross_entropy(model.logits(x), targets, reduction="mean"))
+    for mine, wanted in zip(ours, plain, strict=True):
+        assert mx.linalg.norm(mine - wanted) <= 1e-5 * mx.linalg.norm(wanted)
+
+
+def test_the_value_is_that_of_the_whole_head(monkeypatch):
+    model = model_of()
+    monkeypatch.setattr(head, "LOGITS", 4 * 2048 * 7)
+    hidden, targets = mx.random.normal((30, HIDDEN)), mx.arange(30)
+    trained = head.cross_entropy(model, hidden, targets)
     assert trained.item() == pytest.approx(nn.losses.cross_entropy(model.logits(hidden), targets, reduction="mean").item())
 
 
@@ -142,7 +167,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch):
     model = model_of(6)
     plain, twice, alone = (training_total(model, options) for options in (
         TrainingOptions(batch_size=4), TrainingOptions(batch_size=4, grad_checkpoint=True),
-        TrainingOptions(batch_size=1, grad_checkpoint=True)))
+        TrainingOptions(batch_size=1, grad_accumulation_steps=4, grad_checkpoint=True)))
     for limit, advice in ((plain - 1, "; --grad-checkpoint takes"), (twice - 1, "--batch-size 1 --grad-accumulation-steps 4"),
                           (alone - 1, "take a conversion with fewer bits")):
         monkeypatch.setattr(device, "memory_limit", lambda limit=limit: limit)

@@ -27,6 +27,7 @@ from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.tokenizer import answer_ids, chat_ids
 
 Progress = Callable[[str, int, int], None]
+READS = 4  # canvases of noise for a question of multiple choice
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,14 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
     """Ask at most ``limit`` questions of each task under each seed; ``options`` as in ``batch_generate``."""
     if limit < 1 or not seeds:
         raise UserError(f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds.")
+    asked = [(task, list(task.questions(limit))) for task in tasks]
+    mode = str(options.get("mode", "diffusion"))
+    choices = {task.name: [_choice_ids(model, tokenizer, question) for question in questions]
+               for task, questions in asked if questions[0].choices}
+    if choices and mode == "ar":
+        raise UserError(f"{next(iter(choices))} is multiple choice, which is read off a canvas; leave it out with mode 'ar'.")
     results = []
-    for task in tasks:
-        questions = list(task.questions(limit))
+    for task, questions in asked:
         finished = itertools.count(1)
 
         def count(*_: object, name: str = task.name, total: int = len(questions), finished: Iterator[int] = finished) -> None:
@@ -109,9 +115,10 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
         answers: list[_Answer] = []
         for seed in seeds:
             own = [seed * 1_000_003 + index for index in range(len(questions))]
-            if questions[0].choices:
-                for question, number in zip(questions, own, strict=True):
-                    answers.append(_choose(model, tokenizer, question, number))
+            if task.name in choices:
+                for question, ids, number in zip(questions, choices[task.name], own, strict=True):
+                    shares = read_choices(model, chat_ids(tokenizer, question.messages), ids, READS * number, READS)
+                    answers.append(_Answer(question, question.mark(question.choices[int(shares.argmax())]), None))
                     count()
                 continue
             prompts = [chat_ids(tokenizer, question.messages) for question in questions]
@@ -119,21 +126,26 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
                 warnings.simplefilter("ignore", GenerationWarning)  # counted below
                 given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count, **options)
             answers += [_Answer(q, q.mark(response.text), response) for q, response in zip(questions, given, strict=True)]
-        results.append(_result(task, answers))
-    return EvaluationReport(str(options.get("mode", "diffusion")), tuple(seeds), limit, dict(options), describe(model.dtype),
+        results.append(_result(task, answers, len(questions)))
+    return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype),
                             tuple(results))
 
 
-def _choose(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question, seed: int) -> _Answer:
-    """Each choice is a whole answer: it ends with the turn's end."""
+def _choice_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question) -> list[list[int]]:
+    """Each choice is a whole answer: it ends with the turn's end.  Errors: UserError for one longer than a canvas."""
     ids = [answer_ids(tokenizer, [*question.messages, {"role": "assistant", "content": choice}]) for choice in question.choices]
-    shares = read_choices(model, chat_ids(tokenizer, question.messages), ids, seed)
-    return _Answer(question, question.mark(question.choices[int(shares.argmax())]), None)
+    for choice, own in zip(question.choices, ids, strict=True):
+        if len(own) > model.config.canvas_length:
+            raise UserError(f"The choice {choice[:40]!r} has {len(own)} tokens, a canvas {model.config.canvas_length}.")
+    return ids
 
 
-def _result(task: Task, answers: Sequence[_Answer]) -> TaskResult:
+def _result(task: Task, answers: Sequence[_Answer], questions: int) -> TaskResult:
+    """``answers`` to so many questions, under one seed after the other."""
     scores = np.array([answer.mark.score for answer in answers])
-    low, high = _wilson(scores) if task.exact else _bootstrap(scores)
+    # Answers to one question are not independent: a question counts once, with its mean over seeds.
+    means = scores.reshape(-1, questions).mean(axis=0)
+    low, high = _wilson(means) if task.exact else _bootstrap(means)
     partial = [answer.mark.partial for answer in answers if answer.mark.partial is not None]
     canvases = [(answer.mark, part) for answer in answers if answer.response for part in answer.response.parts if part.steps]
     names = sorted({answer.question.group for answer in answers} - {""}, key=_by_number)

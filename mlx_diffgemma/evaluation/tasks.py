@@ -14,7 +14,7 @@ and may name a ``group`` under which it is counted too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import jsonschema
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation import sudoku
+from mlx_diffgemma.jsonl import read_lines
 from mlx_diffgemma.nano.tasks import TASKS as NANO
 from mlx_diffgemma.nano.tasks import held_out_examples
 
@@ -103,20 +104,8 @@ def tasks_named(names: str) -> list[Task]:
 
 def tasks_of_file(path: Path) -> list[Task]:
     """One task for each way of scoring that the file uses.  Errors: UserError naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     found: dict[str, list[Question]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            kind, question = _question(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from None
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+    for kind, question in read_lines(path, _question):
         found.setdefault(kind, []).append(question)
     if not found:
         raise UserError(f"{path} holds no questions.")
@@ -131,18 +120,20 @@ def _question(entry: Any) -> tuple[str, Question]:
     if messages is None and isinstance(entry.get("prompt"), str):
         messages = [{"role": "user", "content": entry["prompt"]}]
     if not isinstance(messages, list) or not messages or not all(
-            isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
-        raise UserError("'prompt' or 'messages' is missing; a message has a role and a content.")
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise UserError("'prompt' or 'messages' is missing; a message has a role and a content, both texts.")
     if messages[-1]["role"] in ("assistant", "model"):
         messages, answer = messages[:-1], messages[-1]["content"]
     if not messages:
         raise UserError("the assistant's message answers nothing.")
-    group = str(entry.get("group", ""))
+    group = str(entry.get("group") or "")
     if "choices" in entry:
         choices, right = entry["choices"], entry.get("answer")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
             raise UserError("'choices' must hold at least two texts.")
-        if isinstance(right, int) and 0 <= right < len(choices):
+        if len({choice.strip() for choice in choices}) < len(choices):
+            raise UserError("two of the choices are the same.")
+        if isinstance(right, int) and not isinstance(right, bool) and 0 <= right < len(choices):
             right = choices[right]
         if not isinstance(right, str) or right not in choices:
             raise UserError(f"'answer' must be one of the choices or its number from 0, got {right!r}.")
@@ -152,6 +143,8 @@ def _question(entry: Any) -> tuple[str, Question]:
             jsonschema.Draft202012Validator.check_schema(entry["schema"])
         except jsonschema.SchemaError as error:
             raise UserError(f"'schema' is no JSON schema ({error.message}).") from None
+        for reference in _references(entry["schema"]):
+            _resolve(entry["schema"], reference)
         return "schema", Question(messages, partial(_valid, validator=jsonschema.Draft202012Validator(entry["schema"])), group)
     if not isinstance(answer, str):
         raise UserError("one of 'completion', 'schema', or 'choices' with 'answer' is missing.")
@@ -165,7 +158,32 @@ def _same(text: str, right: str) -> Mark:
 def _valid(text: str, validator: jsonschema.Draft202012Validator) -> Mark:
     """Partial credit is for JSON of any form."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text, parse_constant=_refuse)
+        return Mark(float(validator.is_valid(value)), 1.0)
+    except (ValueError, RecursionError):  # no JSON, or nested or long beyond what is read
         return Mark(0.0, 0.0)
-    return Mark(float(validator.is_valid(value)), 1.0)
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for value in schema.values():
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
+
+
+def _resolve(schema: Any, reference: str) -> None:
+    """Errors: UserError for a reference to nowhere, or out of the schema, which would be fetched from the net."""
+    place = schema
+    for part in reference.removeprefix("#").split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        place = place.get(part) if isinstance(place, Mapping) else None
+    if not reference.startswith("#") or ("/" not in reference and reference != "#") or place is None:
+        raise UserError(f"'schema' refers to {reference!r}, which it does not hold; references look like #/$defs/name.")

@@ -75,7 +75,7 @@ def lora(
     if not (chosen["train"] or options.test):
         raise UserError("Nothing to do; give --train, or --test, or both.")
     network, tokenizer = load(chosen["model"], revision=revision, dtype=dtype)
-    run = Run.prepare(network, tokenizer, options, chosen["model"], resume, ignore_memory)
+    run = Run.prepare(network, tokenizer, options, chosen["model"], resume, ignore_memory or not chosen["train"])
     for name, split in run.splits.items():
         left_out = (f", {split.too_long} left out for exceeding {options.max_seq_length} tokens (the longest has {split.longest})"
                     if split.too_long else "")

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.jsonl import read_lines
 from mlx_diffgemma.tokenizer import answer_ids, chat_ids, encode_prompt
 
 SPLITS = ("train", "valid", "test")
@@ -53,15 +53,7 @@ def load_splits(folder: Path, tokenizer: TokenizerWrapper, end: int, limit: int)
 def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int) -> Split:
     """Errors: UserError for a line that is no JSON, lacks a field or has an empty answer; for a file without examples."""
     examples, lengths = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            example = _example(json.loads(line), tokenizer, end)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from None
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+    for example in read_lines(path, lambda entry: _example(entry, tokenizer, end)):
         lengths.append(example.ids.size)
         if example.ids.size <= limit:
             examples.append(example)

@@ -41,11 +41,14 @@ def merger(adapter: Adapter, requantize: bool, options: ConvertOptions) -> Merge
         layers = sum(name.endswith("router.scale") for name in base.tensors)
         adapter.check(fingerprint(lambda name: base.tensors[name].read_all(), layers))
 
-    command = " ".join(filter(None, [f"--adapter-path {adapter.folder}", "--requantize" if requantize else "",
+    command = " ".join(filter(None, [f"--adapter-path {adapter.folder.name}", "--requantize" if requantize else "",
                                      "--dequantize" if options.dequantize else "",
                                      f"--dtype {options.dtype}" if options.dtype else ""]))
-    digest = hashlib.sha256(b"".join((adapter.folder / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()
-    return Merger(str(adapter.folder), digest, _merges(adapter), check, command, requantize)
+    digest = hashlib.sha256((adapter.folder / CONFIG).read_bytes())
+    with (adapter.folder / WEIGHTS).open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return Merger(str(adapter.folder), digest.hexdigest(), _merges(adapter), check, command, requantize)
 
 
 def _merges(adapter: Adapter) -> dict[str, Merge]:
@@ -70,7 +73,7 @@ def _shape(parts: Mapping[str, mx.array]) -> tuple[int, ...]:
 
 
 def _replace(value: mx.array, rows: mx.array, start: int, stop: int) -> mx.array:
-    return value.astype(mx.float32).reshape(-1, rows.shape[-1])[start:stop]
+    return value.reshape(-1, rows.shape[-1])[start:stop].astype(mx.float32)
 
 
 def _add(parts: Mapping[str, mx.array], scale: float, rows: mx.array, start: int, stop: int) -> mx.array:

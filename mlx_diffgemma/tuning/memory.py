@@ -83,7 +83,8 @@ def check_training_memory(model: DiffusionGemma, sequence: int, options: Trainin
     advice = [(text, size) for text, changed in (
         ("--grad-checkpoint", replace(options, grad_checkpoint=True)),
         (f"--batch-size 1 --grad-accumulation-steps {options.batch_size * options.grad_accumulation_steps} --grad-checkpoint",
-         replace(options, batch_size=1, grad_checkpoint=True))) if (size := needed(changed)) < needed(options)]
+         replace(options, batch_size=1, grad_accumulation_steps=options.batch_size * options.grad_accumulation_steps,
+                 grad_checkpoint=True))) if (size := needed(changed)) < needed(options)]
     fitting = [f"{text} takes {size / 1e9:.1f} GB" for text, size in advice if size <= memory_limit()]
     remedy = fitting[0] if fitting else "take a conversion with fewer bits, shorter examples (--max-seq-length) or fewer layers"
     check_memory(needed(options), f"Training with batches of {options.batch_size} and {sequence} tokens",
