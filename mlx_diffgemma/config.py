@@ -155,6 +155,12 @@ class ModelConfig:
             raise UserError(f"config.json has a field of the wrong kind ({error}); download the file again.") from None
 
     @property
+    def fused(self) -> list[str]:
+        """Digests of the adapters that were worked in."""
+        mark = self.raw.get(MARK)
+        return list(mark.get("fused") or ()) if isinstance(mark, Mapping) else []
+
+    @property
     def recipe(self) -> str | None:
         """The recipe this was quantised by, where our converter did it."""
         mark = self.raw.get(MARK)

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -63,7 +63,7 @@ class Merger:
     name: str
     digest: str
     merges: Mapping[str, Merge]
-    check: Callable[[Arrangement], None]
+    check: Callable[[Arrangement, Sequence[str]], None]
     command: str
     requantize: bool = False
 
@@ -329,6 +329,8 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
             part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part} or {"dtype": dtype}
     conversion = Conversion(name, folder, config, options, tuple(outputs), found, raw, generation, merger)
     raw[MARK] = {"version": mlx_diffgemma.__version__, "recipe": conversion.recipe}
+    if fused := [*config.fused, *([merger.digest] if merger else [])]:
+        raw[MARK]["fused"] = fused
     return conversion
 
 
@@ -364,7 +366,7 @@ def carry_out(name: str, mlx_path: str | Path, options: ConvertOptions, merger: 
     conversion = plan(name, folder, read_headers(folder), options, merger)
     conversion.source.check_copies()
     if merger:
-        merger.check(conversion.source)
+        merger.check(conversion.source, conversion.config.fused)
     write(conversion, target, overwrite, resume, upload_repo, progress)
     if upload_repo:
         hub.upload(target, upload_repo)

@@ -92,7 +92,9 @@ class TestPrepare:
         ({"fine_tune_type": "qlora"}, "lora, dora, full"), ({"num_layers": 0}, "-1"), ({"lora_parameters": {"rank": 8}}, "missing"),
         ({"lora_parameters": LORA | {"alpha": 16}}, "scale"), ({"lora_parameters": LORA | {"rank": 0}}, "rank"),
         ({"lora_parameters": LORA | {"dropout": 1.0}}, "dropout"), ({"lora_parameters": LORA | {"r": 8}}, "unknown: r"),
-        ({"fine_tune_type": "dora", "train_experts": True}, "DoRA")])
+        ({"fine_tune_type": "dora", "train_experts": True}, "DoRA"),
+        ({"fine_tune_type": "dora", "lora_parameters": LORA | {"keys": ["experts.down_proj"]}}, "DoRA"),
+        ({"lora_parameters": LORA | {"scale": "x"}}, "must be numbers")])
     def test_options_that_make_no_sense(self, options, word):
         with pytest.raises(UserError, match=word):
             AdapterOptions(**options)
@@ -102,6 +104,9 @@ class TestPrepare:
             prepare(load_model(divisible_folder), AdapterOptions())
         with pytest.raises(UserError, match=r"'self_attn\.qkv'"):
             prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": ["self_attn.qkv"]}))
+        for key in ("model.decoder.embed_tokens", "experts", "input_layernorm"):
+            with pytest.raises(UserError, match=key):
+                prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": [key]}))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora", "full", "experts"])

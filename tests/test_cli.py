@@ -178,6 +178,7 @@ class TestOtherCommands:
         assert packed["trajectory"] == packed["trajectory_steps"]
         assert {"device", "chip", "blas", "mlx", "os"} <= set(record["machine"])
 
+    @pytest.mark.slow
     def test_doctor_notices_other_numbers(self, monkeypatch, capsys):
         from mlx_diffgemma import model
 

@@ -207,6 +207,7 @@ class TestWhatIsKept:
                      "mlx-diffgemma convert --hf-path small -q --q-bits 3", "5.99 bits per weight", "generate --model ."):
             assert part in text, part
 
+    @pytest.mark.slow
     def test_the_cards_command_works(self, tmp_path):
         folder = convert("nano", tmp_path / "out", quantize=True)
         line = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("mlx-diffgemma generate"))
@@ -580,6 +581,7 @@ class TestBadInput:
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_script_is_the_command(tmp_path):
     words = ["--hf-path", "nano", "-q", "--q-mode", "nvfp4", "--mlx-path"]
     outs = [subprocess.run([sys.executable, *start, *words, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True,

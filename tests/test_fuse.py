@@ -132,3 +132,7 @@ def test_command(monkeypatch, capsys, divisible_folder, adapters, tmp_path):
     assert mx.abs(outputs(load_model(tmp_path / "fused")) - with_adapter(divisible_folder, adapter)).max() < 1e-4
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, "exists already" in err) == (2, True)
+    with pytest.raises(UserError, match="worked into this model already"):
+        load_adapter(load_model(tmp_path / "fused"), adapter)
+    with pytest.raises(UserError, match="worked into this model already"):
+        fuse(str(tmp_path / "fused"), adapter, tmp_path / "twice")

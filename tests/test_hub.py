@@ -93,6 +93,7 @@ def command(endpoint, home, *arguments):
                           env={**os.environ, **settings}, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 def test_download_and_run(server):
     _, endpoint, home = server
     out = command(endpoint, home, "generate", "--model", REPO, "-p", "Is 47 greater than 38?", "--seed", "1")
@@ -130,6 +131,7 @@ def test_a_model_that_cannot_be_run_is_refused_before_its_weights_are_fetched(se
     assert not any(line.startswith("GET") and "safetensors" in line for line in handler.log)
 
 
+@pytest.mark.slow
 def test_a_dry_run_fetches_headers_only(server):
     _, endpoint, home = server
     out = command(endpoint, home, "convert", "--hf-path", REPO, "-q", "--dry-run", "--json")

@@ -227,6 +227,7 @@ class TestRetries:
         run(Scripted(tiny, [UNSURE, certain(9), certain(9)]), s)
         assert [(c.steps, c.rows, c.retries) for c in s.canvases] == [(2, 48, 1), (1, 24, 0)]
 
+    @pytest.mark.slow
     def test_answers_are_put_together_from_what_was_committed(self, nano_pair):
         prompt, options = "Tell me a story about Leo the owl and a map.", {"max_denoising_steps": 5, "retry_unconverged": 2}
         with warnings.catch_warnings():

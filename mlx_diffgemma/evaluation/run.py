@@ -175,7 +175,7 @@ def _wilson(scores: np.ndarray) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     n, p, z = scores.size, scores.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n))
+    return max(0.0, float((centre - half) / (1 + z * z / n))), min(1.0, float((centre + half) / (1 + z * z / n)))
 
 
 def _bootstrap(scores: np.ndarray, rounds: int = 2000) -> tuple[float, float]:

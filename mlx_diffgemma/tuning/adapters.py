@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ class AdapterOptions:
             raise UserError(f"lora_parameters must hold rank, scale and dropout, and may hold keys; "
                             f"{f'unknown: {unknown[0]}' if unknown else f'missing: {missing[0]}'}.")
         rank, dropout = self.lora_parameters["rank"], self.lora_parameters["dropout"]
+        if not all(isinstance(self.lora_parameters[name], (int, float)) for name in ("scale", "dropout")):
+            raise UserError("The scale and the dropout of lora_parameters must be numbers.")
         if not isinstance(rank, int) or rank < 1:
             raise UserError(f"The rank must be a whole number of at least 1, got {rank}.")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout must lie between 0 and 1, got {dropout}.")
-        if self.fine_tune_type == "dora" and self.train_experts:
-            raise UserError("DoRA of the experts is not supported; use lora, or leave train_experts out.")
+        if self.fine_tune_type == "dora" and set(self.keys) & set(EXPERTS):
+            raise UserError("DoRA of the experts is not supported; use lora, or leave the experts out.")
 
     @property
     def keys(self) -> list[str]:
@@ -111,8 +113,9 @@ def prepare(model: DiffusionGemma, options: AdapterOptions) -> None:
     if options.fine_tune_type == "full":
         _unfreeze(model, options, count)
         return
-    names = {path for path, module in model.layers[-1].named_modules() if module is not model.layers[-1]}
-    names |= {path for path, _ in model.layers[0].named_modules()} | {path for path, _ in model.named_modules()}
+    linears_of = (nn.Linear, nn.QuantizedLinear, ExpertLinear, QuantizedExpertLinear)
+    names = {path for parent in (model.layers[0], model.layers[-1], model) for path, module in parent.named_modules()
+             if isinstance(module, linears_of)}
     if missing := [key for key in options.keys if key not in names]:
         raise UserError(f"lora_parameters.keys names {missing[0]!r}, which this model does not have; paths are those inside a "
                         f"layer ({ATTENTION[0]}) or from the root ({CONDITIONING[0]}).")
@@ -191,12 +194,26 @@ class Adapter:
         given = config.get("lora_parameters") or {}
         names = ("rank", "scale", "dropout", "keys")
         kind = config.get("fine_tune_type", "lora")
-        options = (AdapterOptions(kind, int(config.get("num_layers", -1)), {name: given[name] for name in names if name in given})
+        layers = config.get("num_layers", -1)
+        if not isinstance(layers, int):
+            raise UserError(f"{folder / CONFIG}: num_layers must be a whole number, got {layers!r}.")
+        options = (AdapterOptions(kind, layers, {name: given[name] for name in names if name in given})
                    if kind != "full" else AdapterOptions(kind, -1))
         return cls(folder, options, (config.get(MARK) or {}).get("base"), read_weights(path))
 
-    def check(self, base: str) -> None:
-        """Errors: UserError when it was made for another base model."""
+    @property
+    def digest(self) -> str:
+        """Of its files."""
+        found = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        with (self.folder / WEIGHTS).open("rb") as file:
+            while block := file.read(2**24):
+                found.update(block)
+        return found.hexdigest()
+
+    def check(self, base: str, fused: Sequence[str]) -> None:
+        """Errors: UserError when it was made for another base model, or is among the ``fused`` of this one already."""
+        if self.digest in fused:
+            raise UserError(f"The adapter in {self.folder} is worked into this model already; leave it out.")
         if self.base is not None and self.base != base:
             raise UserError(f"The adapter in {self.folder} was trained on another base model; give --model the one it was made "
                             "for.")
@@ -208,7 +225,7 @@ def load_adapter(model: DiffusionGemma, folder: Path) -> None:
     Errors: UserError when it is not whole, was made for another base model, or holds tensors that this one has no place for.
     """
     adapter = Adapter.read(folder)
-    adapter.check(model_fingerprint(model))
+    adapter.check(model_fingerprint(model), model.config.fused)
     if adapter.options.fine_tune_type != "full":
         prepare(model, adapter.options)
     put_weights(model, dict(tree_flatten(model.parameters())), adapter.weights, folder / WEIGHTS)

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import mlx.core as mx
 from mlx_diffgemma.convert import ConvertOptions, Merge, Merger, Progress, carry_out
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.layouts import Arrangement
-from mlx_diffgemma.tuning.adapters import CONFIG, WEIGHTS, Adapter, fingerprint
+from mlx_diffgemma.tuning.adapters import Adapter, fingerprint
 
 
 def fuse(model: str, adapter_path: str | Path = "adapters", save_path: str | Path = "fused_model", dequantize: bool = False,
@@ -37,18 +36,14 @@ def fuse(model: str, adapter_path: str | Path = "adapters", save_path: str | Pat
 
 def merger(adapter: Adapter, requantize: bool, options: ConvertOptions) -> Merger:
     """What ``adapter`` does to each matrix."""
-    def check(base: Arrangement) -> None:
+    def check(base: Arrangement, fused: Sequence[str]) -> None:
         layers = sum(name.endswith("router.scale") for name in base.tensors)
-        adapter.check(fingerprint(lambda name: base.tensors[name].read_all(), layers))
+        adapter.check(fingerprint(lambda name: base.tensors[name].read_all(), layers), fused)
 
     command = " ".join(filter(None, [f"--adapter-path {adapter.folder.name}", "--requantize" if requantize else "",
                                      "--dequantize" if options.dequantize else "",
                                      f"--dtype {options.dtype}" if options.dtype else ""]))
-    digest = hashlib.sha256((adapter.folder / CONFIG).read_bytes())
-    with (adapter.folder / WEIGHTS).open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return Merger(str(adapter.folder), digest.hexdigest(), _merges(adapter), check, command, requantize)
+    return Merger(str(adapter.folder), adapter.digest, _merges(adapter), check, command, requantize)
 
 
 def _merges(adapter: Adapter) -> dict[str, Merge]:
