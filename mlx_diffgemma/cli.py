@@ -87,6 +87,12 @@ CanvasLength = Annotated[str | None, typer.Option(help=f"Rule: positions of a ca
                                                   "in eighths of the full canvas).")]
 RerollEmpty = Annotated[int | None, typer.Option(help="Rule: try an empty first canvas again, at most so often.")]
 RetryUnconverged = Annotated[int | None, typer.Option(help="Rule: try a canvas that did not converge again, at most so often.")]
+# Of every command that writes a checkpoint:
+StoredDtype = Annotated[str | None, typer.Option(help="Store what is not quantised as float16, bfloat16 or float32. Default: as it "
+                                                 "is.")]
+UploadRepo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -364,15 +370,14 @@ def convert_command(
     q_mode: Annotated[str | None, typer.Option(help="Mode of the experts: " + ", ".join(MODES) + ".")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "--quant-predicate", help="Which tensors get how many bits: "
                                                + ", ".join(RECIPES) + ". See docs/recipes.md.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Store what is not quantised as float16, bfloat16 or float32. Default: as it "
-                                              "is.")] = None,
+    dtype: StoredDtype = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Undo a quantisation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and whether it fits this machine; of a "
                                           "Hub repository only headers are fetched.")] = False,
-    upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    upload_repo: UploadRepo = None,
     revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing conversion.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Convert or quantise a checkpoint, in far less memory than it takes."""
@@ -399,12 +404,11 @@ def fuse_command(
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Store everything unquantised.")] = False,
     requantize: Annotated[bool, typer.Option("--requantize", help="Give what the adapter changed the precision it had. Default: it "
                                              "stays unquantised, so that the result answers as the adapter did.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Store what is not quantised as float16, bfloat16 or float32. Default: as it "
-                                              "is.")] = None,
-    upload_repo: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    dtype: StoredDtype = None,
+    upload_repo: UploadRepo = None,
     revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Work an adapter into the weights of its base."""

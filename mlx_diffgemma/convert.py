@@ -264,7 +264,6 @@ class Conversion:
         sources = {piece.stored.path for o in self.outputs for t in o.source.values() for piece in t.pieces}
         files = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(sources)]
         plan = [(o.path, asdict(o.after) if o.after else None, str(o.dtype)) for o in self.outputs]
-        plan += [(self.merger.digest, None, "merged")] if self.merger else []
         versions = (mlx_diffgemma.__version__, mx.__version__, str(mx.default_device()))
         return hashlib.sha256(json.dumps([files, plan, versions, self.raw_config]).encode()).hexdigest()
 
@@ -317,12 +316,14 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
                 outputs.append(_quantised_output(path, tensors, quantised[path], options, default, merger))
             continue
         outputs.append(_float_output(key, path if dot and suffix == "weight" else key, tensors[key], recipe, options, merger))
-    if merger and (lost := merger.merges.keys() - {output.path for output in outputs}):
-        raise UserError(f"{merger.name} changes {min(lost)}, which {name} does not have.")
-    for output in outputs:
-        if output.merge and output.merge.shape != output.shape:
-            raise UserError(f"{merger.name if merger else ''} has an update of shape {output.merge.shape} for {output.path}, which "
-                            f"is {output.shape} in {name}.")
+    if merger:
+        shapes = {output.path: output.shape for output in outputs}
+        for path, merge in merger.merges.items():
+            if path not in shapes:
+                raise UserError(f"{merger.name} changes {path}, which {name} does not have.")
+            if merge.shape != shapes[path]:
+                raise UserError(f"{merger.name} has an update of shape {merge.shape} for {path}, "
+                                f"which is {shapes[path]} in {name}.")
     raw, generation = _configs(folder, config, {output.path: output.after for output in outputs}, bool(found.vision))
     if dtype := options.stored_dtype:
         for part in (raw, raw["text_config"]):

@@ -35,12 +35,13 @@ STAGES = {
     "both": Stage({4: 8_000, 6: 40_000}, 0),
     "4x4": Stage({4: 30_000}, 2, "both"),
     "6x6": Stage({6: 60_000}, 2, "both"),
+    "6x6-more": Stage({6: 60_000}, 3, "6x6"),
     "lora": Stage({4: 8_000, 6: 40_000}, 0),
     "9x9": Stage({9: 6_000}, 2, "both"),
 }
 CANVAS = {4: 24, 6: 48, 9: 64}  # a board, its line ends and the end of the turn; nano's canvas has 64 positions at most
 # What is scored: the stage (none: nano as it is), and the sizes it is asked.
-SCORED = {"nano": ("", (4, 6, 9)), "4x4": ("4x4", (4,)), "6x6": ("6x6", (6,)), "LoRA": ("lora", (4, 6)), "9x9": ("9x9", (9,))}
+SCORED = {"nano": ("", (4, 6, 9)), "4x4": ("4x4", (4,)), "6x6": ("6x6-more", (6,)), "LoRA": ("lora", (4, 6)), "9x9": ("9x9", (9,))}
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def draw(stage: Stage, work: Path) -> Path:
     """The folder of its examples; those of validation have other solutions than those trained on."""
     from mlx_diffgemma.evaluation.sudoku import draw_puzzles
 
-    folder = work / ("data-" + "-".join(f"{count}-of-{size}" for size, count in stage.puzzles.items()))
+    folder = work / ("-".join(["data", *(f"{count}-of-{size}" for size, count in stage.puzzles.items()), f"seed-{stage.seed}"]))
     if not (folder / "train.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for split, seed, held_out in (("valid", 1, True), ("train", stage.seed, False)):
@@ -107,13 +108,13 @@ def iterations(adapter: Path | None) -> int:
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = ["| model, boards | solved (95 %) | empty cells right | steps a canvas | when solved | when not |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| model, boards | scored | solved (95 %) | empty cells right | steps a canvas | when solved | when not |",
+             "|---|---|---|---|---|---|---|"]
     for name, r in record["scores"].items():
         keys = ("steps_per_canvas", "steps_when_right", "steps_when_wrong")
         steps = (f"{r[key]:.1f}" if r[key] is not None else "-" for key in keys)
         solved = f"{r['score']:.1%} ({r['low']:.1%} to {r['high']:.1%})"
-        lines.append(f"| {name} | {solved} | {r['partial']:.1%} | {' | '.join(steps)} |")
+        lines.append(f"| {name} | {r['answers']} | {solved} | {r['partial']:.1%} | {' | '.join(steps)} |")
     return "\n".join(lines)
 
 

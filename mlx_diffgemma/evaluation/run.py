@@ -100,12 +100,12 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
         raise UserError(f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds.")
     asked = [(task, list(task.questions(limit))) for task in tasks]
     mode = str(options.get("mode", "diffusion"))
-    choices = {task.name: [_choice_ids(model, tokenizer, question) for question in questions]
-               for task, questions in asked if questions[0].choices}
-    if choices and mode == "ar":
-        raise UserError(f"{next(iter(choices))} is multiple choice, which is read off a canvas; leave it out with mode 'ar'.")
+    # All that can be refused is refused before the first question is asked.
+    choices = [[_choice_ids(model, tokenizer, question) for question in questions if question.choices] for _, questions in asked]
+    if mode == "ar" and any(choices):
+        raise UserError("Multiple choice is read off a canvas; leave it out with mode 'ar'.")
     results = []
-    for task, questions in asked:
+    for (task, questions), own_choices in zip(asked, choices, strict=True):
         finished = itertools.count(1)
 
         def count(*_: object, name: str = task.name, total: int = len(questions), finished: Iterator[int] = finished) -> None:
@@ -115,8 +115,8 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
         answers: list[_Answer] = []
         for seed in seeds:
             own = [seed * 1_000_003 + index for index in range(len(questions))]
-            if task.name in choices:
-                for question, ids, number in zip(questions, choices[task.name], own, strict=True):
+            if own_choices:
+                for question, ids, number in zip(questions, own_choices, own, strict=True):
                     shares = read_choices(model, chat_ids(tokenizer, question.messages), ids, READS * number, READS)
                     answers.append(_Answer(question, question.mark(question.choices[int(shares.argmax())]), None))
                     count()
@@ -127,8 +127,7 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
                 given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count, **options)
             answers += [_Answer(q, q.mark(response.text), response) for q, response in zip(questions, given, strict=True)]
         results.append(_result(task, answers, len(questions)))
-    return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype),
-                            tuple(results))
+    return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype), tuple(results))
 
 
 def _choice_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question) -> list[list[int]]:

@@ -246,22 +246,26 @@ class _Decision:
             self.router.append(margins.astype(np.float64))
 
     def first(self, names: Sequence[str], mine: CanvasStep) -> Ended:
-        """The decision that made the difference: the first of ``names``, unless the router stood at a tie before it.
+        """The decision that made the difference: the first of ``names``, unless another stood at a tie before it.
 
-        Two experts that swap move a row's logits far, so every later decision may differ by any margin; the tie itself is
-        the decision then, held against the variants' spread of the very same margin.
+        Positions are accepted in the order of their entropies, so two that change places at the edge move the sum of the
+        smaller entropies by a whole entropy: their order is the decision then.  Two experts that swap move a row's logits
+        far, so every later decision may differ by any margin: then the router is.  Each is held against the variants' spread
+        of the very same margin.
         """
+        direct = self.margin(names[0], mine)
         row = int(self.router[0].argmin())
         spread = max(abs(float(margins[row] - self.router[0][row])) for margins in self.router[1:])
-        tie = Ended(self.index, self.number, "router", float(self.router[0][row]), spread)
-        direct = self.margin(names[0], mine)
-        return tie if tie.excused and not direct.excused else direct
+        before = [self.margin("order", mine)] if names[0] == "accepted" else []
+        before.append(Ended(self.index, self.number, "router", float(self.router[0][row]), spread))
+        return next((decision for decision in (direct, *before) if decision.excused), direct)
 
     def margin(self, name: str, mine: CanvasStep) -> Ended:
         quantity: Callable[[np.ndarray], np.ndarray] = getattr(self, f"_{name}")
         values = [quantity(scaled) for scaled in self.scaled]
         stop = name == "stop"  # one decision for the whole canvas
-        differs = np.ones(1, dtype=bool) if stop else _ids(getattr(mine, name)) != getattr(self.step, name)
+        field = "accepted" if name == "order" else name
+        differs = np.ones(1, dtype=bool) if stop else _ids(getattr(mine, field)) != getattr(self.step, field)
         margin = np.abs(values[0][differs]).max()
         spread = max(np.abs(v - values[0])[differs].max() for v in values[1:])
         return Ended(self.index, self.number, name, float(margin), float(spread))
@@ -285,6 +289,13 @@ class _Decision:
         before = np.empty_like(entropy)
         before[order] = np.cumsum(entropy[order]) - entropy[order]
         return before - self.generation.entropy_bound
+
+    def _order(self, scaled: np.ndarray) -> np.ndarray:
+        """[length] distance of the entropy from that of the nearest position on the other side of the mask."""
+        entropy, accepted = _entropy(scaled), self.step.accepted.astype(bool)
+        highest = entropy[accepted].max(initial=-np.inf)
+        lowest = entropy[~accepted].min(initial=np.inf)
+        return np.where(accepted, lowest - entropy, entropy - highest)
 
     def _stop(self, scaled: np.ndarray) -> np.ndarray:
         """[1] distance of the mean entropy from the threshold."""
