@@ -13,8 +13,10 @@ references and a length.  ``view`` mutates nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -24,6 +26,18 @@ from mlx_diffgemma.errors import UserError
 KeyValue = tuple[mx.array, mx.array]  # each [1, KV heads, entries, head size]
 FORMAT = "mlx-diffgemma cache 1"
 ROOM = 1024  # positions by which a full layer's array grows when it is full
+
+
+class HasWindow(Protocol):
+    @property
+    def window(self) -> int | None: ...
+
+
+class HasLayers(Protocol):
+    """A model's config, as far as a cache needs it: the windows of its layers."""
+
+    @property
+    def layers(self) -> Sequence[HasWindow]: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class Cache:
     ``keep_all`` keeps every entry of the sliding layers too, for training, where the canvas lies inside the sequence.
     """
 
-    def __init__(self, config: TextConfig, keep_all: bool = False):
+    def __init__(self, config: HasLayers, keep_all: bool = False):
         self.windows = tuple(layer.window for layer in config.layers)
         self.keep_all = keep_all
         self.length = 0

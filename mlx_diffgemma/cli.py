@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from mlx_diffgemma.chat import Chat
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.convert import Conversion
+    from mlx_diffgemma.drafting import DraftModel
     from mlx_diffgemma.evaluation.run import EvaluationReport, TaskResult
+    from mlx_diffgemma.model import DiffusionGemma
 
 DEFAULTS = GenerationOptions()
 app = typer.Typer(name="mlx-diffgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -93,6 +95,8 @@ StoredDtype = Annotated[str | None, typer.Option(help="Store what is not quantis
 UploadRepo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id, that guesses tokens for --mode ar; "
+                                           "it changes the speed, not the text. See docs/drafting.md.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -134,6 +138,9 @@ def generate_command(
     reroll_empty: RerollEmpty = None,
     retry_unconverged: RetryUnconverged = None,
     mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
+    draft_model: Draft = None,
+    num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens the drafter may guess at once. Default: as many as "
+                                                         "its blocks hold.")] = DEFAULTS.num_draft_tokens,
     prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
                                                            "alike encodes only the rest.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Show the canvas resolving, on a terminal only.")] = False,
@@ -148,8 +155,11 @@ def generate_command(
         raise UserError("The prompt is empty; give at least one character.")
     if ignore_chat_template and (system_prompt or think or variables):
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
+    if draft_model is not None and mode != "ar":
+        raise UserError("--draft-model works with --mode ar only.")
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
+        drafter = _drafter(draft_model, network)
     if ignore_chat_template:
         ids = encode_prompt(tokenizer, text)
     else:
@@ -163,11 +173,19 @@ def generate_command(
 
         live = LiveCanvas(tokenizer, network.config.generation.eos_token_ids, output)
     _print_answer(stream_generate(network, tokenizer, ids + prefix, prefix=prefix, on_step=live.show if live else None,
-                                  prompt_cache=cache, **options), live, as_json, verbose)
+                                  prompt_cache=cache, draft_model=drafter, **options), live, as_json, verbose)
     if cache and prompt_cache_file:
         cache.save(prompt_cache_file, tokenizer)
         if verbose:
             errors.print(f"prompt cache: {cache.reused} tokens reused, {cache.encoded} encoded", style="dim")
+
+
+def _drafter(name: str | None, network: DiffusionGemma) -> DraftModel | None:
+    if name is None:
+        return None
+    from drafter import load_drafter
+
+    return load_drafter(name, network)
 
 
 def _prompt_cache(path: Path | None, network: Any, tokenizer: Any) -> PromptCache | None:

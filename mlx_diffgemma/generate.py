@@ -25,9 +25,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma import cost, hub
-from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
+from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, CausalToken, causal_sessions
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.device import check_memory, generation_memory
+from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
@@ -53,8 +54,6 @@ REFUSED = {
     "kv_bits": "quantised caches break this family, whose attention scale is 1",
     "kv_group_size": "quantised caches break this family, whose attention scale is 1",
     "quantized_kv_start": "quantised caches break this family, whose attention scale is 1",
-    "draft_model": "speculative drafting is not there yet",
-    "num_draft_tokens": "speculative drafting is not there yet",
     "input_embeddings": "image input is not there yet",
     "min_p": "only top_k and top_p act on a canvas",
     "repetition_penalty": "it reads the tokens to the left, which a canvas does not have yet",
@@ -77,7 +76,8 @@ class GenerationOptions:
 
     ``preset`` names a set of rules (see ``rules.PRESETS``) that other options override.  ``diffusion_sampler`` is "entropy-bound",
     the reference, or "confidence-threshold" with its ``threshold``.  The options after it are the rules of
-    ``rules.RulesPolicy``, all off by default.
+    ``rules.RulesPolicy``, all off by default.  ``num_draft_tokens``: how many tokens a ``draft_model`` may propose at once with
+    ``mode="ar"``; None: as many as its blocks hold.
     """
 
     max_tokens: int | None = None
@@ -104,6 +104,7 @@ class GenerationOptions:
     canvas_length: int | str | None = None
     reroll_empty: int | None = None
     retry_unconverged: int | None = None
+    num_draft_tokens: int | None = None
     prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
@@ -124,6 +125,8 @@ class GenerationOptions:
             raise UserError(f"Unknown mode {self.mode!r}; use one of {', '.join(MODES)}.")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}.")
+        if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
+            raise UserError(f"num_draft_tokens must be at least 1, got {self.num_draft_tokens}.")
         if self.prefill_step_size < 2:
             raise UserError(f"prefill_step_size must be at least 2, got {self.prefill_step_size}.")
         check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p)
@@ -198,8 +201,8 @@ class GenerationResponse:
 
     Beyond them: ``tokens`` of this piece (the end token included), ``thought`` and ``tool_calls`` parsed out of the text,
     denoising ``steps`` of this canvas and the canvas ``rows`` they computed, ``tokens_per_forward`` so far (end token
-    included, prefill and commits not counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, and
-    the ``seed``.
+    included, prefill and commits not counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the
+    ``seed``, and of a draft model's tokens so far how many it ``proposed`` and how many of these were ``accepted``.
     """
 
     text: str
@@ -222,6 +225,8 @@ class GenerationResponse:
     retries: int = 0
     rows: int = 0
     seed: int = 0
+    proposed: int = 0
+    accepted: int = 0
     parts: tuple[GenerationResponse, ...] = ()  # the responses a whole answer of batch_generate was put together from
 
 
@@ -249,17 +254,20 @@ def stream_generate(
     prefix: Sequence[int] = (),
     prompt_cache: PromptCache | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    draft_model: DraftModel | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Answer ``prompt`` (text, or ids), yielding a response a canvas.
 
     ``on_step`` is shown every denoising step and cannot change a token.  ``prefix`` are ids at the end of the prompt that
     already belong to the answer (a prefilled thought, say), so that the parser knows where it stands.  ``prompt_cache``
-    keeps what was encoded, so that a next prompt that begins alike encodes only the rest.  ``options`` are the
+    keeps what was encoded, so that a next prompt that begins alike encodes only the rest.  ``draft_model`` proposes tokens,
+    which the model checks; it saves forwards and changes no token but where rounding breaks a tie.  ``options`` are the
     fields of GenerationOptions.  Errors: UserError, for options out of range and prompts that do not fit the context.
     """
     chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
     _check_policy(policy, options)
+    _check_draft(draft_model, chosen)
     request = _Request.prepare(model, tokenizer, prompt, chosen, prefix)
     _check_room(model, [request], 1)
     if chosen.mode == "ar":
@@ -267,7 +275,7 @@ def stream_generate(
             raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
         if prompt_cache is not None:
             raise UserError("prompt_cache belongs to canvases; leave it out with mode 'ar'.")
-        return _stream_causal(model, request, chosen)
+        return _stream_causal(model, request, chosen, draft_model)
     return _stream_canvases(model, request, policy or chosen.policy(model), chosen, on_step, prompt_progress_callback, prompt_cache)
 
 
@@ -291,6 +299,7 @@ def batch_generate(
     *,
     seeds: Sequence[int] | None = None,
     policy: Policy | None = None,
+    draft_model: DraftModel | None = None,
     batch_size: int = 8,
     on_answer: Callable[[int, GenerationResponse], None] | None = None,
     **options: Any,
@@ -302,6 +311,7 @@ def batch_generate(
     """
     chosen = GenerationOptions.from_keywords(options)
     _check_policy(policy, options)
+    _check_draft(draft_model, chosen)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if seeds is not None and len(seeds) != len(prompts):
@@ -310,9 +320,12 @@ def batch_generate(
                 for index, prompt in enumerate(prompts)]
     _check_room(model, requests, batch_size)
     answers: list[GenerationResponse | None] = [None] * len(requests)
-    run = _batch_causal if chosen.mode == "ar" else _batch_canvases
+    if chosen.mode == "ar":
+        run = _batch_causal(model, requests, chosen, batch_size, draft_model)
+    else:
+        run = _batch_canvases(model, requests, policy or chosen.policy(model), chosen, batch_size)
     with generation_memory():
-        for index, response in run(model, requests, policy or chosen.policy(model), chosen, batch_size):
+        for index, response in run:
             answers[index] = response
             if on_answer:
                 on_answer(index, response)
@@ -321,10 +334,11 @@ def batch_generate(
 
 def summary(response: GenerationResponse) -> str:
     """The figures of a finished answer in two lines."""
-    canvases = f"{response.tokens_per_forward:.1f} tokens a forward, {response.canvas_index + 1} canvas(es), "
+    canvases = f"{response.canvas_index + 1} canvas(es), " if response.steps else ""
+    drafted = f"{response.accepted} of {response.proposed} drafted tokens accepted, " if response.proposed else ""
     return (f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
             f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s, "
-            f"{canvases if response.steps else ''}"
+            f"{response.tokens_per_forward:.1f} tokens a forward, {canvases}{drafted}"
             f"peak memory {response.peak_memory:.2f} GB, finished by {response.finish_reason}, seed {response.seed}")
 
 
@@ -342,6 +356,8 @@ class _Request:
     produced: int = 0  # tokens, end token included
     cut: int = 0  # tokens, cut at the limit, end token left out
     forwards: int = 0
+    proposed: int = 0  # by a drafter, and how many of these were right
+    accepted: int = 0
     anything: bool = False  # whether text or a call has come
     responses: list[GenerationResponse] = field(default_factory=list)
 
@@ -369,7 +385,8 @@ class _Request:
     def begin(self) -> None:
         self.began = time.perf_counter()
 
-    def add(self, tokens: Sequence[int], logprobs: Any, done: bool, canvas: Canvas | None = None) -> GenerationResponse:
+    def add(self, tokens: Sequence[int], logprobs: Any, done: bool, canvas: Canvas | None = None, from_draft: bool = False,
+            ) -> GenerationResponse:
         """The response for newly produced ``tokens`` (an end token, if any, is the last); ``done``: nothing follows."""
         ended = bool(tokens) and tokens[-1] in self.eos_ids
         visible = list(tokens[:-1] if ended else tokens)
@@ -392,7 +409,7 @@ class _Request:
         if steps:
             logprobs = logprobs[: len(tokens)]
         response = GenerationResponse(
-            text=text, token=int(tokens[-1]) if tokens else -1, logprobs=logprobs, from_draft=False,
+            text=text, token=int(tokens[-1]) if tokens else -1, logprobs=logprobs, from_draft=from_draft,
             prompt_tokens=len(self.ids), prompt_tps=len(self.ids) / max(self.prefill_seconds, 1e-9),
             generation_tokens=min(self.cut + ended, self.limit),
             generation_tps=min(self.cut + ended, self.limit) / max(now - self.began - self.prefill_seconds, 1e-9),
@@ -400,12 +417,17 @@ class _Request:
             thought=thought, tool_calls=calls, steps=steps,
             tokens_per_forward=self.produced / self.forwards if self.forwards else 1.0,
             canvas_index=index, converged=canvas.converged if canvas else True, retries=canvas.retries if canvas else 0,
-            rows=canvas.rows if canvas else 0, seed=self.seed,
+            rows=canvas.rows if canvas else 0, seed=self.seed, proposed=self.proposed, accepted=self.accepted,
         )
         # The causal mode's rows over the vocabulary are for the caller; keeping them would grow by a megabyte a token.
         self.responses.append(response if steps else replace(response, logprobs=None))
         self._warn(response)
         return response
+
+    def add_token(self, new: CausalToken, done: bool) -> GenerationResponse:
+        session = new.session
+        self.forwards, self.proposed, self.accepted = session.forwards, session.proposed, session.accepted
+        return self.add([new.token], new.logprobs, done, from_draft=new.from_draft)
 
     def add_canvas(self, canvas: Canvas, done: bool) -> GenerationResponse:
         return self.add(canvas.tokens.tolist(), canvas.logprobs, done, canvas)
@@ -471,6 +493,14 @@ def _check_policy(policy: Policy | None, options: dict[str, Any]) -> None:
         raise UserError(f"{decided[0]} is for the policy to decide, which was given; set it there.")
 
 
+def _check_draft(draft: DraftModel | None, options: GenerationOptions) -> None:
+    """Errors: UserError for a draft model where nothing asks it, and for its options without one."""
+    if draft is not None and options.mode != "ar":
+        raise UserError("draft_model works with mode 'ar' only; choose that or leave it out.")
+    if draft is None and options.num_draft_tokens is not None:
+        raise UserError("num_draft_tokens has no meaning without a draft_model; leave it out.")
+
+
 def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:
     return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit, prompt_cache=prompt_cache)
 
@@ -491,22 +521,25 @@ def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, o
                     yield request.add_canvas(session.canvases[-1], session.finished)
 
 
-def _stream_causal(model: DiffusionGemma, request: _Request, options: GenerationOptions) -> Iterator[GenerationResponse]:
-    loop = _causal_loop(model, [request], options)
+def _stream_causal(model: DiffusionGemma, request: _Request, options: GenerationOptions, draft: DraftModel | None,
+                   ) -> Iterator[GenerationResponse]:
+    loop = _causal_loop(model, [request], options, draft)
     with generation_memory():
         request.begin()
         loop.prefill()
         while loop.active:
-            for session, token, logprobs in loop.advance():
-                request.prefill_seconds = request.prefill_seconds or time.perf_counter() - request.began
-                yield request.add([token], logprobs, done=session.finished)
+            new = loop.advance()
+            request.prefill_seconds = request.prefill_seconds or time.perf_counter() - request.began
+            for token in new:
+                yield request.add_token(token, done=token.session.finished and token is new[-1])
 
 
-def _causal_loop(model: DiffusionGemma, requests: Sequence[_Request], options: GenerationOptions) -> CausalLoop:
+def _causal_loop(model: DiffusionGemma, requests: Sequence[_Request], options: GenerationOptions, draft: DraftModel | None,
+                 ) -> CausalLoop:
     sessions = causal_sessions(model, [r.ids for r in requests],
                                CausalPolicy(options.temperature or 0.0, options.top_k, options.top_p),
                                [r.draws(model) for r in requests], requests[0].eos_ids, [r.limit for r in requests])
-    return CausalLoop(model, sessions, options.prefill_step_size)
+    return CausalLoop(model, sessions, options.prefill_step_size, draft.causal(model) if draft else None, options.num_draft_tokens)
 
 
 def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy: Policy, options: GenerationOptions,
@@ -532,20 +565,22 @@ def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy:
                     yield index, requests[index].whole()
 
 
-def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], policy: Policy, options: GenerationOptions,
-                  batch_size: int) -> Iterator[tuple[int, GenerationResponse]]:
-    del policy  # canvases have one, the causal mode its temperature
+def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], options: GenerationOptions, batch_size: int,
+                  draft: DraftModel | None) -> Iterator[tuple[int, GenerationResponse]]:
     for first in range(0, len(requests), batch_size):
         group = requests[first : first + batch_size]
-        loop = _causal_loop(model, group, options)
+        loop = _causal_loop(model, group, options, draft)
         place = {id(session): row for row, session in enumerate(loop.sessions)}
         for request in group:
             request.begin()
         loop.prefill()
         while loop.active:
-            for session, token, _ in loop.advance():
-                row = place[id(session)]
+            new = loop.advance()
+            last = {id(token.session): token for token in new}
+            for token in new:
+                row = place[id(token.session)]
                 group[row].prefill_seconds = group[row].prefill_seconds or time.perf_counter() - group[row].began
-                group[row].add([token], None, done=session.finished)
-                if session.finished:
+                done = token.session.finished and token is last[id(token.session)]
+                group[row].add_token(token._replace(logprobs=None), done)
+                if done:
                     yield first + row, group[row].whole()

@@ -113,8 +113,13 @@ GENERATION = {"max_denoising_steps": 8, "sampler_config": {"_cls_name": "Entropy
 
 def make_checkpoint(folder: Path, shape: str = "five-and-one", seed: int = 0, shards: int = 2, calm: bool = True,
                     extra: dict[str, np.ndarray] | None = None) -> Path:
-    """A checkpoint folder without tokenizer, in ``shards`` files with an index."""
-    config = config_dict(**(DIVISIBLE if shape == "divisible" else SHAPES[shape]))
+    """A checkpoint folder without tokenizer, in ``shards`` files with an index; ``shape`` by its name."""
+    return write_checkpoint(folder, DIVISIBLE if shape == "divisible" else SHAPES[shape], seed, shards, calm, extra)
+
+
+def write_checkpoint(folder: Path, shape: dict[str, Any], seed: int = 0, shards: int = 2, calm: bool = True,
+                     extra: dict[str, np.ndarray] | None = None) -> Path:
+    config = config_dict(**shape)
     weights = random_weights(config, seed, calm) | (extra or {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

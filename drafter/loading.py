@@ -1,0 +1,60 @@
+"""Drafters in folders, and whether one belongs to a target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from drafter.config import DrafterConfig
+from drafter.model import Drafter
+from mlx_diffgemma import hub
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.storage import read_headers
+
+
+def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None) -> Drafter:
+    """The drafter of a folder or Hub repository, in the target's dtype.
+
+    Errors: UserError for what is no drafter, a damaged one, and one made for another target.
+    """
+    folder = hub.resolve(name, revision, before_weights=DrafterConfig.from_folder)
+    config = DrafterConfig.from_folder(folder)
+    check_pairing(config, target, name)
+    drafter = Drafter(config)
+    stored, wanted = read_headers(folder), dict(tree_flatten(drafter.parameters()))
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise UserError(f"{name} lacks the tensor {missing[0]!r}; it is no whole drafter, download it again.")
+    for key, value in wanted.items():
+        if stored[key].shape != value.shape:
+            raise UserError(f"{name}: the tensor {key!r} has shape {stored[key].shape}, its config.json says {value.shape}.")
+    weights: dict[str, mx.array] = {}
+    for path in {tensor.path for tensor in stored.values()}:
+        weights |= dict(mx.load(str(path)))
+    update = {key: weights[key] if value.dtype == mx.int32 else weights[key].astype(target.dtype) for key, value in wanted.items()}
+    drafter.update(tree_unflatten(list(update.items())))
+    drafter.eval()
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+def check_pairing(config: DrafterConfig, target: DiffusionGemma, name: str = "The drafter") -> None:
+    """Errors: UserError naming in what drafter and target differ."""
+    text = target.config.text
+    for what, drafts, has in (("hidden size", config.hidden_size, text.hidden_size),
+                              ("vocabulary", config.vocab_size, text.vocab_size),
+                              ("number of target layers", config.num_target_layers, len(text.layers))):
+        if drafts != has:
+            raise UserError(f"{name} does not fit this model: it was made for a {what} of {drafts:,}, this one has {has:,}.")
+
+
+def save_drafter(drafter: Drafter, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(drafter.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(drafter.parameters())),
+                        {"format": "mlx", **(metadata or {})})
