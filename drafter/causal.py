@@ -6,38 +6,21 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from drafter.model import Borrowed, Drafter
+from drafter.context import Reader
 from mlx_diffgemma.autoregressive import CausalSession, draw_positions
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.drafting import Taps
-from mlx_diffgemma.model import DiffusionGemma, Segment
+from mlx_diffgemma.model import Segment
 
 
-class CausalDraft:
+class CausalDraft(Reader):
     """Implements :class:`mlx_diffgemma.drafting.CausalDrafter`.
 
     A guess is drawn with the very ``u`` with which the target will draw that position: where both distributions are alike, so
     are the tokens, also at high temperatures.
     """
 
-    def __init__(self, drafter: Drafter, target: DiffusionGemma):
-        self.drafter, self.borrowed = drafter, Borrowed(target, drafter)
-
-    @property
-    def taps(self) -> Sequence[int]:
-        return self.drafter.config.taps
-
     @property
     def longest(self) -> int:
         return self.drafter.config.block_size - 1
-
-    def begin(self) -> Cache:
-        return Cache(self.drafter.config)
-
-    def read(self, sessions: Sequence[CausalSession], taps: Sequence[Taps]) -> None:
-        caches = [session.draft for session in sessions]
-        self.drafter.absorb([self.drafter.features(own) for own in taps], caches)
-        mx.eval([array for cache in caches for array in cache.arrays])
 
     def propose(self, sessions: Sequence[CausalSession], counts: Sequence[int]) -> list[list[int]]:
         blocks, segments, start = [], [], 0

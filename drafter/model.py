@@ -22,10 +22,14 @@ from mlx_lm.models.rope_utils import initialize_rope
 from drafter.config import DrafterConfig, DraftLayer
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.model import DiffusionGemma, Segment, soft_cap
+from mlx_diffgemma.sampler import largest
 
 if TYPE_CHECKING:
+    from drafter.canvas import DraftPolicy, DraftRules
     from drafter.causal import CausalDraft
+    from mlx_diffgemma.policy import Policy
 
+KEPT = 16  # tokens that carry what a pass believes on to the next one
 Rope = Callable[..., mx.array]
 
 
@@ -56,6 +60,12 @@ class Borrowed:
     def tokens(self, places: mx.array) -> mx.array:
         """Token ids of places in ``logits``."""
         return (places if self.ids is None else self.ids[places]).astype(mx.int32)
+
+    def belief(self, logits: mx.array) -> mx.array:
+        """The mean embedding [rows, hidden] under the ``KEPT`` most probable tokens of ``logits`` [rows, tokens]."""
+        places = largest(logits, min(KEPT, logits.shape[-1]))
+        shares = mx.softmax(mx.take_along_axis(logits, places, axis=-1), axis=-1)
+        return self.soft_embed(shares, self.tokens(places))
 
 
 def _some_rows(table: nn.Embedding | nn.QuantizedEmbedding, ids: mx.array) -> Callable[[mx.array], mx.array]:
@@ -199,6 +209,16 @@ class Drafter(nn.Module):
 
         check_pairing(self.config, target)
         return CausalDraft(self, target)
+
+    def canvas(self, target: DiffusionGemma, base: Policy, rules: DraftRules | None = None) -> DraftPolicy:
+        """``base``, beginning its canvases from this drafter's guesses.  Errors: UserError when it was made for another target, or
+        for decoding left to right only."""
+        from drafter.canvas import CanvasDraft, DraftPolicy, DraftRules
+        from drafter.loading import check_pairing
+
+        check_pairing(self.config, target)
+        rules = rules or DraftRules()
+        return DraftPolicy(base, CanvasDraft(self, target, rules), rules.watchdog)
 
     def condition(self, x: mx.array, soft_embedding: mx.array) -> mx.array:
         """``x`` [rows, hidden] with the self-conditioning signal [rows, hidden] of an earlier pass added."""

@@ -95,8 +95,8 @@ StoredDtype = Annotated[str | None, typer.Option(help="Store what is not quantis
 UploadRepo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id, that guesses tokens for --mode ar; "
-                                           "it changes the speed, not the text. See docs/drafting.md.")]
+Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id: it guesses canvases, or the next "
+                                           "tokens with --mode ar, and the model checks. See docs/drafting.md.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -155,8 +155,6 @@ def generate_command(
         raise UserError("The prompt is empty; give at least one character.")
     if ignore_chat_template and (system_prompt or think or variables):
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
-    if draft_model is not None and mode != "ar":
-        raise UserError("--draft-model works with --mode ar only.")
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
         drafter = _drafter(draft_model, network)

@@ -6,13 +6,15 @@ Whatever a drafter proposes, the target decides: a bad one costs time, never a t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
 if TYPE_CHECKING:
     from mlx_diffgemma.autoregressive import CausalSession
     from mlx_diffgemma.model import DiffusionGemma
+    from mlx_diffgemma.policy import Policy
+    from mlx_diffgemma.session import Session
 
 Taps = Mapping[int, mx.array]  # hidden states [rows, hidden] after some layers, by layer
 
@@ -40,8 +42,37 @@ class CausalDrafter(Protocol):
         state yet."""
 
 
+class Draft(NamedTuple):
+    """What a canvas begins with: ``ids`` [length], the self-conditioning signal ``soft`` [length, hidden] of the first step or
+    None, and the mask ``drafted`` [length] of the positions whose ids are guesses; the others are noise."""
+
+    ids: mx.array
+    soft: mx.array | None
+    drafted: mx.array
+
+
+class CanvasDrafter(Protocol):
+    """Guesses what a canvas will hold before its first step.  What it keeps of an answer stands in the session's ``draft``."""
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """The layers of the target whose hidden states it reads."""
+
+    def begin(self) -> Any:
+        """What to keep in a session's ``draft``."""
+
+    def read(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> None:
+        """Take note of rows that are in the target's caches now."""
+
+    def seed(self, sessions: Sequence[Session]) -> list[Draft]:
+        """For sessions that have just opened a canvas of noise."""
+
+
 class DraftModel(Protocol):
     """What ``draft_model=`` takes."""
 
     def causal(self, target: DiffusionGemma) -> CausalDrafter:
         """For ``mode="ar"``.  Errors: UserError when it does not fit the target."""
+
+    def canvas(self, target: DiffusionGemma, base: Policy) -> Policy:
+        """``base``, beginning its canvases from drafts.  Errors: UserError when it does not fit the target."""

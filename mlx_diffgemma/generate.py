@@ -261,9 +261,10 @@ def stream_generate(
 
     ``on_step`` is shown every denoising step and cannot change a token.  ``prefix`` are ids at the end of the prompt that
     already belong to the answer (a prefilled thought, say), so that the parser knows where it stands.  ``prompt_cache``
-    keeps what was encoded, so that a next prompt that begins alike encodes only the rest.  ``draft_model`` proposes tokens,
-    which the model checks; it saves forwards and changes no token but where rounding breaks a tie.  ``options`` are the
-    fields of GenerationOptions.  Errors: UserError, for options out of range and prompts that do not fit the context.
+    keeps what was encoded, so that a next prompt that begins alike encodes only the rest.  ``draft_model`` proposes tokens, which
+    the model checks: with ``mode="ar"`` that changes no token but where rounding breaks a tie; a canvas starts from other ids and
+    may end in another text, under the same certificate (docs/drafting.md).  ``options`` are the fields of GenerationOptions.
+    Errors: UserError, for options out of range and prompts that do not fit the context.
     """
     chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
     _check_policy(policy, options)
@@ -276,7 +277,10 @@ def stream_generate(
         if prompt_cache is not None:
             raise UserError("prompt_cache belongs to canvases; leave it out with mode 'ar'.")
         return _stream_causal(model, request, chosen, draft_model)
-    return _stream_canvases(model, request, policy or chosen.policy(model), chosen, on_step, prompt_progress_callback, prompt_cache)
+    if draft_model is not None and prompt_cache is not None:
+        raise UserError("A prompt_cache does not keep what a draft_model reads; leave one of them out.")
+    return _stream_canvases(model, request, _policy(model, policy, chosen, draft_model), chosen, on_step, prompt_progress_callback,
+                            prompt_cache)
 
 
 def generate(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: bool = False,
@@ -323,7 +327,7 @@ def batch_generate(
     if chosen.mode == "ar":
         run = _batch_causal(model, requests, chosen, batch_size, draft_model)
     else:
-        run = _batch_canvases(model, requests, policy or chosen.policy(model), chosen, batch_size)
+        run = _batch_canvases(model, requests, _policy(model, policy, chosen, draft_model), chosen, batch_size)
     with generation_memory():
         for index, response in run:
             answers[index] = response
@@ -430,6 +434,7 @@ class _Request:
         return self.add([new.token], new.logprobs, done, from_draft=new.from_draft)
 
     def add_canvas(self, canvas: Canvas, done: bool) -> GenerationResponse:
+        self.proposed, self.accepted = self.proposed + canvas.proposed, self.accepted + canvas.accepted
         return self.add(canvas.tokens.tolist(), canvas.logprobs, done, canvas)
 
     def whole(self) -> GenerationResponse:
@@ -494,11 +499,14 @@ def _check_policy(policy: Policy | None, options: dict[str, Any]) -> None:
 
 
 def _check_draft(draft: DraftModel | None, options: GenerationOptions) -> None:
-    """Errors: UserError for a draft model where nothing asks it, and for its options without one."""
-    if draft is not None and options.mode != "ar":
-        raise UserError("draft_model works with mode 'ar' only; choose that or leave it out.")
-    if draft is None and options.num_draft_tokens is not None:
-        raise UserError("num_draft_tokens has no meaning without a draft_model; leave it out.")
+    """Errors: UserError for options of a draft model that have no meaning."""
+    if options.num_draft_tokens is not None and (draft is None or options.mode != "ar"):
+        raise UserError("num_draft_tokens has no meaning without a draft_model and mode 'ar'; leave it out.")
+
+
+def _policy(model: DiffusionGemma, given: Policy | None, options: GenerationOptions, draft: DraftModel | None) -> Policy:
+    policy = given or options.policy(model)
+    return draft.canvas(model, policy) if draft else policy
 
 
 def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:

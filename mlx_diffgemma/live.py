@@ -18,6 +18,7 @@ from mlx_diffgemma.session import CanvasStep
 FRAMES_PER_SECOND = 15
 # Entropy in nats, from certain to guessing; the first bound that is not passed gives the style.
 STYLES = ((0.005, "bold"), (0.1, "green"), (0.7, "yellow"), (2.0, "red"), (float("inf"), "dim red"))
+STANDS, REPAIRED = "underline", "reverse"  # what a drafter guessed and is still there, or is another token now
 
 
 class LiveCanvas:
@@ -50,12 +51,30 @@ class LiveCanvas:
         canvas = self._render(step)
         footer = Text(f"\ncanvas {step.canvas_index + 1}, step {step.step + 1} of at most {step.max_steps}, "
                       f"mean entropy {step.mean_entropy:.3f} nats", style="dim")
-        self._live.update(canvas + footer, refresh=True)
+        self._live.update(canvas + footer + self._drafted(step), refresh=True)
+
+    def _end(self, ids: list[int]) -> int:
+        """The position of the first end token, or that after the last one."""
+        return next((place for place, token in enumerate(ids) if token in self._eos), len(ids))
+
+    def _drafted(self, step: CanvasStep) -> Text:
+        """How many positions of the text were drafted, and what became of them."""
+        if step.draft is None:
+            return Text()
+        end = self._end(np.array(step.argmax).tolist())
+        guess, argmax = np.array(step.draft)[:end], np.array(step.argmax)[:end]
+        drafted, stands = int((guess >= 0).sum()), int((guess == argmax).sum())
+        found = Text(f"\n{drafted} positions drafted, ", style="dim")
+        return found.append(f"{stands} stand", style=STANDS).append(", ").append(f"{drafted - stands} repaired", style=REPAIRED)
 
     def _render(self, step: CanvasStep) -> Text:
         ids, entropy, text = np.array(step.argmax).tolist(), np.array(step.entropy).tolist(), Text()
-        end = next((place for place, token in enumerate(ids) if token in self._eos), len(ids))
+        end = self._end(ids)
         styles = [next(style for bound, style in STYLES if nats <= bound) for nats in entropy[:end]]
+        if step.draft is not None:
+            guesses = np.array(step.draft).tolist()
+            styles = [style if guess < 0 else f"{style} {STANDS if guess == token else REPAIRED}"
+                      for style, guess, token in zip(styles, guesses, ids, strict=False)]
         # Neighbours of one style are decoded together, so that a character of several tokens stays whole.
         for style, run in itertools.groupby(zip(ids[:end], styles, strict=True), key=lambda pair: pair[1]):
             text.append(self._decode([token for token, _ in run], skip_special_tokens=True), style=style)

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.drafting import CanvasDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.sampler import Before, SamplerStep, StepNumbers, sample_step
@@ -33,7 +34,7 @@ class Standing:
 
     ``stop`` is the flag of the device's stop rule.  ``entropies`` (mean, nats) and ``ends`` (position of the first end
     token in the argmax, or the canvas's length) have one entry for each step of this attempt, the last of this one.
-    ``retry`` counts the attempts before.
+    ``retry`` counts the attempts before.  ``drafted``: this attempt began from a drafter's guesses.
     """
 
     canvas_index: int
@@ -42,6 +43,7 @@ class Standing:
     stop: bool
     entropies: Sequence[float]
     ends: Sequence[int]
+    drafted: bool = False
 
     @property
     def steps(self) -> int:
@@ -68,6 +70,14 @@ class Policy(Protocol):
     @property
     def fuses_commit(self) -> bool:
         """Whether a finished canvas may be encoded together with the first step of the next one."""
+
+    @property
+    def drafter(self) -> CanvasDrafter | None:
+        """What guesses the first attempt at each canvas; None: it begins with what ``seed`` gives."""
+
+    @property
+    def sampling(self) -> Policy:
+        """The policy whose ``sample`` this one uses: itself, or what it wraps."""
 
     def canvas_length(self, canvas_index: int, remaining: int, full: int) -> int:
         """How long a canvas is, of at most ``full`` positions, when the answer may have ``remaining`` more tokens."""
@@ -139,6 +149,14 @@ class ReferencePolicy:
     @property
     def name(self) -> str:
         return "reference"
+
+    @property
+    def drafter(self) -> CanvasDrafter | None:
+        return None
+
+    @property
+    def sampling(self) -> Policy:
+        return self
 
     @property
     def certificate(self) -> str:

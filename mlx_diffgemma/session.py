@@ -22,6 +22,7 @@ import numpy as np
 
 from mlx_diffgemma import conditioning
 from mlx_diffgemma.cache import ROOM, Cache
+from mlx_diffgemma.drafting import CanvasDrafter, Draft
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
@@ -39,8 +40,9 @@ class CanvasStep:
 
     ``canvas`` is what the next step would start from, ``argmax`` what would be committed now; with the ``accepted``
     mask, the ``entropy`` in nats and the ``logprob`` of the argmax under the scaled distribution all are [length].
-    ``reason`` is None while the canvas goes on, then "converged", "plateau" or "max_steps"; ``certificate`` names the rule
-    under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt ``retry`` + 1.
+    ``reason`` is None while the canvas goes on, then "converged", "plateau", "max_steps" or "watchdog"; ``certificate`` names
+    the rule under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt
+    ``retry`` + 1.  ``draft`` holds what a drafter guessed at each position, -1 where it made no guess.
     """
 
     canvas_index: int
@@ -56,6 +58,7 @@ class CanvasStep:
     reason: str | None = None
     certificate: str | None = None
     rejected: bool = False
+    draft: mx.array | None = None
 
     @property
     def stopped(self) -> bool:
@@ -70,7 +73,8 @@ class CanvasStep:
 class Canvas:
     """A finished canvas: its ids up to and including the end token, and how it came about.
 
-    ``steps`` counts those of all attempts, the ``retries`` included; ``rows`` the canvas rows they computed.
+    ``steps`` counts those of all attempts, the ``retries`` included; ``rows`` the canvas rows they computed.  Of what a drafter
+    ``proposed`` for the part that is kept, ``accepted`` was committed.
     """
 
     tokens: np.ndarray
@@ -80,6 +84,8 @@ class Canvas:
     converged: bool
     ended: bool
     retries: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
 
 class Session:
@@ -108,6 +114,9 @@ class Session:
         self.retry = self.steps = self.rows = 0  # of the current canvas: attempts before, and what all attempts took
         self.canvas: mx.array | None = None  # None between two canvases
         self.rejected: list[CanvasStep] = []  # the last steps of attempts that did not converge
+        self.draft = policy.drafter.begin() if policy.drafter else None  # the drafter's own
+        self.guess: mx.array | None = None  # what it put into the current canvas, -1 where nothing
+        self.signal: mx.array | None = None  # and the first step's self-conditioning
 
     @property
     def canvas_index(self) -> int:
@@ -126,6 +135,13 @@ class Session:
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
         self.entropies: list[float] = []
         self.ends: list[int] = []
+        self.guess = self.signal = None
+
+    def begin_from(self, draft: Draft) -> None:
+        """The canvas just opened begins with ``draft``, unless that is empty."""
+        if draft.soft is not None or draft.drafted.any().item():
+            self.canvas, self.signal = draft.ids, draft.soft
+            self.guess = mx.where(draft.drafted, draft.ids, -1)
 
     def read(self, stop: bool, mean_entropy: float, end: int) -> Standing:
         """Take note of what the host read of a step; ``end`` is the position of the first end token."""
@@ -133,7 +149,8 @@ class Session:
         self.steps, self.rows = self.steps + 1, self.rows + self.canvas.size
         self.entropies.append(mean_entropy)
         self.ends.append(end)
-        self.standing = Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends)
+        self.standing = Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends,
+                                 self.guess is not None)
         return self.standing
 
     def encoded(self) -> None:
@@ -146,10 +163,12 @@ class Session:
         """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""
         if not step.stopped:
             rows = self.policy.keeps(self.standing, step.canvas.size)
-            self.canvas, self.accepted = step.canvas[:rows], step.accepted[:rows]
+            self.canvas, self.accepted, self.signal = step.canvas[:rows], step.accepted[:rows], None
+            self.guess = None if self.guess is None else self.guess[:rows]
             self.history = tuple(argmax[:rows] for argmax in (*self.history, step.argmax)[1:]) if self.history else ()
         elif step.rejected:
-            if step.reason != "converged" and self.ends[-1]:  # an empty one is no answer to come back to
+            # An empty one is no answer to come back to, nor is a draft that the watchdog ended.
+            if step.reason not in ("converged", "watchdog") and self.ends[-1]:
                 self.rejected.append(step)
             self.retry += 1
             self.open_canvas()
@@ -160,8 +179,10 @@ class Session:
         argmax = np.array(step.argmax)
         ends = np.flatnonzero(np.isin(argmax, self.eos_ids))
         kept = argmax[: ends[0] + 1] if ends.size else argmax
+        guess = np.full(kept.size, -1) if step.draft is None else np.array(step.draft)[: kept.size]
         self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.steps, self.rows,
-                                    step.reason == "converged", ends.size > 0, self.retry))
+                                    step.reason == "converged", ends.size > 0, self.retry, int((guess >= 0).sum()),
+                                    int((guess == kept).sum())))
         self.pending, self.canvas, self.rejected = argmax, None, []
         self.retry = self.steps = self.rows = 0
         self.ids += argmax.tolist()
@@ -177,8 +198,12 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
     while waiting := [s for s in sessions if s.pending.size]:
         # A last chunk of one row joins the one before it: a single row takes other kernels and rounds differently.
         sizes = [chunk if s.pending.size > chunk + 1 else s.pending.size for s in waiting]
-        model.encode([mx.array(s.pending[:size]) for s, size in zip(waiting, sizes, strict=True)],
-                     [s.cache for s in waiting])
+        taps = sorted({layer for s in waiting if s.policy.drafter for layer in s.policy.drafter.taps})
+        output = model.encode([mx.array(s.pending[:size]) for s, size in zip(waiting, sizes, strict=True)],
+                              [s.cache for s in waiting], taps=taps)
+        for drafter, rows in _drafted(waiting).items():
+            drafter.read([waiting[row] for row in rows], [{layer: output.taps[layer][row] for layer in drafter.taps}
+                                                          for row in rows])
         for session, size in zip(waiting, sizes, strict=True):
             session.pending = session.pending[size:]
         mx.eval([array for s in waiting for array in s.cache.arrays])
@@ -217,6 +242,10 @@ class Loop:
                 session.prefill_seconds = session.prefill_seconds or time.perf_counter() - began
         for session in opening:
             session.open_canvas()
+        for drafter, places in _drafted(opening).items():
+            begun = [opening[place] for place in places]
+            for session, draft in zip(begun, drafter.seed(begun), strict=True):
+                session.begin_from(draft)
         if not active:
             return []
         soft = self._soft_embeddings()
@@ -241,7 +270,7 @@ class Loop:
 
     def _soft_embeddings(self) -> dict[int, mx.array]:
         """The signal [length, hidden] of each session that goes on with its canvas, by id of the session."""
-        soft: dict[int, mx.array] = {}
+        soft = {id(session): session.signal for session in self.sessions if session.signal is not None and session.step == 0}
         for group, belief in self._beliefs:
             lengths = {row: session.canvas.size for row, session in enumerate(group)
                        if session.canvas is not None and session.step and session in self.sessions and not session.finished}
@@ -291,7 +320,7 @@ class Loop:
             canvas=outcome.canvas[row], argmax=outcome.argmax[row].astype(mx.int32), accepted=outcome.accepted[row],
             entropy=outcome.entropy[row], logprob=outcome.logprob[row], mean_entropy=flags[Flag.MEAN_ENTROPY],
             reason=reason, certificate=session.policy.certificate if reason == "converged" else None,
-            rejected=reason is not None and session.policy.rejects(standing, reason),
+            rejected=reason is not None and session.policy.rejects(standing, reason), draft=session.guess,
         )
         if not found.committed or reason == "converged" or not session.rejected:
             return found
@@ -299,6 +328,15 @@ class Loop:
         attempts = session.rejected if standing.ends[-1] == 0 else [found, *session.rejected]
         best = min(attempts, key=lambda attempt: attempt.mean_entropy)
         return replace(best, retry=found.retry, step=found.step, reason=reason, rejected=False)
+
+
+def _drafted(sessions: Sequence[Session]) -> dict[CanvasDrafter, list[int]]:
+    """The places in ``sessions`` of those each drafter guesses for."""
+    found: dict[CanvasDrafter, list[int]] = {}
+    for place, session in enumerate(sessions):
+        if session.policy.drafter:
+            found.setdefault(session.policy.drafter, []).append(place)
+    return found
 
 
 def _canvas(session: Session) -> mx.array:
@@ -310,7 +348,7 @@ def _grouped(sessions: Sequence[Session]) -> list[list[Session]]:
     """Those that can be sampled together."""
     groups: dict[tuple[type, int, int], list[Session]] = {}
     for session in sessions:
-        groups.setdefault((type(session.policy), session.policy.stability, _canvas(session).size), []).append(session)
+        groups.setdefault((type(session.policy.sampling), session.policy.stability, _canvas(session).size), []).append(session)
     return list(groups.values())
 
 
@@ -319,6 +357,7 @@ def _sample(group: Sequence[Session], logits: mx.array) -> SamplerStep:
     draws = [s.draws.step(s.canvas_index, s.retry, s.step, s.start, length) for s in group]
     history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, length), dtype=mx.int32) for s in group])
     before = Before(mx.stack([_canvas(s) for s in group]), mx.stack([s.accepted for s in group]), history)
-    return group[0].policy.sample([s.policy for s in group], [s.step for s in group], [s.length for s in group], logits,
+    policies = [s.policy.sampling for s in group]
+    return policies[0].sample(policies, [s.step for s in group], [s.length for s in group], logits,
                                   np.stack([d.u for d in draws]), np.stack([d.renoise for d in draws]), before,
                                   mx.array(group[0].eos_ids))

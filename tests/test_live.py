@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -50,3 +51,17 @@ def test_nothing_is_drawn_after_the_end_token(drawn, nano_pair):
 def test_colour_tells_certain_from_guessing(drawn, nano_pair):
     ids = ids_of(nano_pair, "fox")
     assert drawn((step(ids, entropy=0.001), 0.0)) != drawn((step(ids, entropy=5.0), 0.0))
+
+
+def test_drafted_positions_that_stand_and_that_were_repaired_are_told_apart(drawn, nano_pair):
+    ids = [*ids_of(nano_pair, "fox moon"), 1, 7]
+    guess = [*ids[:-3], 9, 1, 7]  # the last token of the text was guessed wrong; what comes after the end is not shown
+    found = replace(step(ids), draft=mx.array(guess))
+    out = drawn((found, 0.0))
+    count = len(ids) - 2
+    for text in (f"{count} positions drafted", f"{count - 1} stand", "1 repaired", "\x1b[4;31m", "\x1b[7;31m"):
+        assert text in out, text
+    assert "drafted" not in drawn((step(ids), 0.0))
+    nothing = drawn((replace(step(ids), draft=mx.full((len(ids),), -1)), 0.0))
+    assert "0 positions drafted" in nothing
+    assert "\x1b[4;31m" not in nothing

@@ -128,7 +128,7 @@ def test_nothing_comes_after_the_end(eos, nano_pair):
 def test_bad_options(nano_pair):
     model, tokenizer = nano_pair
     drafter = random_drafter(model)
-    for options, message in (({"draft_model": drafter}, "mode 'ar' only"),
+    for options, message in (({"draft_model": drafter, "num_draft_tokens": 3}, "mode 'ar'"),
                              ({"mode": "ar", "num_draft_tokens": 3}, "without a draft"),
                              ({"mode": "ar", "draft_model": drafter, "num_draft_tokens": 0}, "at least 1")):
         with pytest.raises(UserError, match=message):

@@ -101,7 +101,7 @@ class TestRefused:
             random_drafter(tiny).causal(nano_pair[0])
 
     def test_command(self, monkeypatch, capsys, folder, tmp_path):
-        for options, message in ((["--draft-model", str(folder)], "--mode ar only"),
+        for options, message in ((["--draft-model", str(folder)], "hidden size of 64, this one has 128"),
                                  (["--mode", "ar", "--draft-model", str(folder)], "hidden size of 64, this one has 128"),
                                  (["--mode", "ar", "--draft-model", str(tmp_path)], "no config.json"),
                                  (["--mode", "ar", "--num-draft-tokens", "3"], "without a draft_model")):

@@ -1,0 +1,124 @@
+"""What a target does on its way to its answers, written down as a drafter's training data.
+
+A folder of shards, each a safetensors file for some prompts, put in place when it is whole, so that an interrupted roll-out goes
+on at the first one missing.  Of each canvas it keeps the ids that every step but the first started from, and those that were
+committed.  Hidden states and distributions are not kept: training computes them again from the ids, at a fraction of what the
+roll-out took.
+
+    prompts    int32 [ids of all prompts]        prompt_ends      int32 [prompts], running
+    committed  int32 [canvases, length]          canvas_prompt    int32 [canvases], in the order of each answer
+    certainty  float16 [canvases, length], log-probability of the committed tokens at the last step
+    states     int32 [steps, length]             state_canvas     int32 [steps]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.policy import Policy
+from mlx_diffgemma.session import CanvasStep, Loop, Session
+from mlx_diffgemma.storage import read_header
+from mlx_diffgemma.tuning.adapters import model_fingerprint
+from mlx_diffgemma.tuning.trainer import write_safely
+
+SHARD = 64  # prompts a file
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One canvas: the ids before it (prompt and earlier canvases), what was committed [length] with its log-probabilities, and what
+    each step but the first started from [steps - 1, length]."""
+
+    prefix: np.ndarray
+    committed: np.ndarray
+    certainty: np.ndarray
+    states: np.ndarray
+
+
+def roll_out(model: DiffusionGemma, prompts: Sequence[Sequence[int]], folder: Path, policy: Policy, max_tokens: int, seed: int = 0,
+             batch_size: int = 8, progress: Callable[[int, int], None] | None = None) -> None:
+    """Answer ``prompts`` and log it in ``folder``, going on where an earlier call with the same arguments stopped.
+
+    Prompt i is answered with seed ``seed`` + i.  ``progress`` is called with (prompts done, all).  Errors: UserError for a folder
+    that holds the log of another model, other prompts or another policy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = hashlib.sha256(json.dumps([list(map(list, prompts)), repr(policy), max_tokens, seed]).encode()).hexdigest()
+    metadata = {"target": model_fingerprint(model), "asked": asked, "canvas_length": str(model.config.canvas_length)}
+    for number, first in enumerate(range(0, len(prompts), SHARD)):
+        part, path = prompts[first : first + SHARD], folder / f"trajectories-{number:05}.safetensors"
+        if path.exists():
+            if _metadata(path) != metadata:
+                raise UserError(f"{path} is the log of another model, or of other prompts or options; give another folder.")
+        else:
+            sessions = [Session(model, ids, policy, Draws(seed + first + i, model.config.text.vocab_size),
+                                model.config.generation.eos_token_ids, max_tokens) for i, ids in enumerate(part)]
+            write_safely(path, _record(model, sessions, batch_size), metadata)
+        if progress:
+            progress(first + len(part), len(prompts))
+
+
+def _record(model: DiffusionGemma, sessions: Sequence[Session], batch_size: int) -> dict[str, mx.array]:
+    """Run ``sessions``; the tensors of a shard."""
+    prompts = [list(session.ids) for session in sessions]
+    rows = {id(session): row for row, session in enumerate(sessions)}
+    steps: list[list[CanvasStep]] = [[] for _ in sessions]
+    waiting, loop = list(sessions), Loop(model)
+    while waiting or loop.active:
+        loop.sessions = loop.active
+        while waiting and len(loop.sessions) < batch_size:
+            loop.sessions.append(waiting.pop(0))
+        for session, step in loop.advance():
+            steps[rows[id(session)]].append(step)
+    committed, certainty, owner, states, canvas = [], [], [], [], []
+    for row, own in enumerate(steps):
+        for step in own:
+            if step.committed:
+                committed.append(np.array(step.argmax))
+                certainty.append(np.array(step.logprob))
+                owner.append(row)
+            elif not step.stopped:
+                states.append(np.array(step.canvas))
+                canvas.append(len(committed))
+    length = model.config.canvas_length
+    return {
+        "prompts": mx.array(np.concatenate(prompts).astype(np.int32)),
+        "prompt_ends": mx.array(np.cumsum([len(ids) for ids in prompts]).astype(np.int32)),
+        "committed": mx.array(np.array(committed, dtype=np.int32)), "canvas_prompt": mx.array(np.array(owner, dtype=np.int32)),
+        "certainty": mx.array(np.array(certainty, dtype=np.float16)),
+        "states": mx.array(np.array(states, dtype=np.int32).reshape(-1, length)),
+        "state_canvas": mx.array(np.array(canvas, dtype=np.int32)),
+    }
+
+
+def read_trajectories(folder: Path, model: DiffusionGemma) -> Iterator[Trajectory]:
+    """All that was logged.  Errors: UserError for a folder without a log, a damaged shard, and the log of another model."""
+    paths = sorted(folder.glob("trajectories-*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} holds no trajectories; roll the target out first.")
+    for path in paths:
+        if _metadata(path).get("target") != model_fingerprint(model):
+            raise UserError(f"{path} was logged from another model than this one.")
+        t = {name: np.array(value) for name, value in dict(mx.load(str(path))).items()}
+        prompts = np.split(t["prompts"], t["prompt_ends"][:-1])
+        prefix: np.ndarray = np.zeros(0, dtype=np.int32)
+        for index, row in enumerate(t["canvas_prompt"].tolist()):
+            first = index == 0 or t["canvas_prompt"][index - 1] != row
+            prefix = prompts[row] if first else np.concatenate((prefix, t["committed"][index - 1]))
+            yield Trajectory(prefix, t["committed"][index], t["certainty"][index].astype(np.float32),
+                             t["states"][t["state_canvas"] == index])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    read_header(path)  # tells what is damaged or cut off
+    return dict(mx.load(str(path), return_metadata=True)[1])
