@@ -12,7 +12,9 @@ FILE = Path(__file__).with_name("cli.md")
 
 def page() -> str:
     parts = ["# Command line\n\nMade from the command's own help by `python docs/make_cli.py`.\n"]
-    for command in ("", *get_command(app).commands):
+    groups = get_command(app).commands
+    nested = [f"{name} {inner}" for name, group in groups.items() for inner in getattr(group, "commands", ())]
+    for command in ("", *groups, *nested):
         arguments = [*command.split(), "--help"]
         help_text = CliRunner().invoke(app, arguments, prog_name="mlx-diffgemma", env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
         parts.append(f"## mlx-diffgemma {command}".rstrip() + f"\n\n```\n{help_text.output.strip()}\n```\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from mlx_diffgemma import hub
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.storage import read_headers
+from mlx_diffgemma.tuning.adapters import model_fingerprint
+from mlx_diffgemma.tuning.trainer import write_safely
 
 
 def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None) -> Drafter:
@@ -50,11 +53,15 @@ def check_pairing(config: DrafterConfig, target: DiffusionGemma, name: str = "Th
                               ("number of target layers", config.num_target_layers, len(text.layers))):
         if drafts != has:
             raise UserError(f"{name} does not fit this model: it was made for a {what} of {drafts:,}, this one has {has:,}.")
+    if (wanted := config.target.get("fingerprint")) and wanted != model_fingerprint(target):
+        raise UserError(f"{name} was trained for another model than this one ({config.target.get('name', 'not named')}).")
 
 
-def save_drafter(drafter: Drafter, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write config.json and model.safetensors."""
+def save_drafter(drafter: Drafter, folder: Path, target: Mapping[str, str] | None = None, dtype: mx.Dtype | None = None) -> None:
+    """Write config.json, with what ``target`` it was trained for, and model.safetensors, in ``dtype`` or as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(drafter.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(drafter.parameters())),
-                        {"format": "mlx", **(metadata or {})})
+    config = drafter.config if target is None else replace(drafter.config, target=dict(target))
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    weights = {name: value.astype(dtype) if dtype and mx.issubdtype(value.dtype, mx.floating) else value
+               for name, value in tree_flatten(drafter.parameters())}
+    write_safely(folder / "model.safetensors", weights, {"format": "mlx"})

@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -275,7 +274,7 @@ def _report(iteration: int, found: Sequence[dict[str, float]], valid: bool = Fal
                        valid)
 
 
-def frequent_tokens(trajectories: Sequence[Trajectory], count: int) -> Any:
+def frequent_tokens(trajectories: Sequence[Trajectory], count: int, vocabulary: int) -> np.ndarray:
     """The ``count`` tokens that were committed most often, ascending, int32."""
-    tokens, counts = np.unique(np.concatenate([t.committed for t in trajectories]), return_counts=True)
-    return np.sort(tokens[np.argsort(-counts, kind="stable")][:count]).astype(np.int32)
+    counts = np.bincount(np.concatenate([t.committed for t in trajectories]), minlength=vocabulary)
+    return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int32)

@@ -36,10 +36,11 @@ SHARD = 64  # prompts a file
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One canvas: the ids before it (prompt and earlier canvases), what was committed [length] with its log-probabilities, and what
-    each step but the first started from [steps - 1, length]."""
+    """One canvas: the ids before it (the ``prompt`` first of them, then earlier canvases), what was committed [length] with its
+    log-probabilities, and what each step but the first started from [steps - 1, length]."""
 
     prefix: np.ndarray
+    prompt: int
     committed: np.ndarray
     certainty: np.ndarray
     states: np.ndarray
@@ -115,7 +116,7 @@ def read_trajectories(folder: Path, model: DiffusionGemma) -> Iterator[Trajector
         for index, row in enumerate(t["canvas_prompt"].tolist()):
             first = index == 0 or t["canvas_prompt"][index - 1] != row
             prefix = prompts[row] if first else np.concatenate((prefix, t["committed"][index - 1]))
-            yield Trajectory(prefix, t["committed"][index], t["certainty"][index].astype(np.float32),
+            yield Trajectory(prefix, prompts[row].size, t["committed"][index], t["certainty"][index].astype(np.float32),
                              t["states"][t["state_canvas"] == index])
 
 

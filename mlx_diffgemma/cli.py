@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
 
+from drafter.commands import app as drafting
 from mlx_diffgemma import __version__, nano
 from mlx_diffgemma.device import memory_limit
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
@@ -710,6 +711,7 @@ def parity(
 
 
 app.command("lora")(lora)
+app.add_typer(drafting)
 
 
 @app.callback(invoke_without_command=True)

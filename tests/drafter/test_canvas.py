@@ -137,7 +137,7 @@ def test_after_the_watchdog_comes_the_reference_with_other_draws(nano_pair, refe
     prompts, _, steps = reference
     hard = next(i for i, own in enumerate(steps) if len(own) > 3)
     guess = {(0, 0): np.random.default_rng(1).integers(0, 1024, LENGTH)}
-    (session,), (own,) = run(model, [prompts[hard]], drafted(base_of(model), guess, watchdog=1), max_tokens=LENGTH)
+    _, (own,) = run(model, [prompts[hard]], drafted(base_of(model), guess, watchdog=1), max_tokens=LENGTH)
     assert [step.reason for step in own][:1] == ["watchdog"]
 
     class Shifted(ReferencePolicy):  # the reference, begun with the numbers of a second attempt
@@ -178,10 +178,10 @@ def test_rules_underneath_keep_their_meaning(nano_pair):
     model, _ = nano_pair
     prompts = nano_prompts(6)
     base = RulesPolicy.from_config(model.config.generation, drop_tail=1, length=32)
-    plain, steps = run(model, prompts, base)
-    found, own = run(model, prompts, drafted(base, {}))
+    _, steps = run(model, prompts, base)
+    _, own = run(model, prompts, drafted(base, {}))
     assert numbers(own) == numbers(steps)
-    found, own = run(model, prompts, drafted(base, {(i, 0): np.full(LENGTH, 7) for i in range(6)}))
+    _, own = run(model, prompts, drafted(base, {(i, 0): np.full(LENGTH, 7) for i in range(6)}))
     assert all(step.draft is None or step.draft.size == step.argmax.size for of in own for step in of)
     assert any(step.draft is not None and step.draft.size < 32 for of in own for step in of), "a tail left"
 
@@ -212,7 +212,8 @@ class TestFromOutside:
 
     def test_command(self, monkeypatch, capsys, nano_pair, tmp_path):
         save_drafter(random_drafter(nano_pair[0]), tmp_path)
-        code, out, _ = run_command(monkeypatch, capsys, "generate", "-p", "Add 12 and 30.", "--draft-model", str(tmp_path), "--json")
+        options = ["-p", "Add 12 and 30.", "--json", "--draft-model", str(tmp_path)]
+        code, out, _ = run_command(monkeypatch, capsys, "generate", *options)
         record = json.loads(out.splitlines()[-1])
         assert (code, record["finish_reason"]) == (0, "stop")
         assert {"proposed", "accepted", "retries"} <= record.keys()

@@ -1,0 +1,97 @@
+"""``mlx-diffgemma draft``: a thin layer over :mod:`drafter.run`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from drafter.run import DraftRun, DraftShape, read_prompts, share
+from drafter.training import DraftReport, DraftTrainingOptions
+from mlx_diffgemma import nano
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.generate import load
+from mlx_diffgemma.tokenizer import chat_ids
+
+app = typer.Typer(name="draft", no_args_is_help=True, help="Train a drafter for a model.", rich_markup_mode=None)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+SHAPE, TRAINING = DraftShape(), DraftTrainingOptions()
+
+
+@app.callback()
+def draft() -> None:
+    """Train a drafter for a model."""
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="A jsonl file with `prompt` or `messages` in each line; the model answers them.")],
+    model: Annotated[str, typer.Option(help=f"'{nano.NAME}' (built in), a folder, or a Hub id; quantised ones too.")] = nano.NAME,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    adapter_path: Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")] = None,
+    draft_path: Annotated[Path, typer.Option(help="The folder to write.")] = Path("drafter"),
+    num_layers: Annotated[int | None, typer.Option(help="Default: 5, 1 for a model of at most 12 layers.")] = SHAPE.num_layers,
+    taps: Annotated[str | None, typer.Option(help="Layers of the model that are read, as 1,6,11. Default: evenly spread.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Of the MLPs.")] = SHAPE.intermediate_size,
+    head_size: Annotated[int | None, typer.Option(help="How many tokens can be drafted, the most frequent ones. Default: 32,768, "
+                                                  "or three eighths of a small vocabulary.")] = SHAPE.head_size,
+    block_size: Annotated[int, typer.Option(help="Of left-to-right drafts, the known token included.")] = SHAPE.block_size,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Of each answer.")] = 512,
+    rollout_batch_size: Annotated[int, typer.Option(help="Answers that share a forward.")] = 8,
+    iters: Annotated[int, typer.Option(help="Batches.")] = TRAINING.iters,
+    batch_size: Annotated[int, typer.Option(help="Blocks a batch.")] = TRAINING.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its highest.")] = TRAINING.learning_rate,
+    steps_per_report: int = TRAINING.steps_per_report,
+    steps_per_eval: Annotated[int, typer.Option(help="A checkpoint is written as often.")] = TRAINING.steps_per_eval,
+    seed: int = TRAINING.seed,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --draft-path.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")] = False,
+) -> None:
+    """Let the model answer prompts, log what it does, and train a drafter on it."""
+    options = DraftTrainingOptions(iters=iters, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+                                   steps_per_report=steps_per_report, steps_per_eval=steps_per_eval)
+    shape = DraftShape(num_layers, _layers(taps), intermediate_size, head_size, block_size)
+    asked = read_prompts(data)
+    network, tokenizer = load(model, revision=revision, adapter_path=adapter_path)
+    run = DraftRun(network, nano.VERSION if model == nano.NAME else model, [chat_ids(tokenizer, messages) for messages in asked],
+                   draft_path, shape, options, max_tokens, rollout_batch_size, resume)
+    errors.print(f"a pass of the drafter takes {share(run.config, network.config):.1%} of a denoising step's multiply-adds",
+                 markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+            rolling = bar.add_task("answering", total=len(asked))
+            learn, valid = run.log(lambda done, _: bar.update(rolling, completed=done))
+            bar.console.print(f"{len(learn):,} canvases to train on, {len(valid):,} to validate on")
+            training = bar.add_task("training", total=iters)
+            reports: list[DraftReport] = []
+
+            def tell(report: DraftReport) -> None:
+                reports.append(report)
+                bar.update(training, completed=report.iteration)
+                bar.console.print(_line(report))
+
+            run.train(learn, valid, tell)
+    except KeyboardInterrupt:
+        errors.print("interrupted; --resume goes on from the last shard or checkpoint")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"draft_path": str(draft_path), "share": share(run.config, network.config),
+                          "reports": [asdict(report) for report in reports]}))
+
+
+def _layers(taps: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if taps is None else tuple(int(part) for part in taps.split(","))
+    except ValueError:
+        raise UserError(f"--taps must be layer numbers with commas between them, got {taps!r}.") from None
+
+
+def _line(report: DraftReport) -> str:
+    return (f"{report.iteration:6} {'valid' if report.valid else 'train'}: loss {report.loss:.4f}, right: canvas "
+            f"{report.canvas_right:.1%}, block {report.block_right:.1%}")

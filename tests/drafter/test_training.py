@@ -1,0 +1,222 @@
+"""Trajectories and training: what is logged is what happened, and interrupted work ends as unbroken work does."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from drafter import load_drafter
+from drafter.run import DraftRun, DraftShape, read_prompts, share
+from drafter.training import DraftTrainer, DraftTrainingOptions, frequent_tokens
+from drafter.trajectories import read_trajectories, roll_out
+from mlx_diffgemma.config import released_config
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.session import Loop, Session
+from tests.drafter.drafters import random_drafter
+from tests.parity.test_trajectories import nano_prompts
+from tests.test_cli import run as run_command
+
+
+def policy_of(model):
+    return ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6, max_steps=10)
+
+
+@pytest.fixture(scope="module")
+def log(nano_pair, tmp_path_factory):
+    """(folder, prompts): eight prompts in shards of three."""
+    folder, prompts = tmp_path_factory.mktemp("log"), nano_prompts(8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drafter.trajectories.SHARD", 3)
+        roll_out(nano_pair[0], prompts, folder, policy_of(nano_pair[0]), 128, seed=4, batch_size=2)
+    return folder, prompts
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+class TestTrajectories:
+    def test_what_is_logged_is_what_happened(self, log, nano_pair):
+        model, (folder, prompts) = nano_pair[0], log
+        found = read_trajectories(folder, model)
+        for i, ids in enumerate(prompts):
+            session = Session(model, ids, policy_of(model), Draws(4 + i, 1024), model.config.generation.eos_token_ids, 128)
+            loop, steps = Loop(model, [session]), []
+            while loop.active:
+                steps += [step for _, step in loop.advance()]
+            prefix = list(ids)
+            for canvas in range(len(session.canvases)):
+                own, t = [step for step in steps if step.canvas_index == canvas], next(found)
+                assert (t.prefix.tolist(), t.prompt) == (prefix, len(ids))
+                assert t.committed.tolist() == own[-1].argmax.tolist()
+                assert t.states.tolist() == [step.canvas.tolist() for step in own[:-1]]
+                assert np.allclose(t.certainty, np.array(own[-1].logprob), atol=1e-3)
+                prefix += t.committed.tolist()
+        assert next(found, None) is None
+
+    def test_interrupted_it_goes_on(self, log, nano_pair, tmp_path, monkeypatch):
+        model, (folder, prompts) = nano_pair[0], log
+        monkeypatch.setattr("drafter.trajectories.SHARD", 3)
+        seen = []
+
+        def stop(done, total):
+            seen.append((done, total))
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            roll_out(model, prompts, tmp_path, policy_of(model), 128, 4, 2, stop)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 2
+        before = (tmp_path / "trajectories-00000.safetensors").stat().st_mtime_ns
+        roll_out(model, prompts, tmp_path, policy_of(model), 128, 4, 2)
+        assert (tmp_path / "trajectories-00000.safetensors").stat().st_mtime_ns == before
+        pairs = list(zip(read_trajectories(tmp_path, model), read_trajectories(folder, model), strict=True))
+        assert pairs
+        assert all(same(a, b) for a, b in pairs)
+
+    def test_refused(self, log, nano_pair, tiny, tmp_path, monkeypatch):
+        model, (folder, prompts) = nano_pair[0], log
+        with pytest.raises(UserError, match="holds no trajectories"):
+            list(read_trajectories(tmp_path, model))
+        with pytest.raises(UserError, match="another model"):
+            list(read_trajectories(folder, tiny))
+        monkeypatch.setattr("drafter.trajectories.SHARD", 3)
+        for asked, seed in ((prompts[1:], 4), (prompts, 5)):
+            with pytest.raises(UserError, match="other prompts or options"):
+                roll_out(model, asked, folder, policy_of(model), 128, seed, 2)
+        whole = (folder / "trajectories-00001.safetensors").read_bytes()
+        (tmp_path / "trajectories-00001.safetensors").write_bytes(whole[:-100])
+        with pytest.raises(UserError, match="damaged or cut off"):
+            list(read_trajectories(tmp_path, model))
+
+
+def trainer_of(model, log, iters, **options):
+    found = list(read_trajectories(log[0], model))
+    drafter = random_drafter(model, seed=2, head_size=300, block_size=12)
+    drafter.head_ids = mx.array(frequent_tokens(found, 300, 1024))
+    return DraftTrainer(drafter, model, found, found[:3], DraftTrainingOptions(iters=iters, batch_size=4, steps_per_report=10,
+                                                                               steps_per_eval=10, **options))
+
+
+class TestTraining:
+    def test_it_learns(self, log, nano_pair):
+        trainer = trainer_of(nano_pair[0], log, 60, learning_rate=5e-3)
+        head = trainer.drafter.head_ids.tolist()
+        before = trainer.validate()
+        trainer.run()
+        after = trainer.reports[-1]
+        assert after.valid
+        assert (after.loss < 0.5 * before.loss, after.confidence_loss < before.confidence_loss) == (True, True)
+        assert trainer.drafter.head_ids.tolist() == head, "tokens are no parameters"
+
+    def test_killed_and_resumed_is_unbroken(self, log, nano_pair, tmp_path):
+        whole = trainer_of(nano_pair[0], log, 20)
+        whole.run()
+
+        class Killed(Exception):
+            pass
+
+        def kill(report):
+            if report.iteration > 10:
+                raise Killed
+
+        first = trainer_of(nano_pair[0], log, 20)
+        with pytest.raises(Killed):
+            first.run(kill, tmp_path / "state.safetensors")
+        again = trainer_of(nano_pair[0], log, 20)
+        again.restore(tmp_path / "state.safetensors")
+        assert again.iteration == 10
+        again.run()
+        wanted = dict(tree_flatten(whole.drafter.parameters()))
+        assert all(mx.array_equal(value, wanted[name]) for name, value in tree_flatten(again.drafter.parameters()))
+        assert again.reports == whole.reports
+        other = trainer_of(nano_pair[0], log, 20, learning_rate=1.0)
+        with pytest.raises(UserError, match="other options"):
+            other.restore(tmp_path / "state.safetensors")
+
+    def test_blocks(self, log, nano_pair):
+        trainer = trainer_of(nano_pair[0], log, 10)
+        blocks = [block for i in range(30) for block in trainer.blocks(i)]
+        logged = {t.prefix.tobytes() + t.committed.tobytes(): t for t in trainer.train}
+        for block in blocks:
+            if block.known:
+                assert (block.ids.size <= 12, block.ids[0] == block.wanted[0], block.weights[0]) == (True, True, 1.0)
+                assert any(key.startswith(np.concatenate((block.prefix, block.wanted)).tobytes()) for key in logged)
+            else:
+                t = logged[block.prefix.tobytes() + block.wanted.tobytes()]
+                end = int(np.flatnonzero(np.isin(t.committed, trainer.ends))[0])
+                assert block.weights.tolist() == pytest.approx([1.0] * (end + 1) + [0.05] * (63 - end))
+        assert 0.3 < np.mean([block.known for block in blocks]) < 0.7
+        assert 0.3 < np.mean([block.conditioned for block in blocks if not block.known]) < 0.7
+
+    def test_what_a_token_outside_the_head_counts(self, log, nano_pair):
+        trainer = trainer_of(nano_pair[0], log, 10)
+        blocks = trainer.blocks(0)
+        outside = int(np.flatnonzero(np.array(trainer.places) < 0)[0])
+        _, plain = trainer._loss(trainer.drafter, blocks, features := trainer.features(blocks))
+        lost = [replace(b, wanted=np.full_like(b.wanted, outside)) for b in blocks]
+        _, none = trainer._loss(trainer.drafter, lost, features)
+        assert (none["loss"].item(), none["canvas_right"].item()) == (0.0, 0.0)
+        assert none["canvas_tokens"].item() == plain["canvas_tokens"].item()
+
+    def test_bad_options(self):
+        for name, value in (("iters", 0), ("batch_size", 0), ("learning_rate", 0.0), ("pure", 0.9), ("canvases", 2.0)):
+            with pytest.raises(UserError, match=name):
+                DraftTrainingOptions(**{name: value})
+
+
+class TestCommand:
+    @pytest.fixture
+    def data(self, tmp_path):
+        lines = [{"prompt": f"Add {i} and {2 * i}."} for i in range(1, 5)]
+        lines.append({"messages": [{"role": "user", "content": "Sort these words: owl, fox."},
+                                   {"role": "assistant", "content": "fox"}]})
+        (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        return tmp_path / "prompts.jsonl"
+
+    def test_from_prompts_to_an_answer(self, monkeypatch, capsys, data, tmp_path, nano_pair):
+        options = ["--data", str(data), "--draft-path", str(tmp_path / "out"), "--iters", "4", "--batch-size", "2", "-m", "64"]
+        code, out, err = run_command(monkeypatch, capsys, "draft", "train", *options, "--json")
+        assert (code, "13.6% of a denoising step" in err, "4 canvases to train on, 1 to validate on" in err) == (0, True, True), err
+        assert json.loads(out.splitlines()[-1])["reports"][-1]["valid"]
+        assert load_drafter(str(tmp_path / "out"), nano_pair[0]).config.target["name"] == "nano-1"
+        assert "5 prompts" in (tmp_path / "out" / "README.md").read_text()
+        code, _, err = run_command(monkeypatch, capsys, "draft", "train", *options)
+        assert (code, "holds a run already" in err) == (2, True)
+        assert run_command(monkeypatch, capsys, "draft", "train", *options, "--resume")[0] == 0
+        code, out, _ = run_command(monkeypatch, capsys, "generate", "-p", "Add 1 and 2.", "--draft-model", str(tmp_path / "out"))
+        assert (code, bool(out.strip())) == (0, True)
+
+    def test_bad_input(self, monkeypatch, capsys, data, tmp_path):
+        (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+        (tmp_path / "empty.jsonl").write_text("\n")
+        for options, message in ((["--data", str(tmp_path / "bad.jsonl")], "line 2: 'prompt' or 'messages' is missing"),
+                                 (["--data", str(tmp_path / "empty.jsonl")], "holds no prompts"),
+                                 (["--data", str(data), "--taps", "1,x"], "layer numbers"),
+                                 (["--data", str(data), "--taps", "1,6"], "between 0 and 5"),
+                                 (["--data", str(data), "--head-size", "0"], "head_size must be at least 1")):
+            code, out, err = run_command(monkeypatch, capsys, "draft", "train", "--draft-path", str(tmp_path / "o"), *options)
+            assert (code, out, message in err) == (2, "", True), err
+
+    def test_prompts(self, data):
+        asked = read_prompts(data)
+        assert asked[0] == [{"role": "user", "content": "Add 1 and 2."}]
+        assert asked[-1] == [{"role": "user", "content": "Sort these words: owl, fox."}]
+
+
+def test_a_drafter_is_small_beside_its_target(nano_pair):
+    for config in (nano_pair[0].config, released_config()):
+        shape = DraftShape().config(config)
+        assert 0.10 < share(shape, config) < 0.15
+    assert DraftShape().config(released_config()).taps == (1, 6, 11, 17, 22, 27)
+
+
+def test_a_target_that_cannot_be_held_is_refused(nano_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_diffgemma.device.memory_limit", lambda: 10**6)
+    with pytest.raises(UserError, match="rollout-batch-size"):
+        DraftRun(nano_pair[0], "nano-1", [[1, 2]], tmp_path, DraftShape(), DraftTrainingOptions(), 64, 8, False)
