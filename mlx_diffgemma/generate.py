@@ -277,8 +277,6 @@ def stream_generate(
         if prompt_cache is not None:
             raise UserError("prompt_cache belongs to canvases; leave it out with mode 'ar'.")
         return _stream_causal(model, request, chosen, draft_model)
-    if draft_model is not None and prompt_cache is not None:
-        raise UserError("A prompt_cache does not keep what a draft_model reads; leave one of them out.")
     return _stream_canvases(model, request, _policy(model, policy, chosen, draft_model), chosen, on_step, prompt_progress_callback,
                             prompt_cache)
 

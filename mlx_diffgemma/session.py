@@ -24,7 +24,7 @@ from mlx_diffgemma import conditioning
 from mlx_diffgemma.cache import ROOM, Cache
 from mlx_diffgemma.drafting import CanvasDrafter, Draft
 from mlx_diffgemma.draws import DrawSource
-from mlx_diffgemma.errors import NonFiniteLogitsError
+from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, Standing
 from mlx_diffgemma.prompt_cache import PromptCache
@@ -93,12 +93,15 @@ class Session:
 
     ``max_tokens`` limits the answer; the canvases needed for it run whole, and cutting the text is the caller's part.
     ``draws`` gives the random numbers; parity and tests put their own in its place.  ``ids`` are all it has read or
-    written.  With a ``prompt_cache`` only what that does not hold of the prompt is encoded.
+    written.  With a ``prompt_cache`` only what that does not hold of the prompt is encoded.  Errors: UserError for one beside a
+    drafter, which reads the hidden states of the whole prompt.
     """
 
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
                  eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
                  prompt_cache: PromptCache | None = None):
+        if policy.drafter and prompt_cache:
+            raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
@@ -184,6 +187,7 @@ class Session:
                                     step.reason == "converged", ends.size > 0, self.retry, int((guess >= 0).sum()),
                                     int((guess == kept).sum())))
         self.pending, self.canvas, self.rejected = argmax, None, []
+        self.guess = self.signal = None
         self.retry = self.steps = self.rows = 0
         self.ids += argmax.tolist()
         self.start += argmax.size

@@ -205,7 +205,7 @@ class TestFromOutside:
             with pytest.raises(UserError, match=message):
                 next(stream_generate(model, tokenizer, "Hi", draft_model=drafter))
         with pytest.raises(UserError, match="prompt_cache does not keep"):
-            next(stream_generate(model, tokenizer, "Hi", draft_model=random_drafter(model), prompt_cache=PromptCache(model)))
+            list(stream_generate(model, tokenizer, "Hi", draft_model=random_drafter(model), prompt_cache=PromptCache(model)))
         for rules in ({"gate": 0.0}, {"passes": 0}, {"watchdog": 0}):
             with pytest.raises(UserError, match=next(iter(rules))):
                 DraftRules(**rules)

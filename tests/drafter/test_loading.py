@@ -1,9 +1,11 @@
 """Drafters in folders: what is written is read, and what does not fit is refused with the reason."""
 
+import copy
 import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -44,6 +46,18 @@ def test_a_reduced_head_gives_its_tokens(tiny):
     places = mx.array([0, 7, 39])
     assert mx.allclose(logits[:, places], all_logits[:, borrowed.tokens(places)], atol=1e-4)
     assert every.tokens(places).tolist() == places.tolist()
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_quantised_target_lends_its_head_too(mode, nano_pair):
+    target = copy.deepcopy(nano_pair[0])
+    options = {"bits": 4, "mode": mode, "group_size": 32}
+    nn.quantize(target, class_predicate=lambda path, _: options if path.endswith("embed_tokens") else False)
+    assert isinstance(target.model.decoder.embed_tokens, nn.QuantizedEmbedding)
+    borrowed, every = Borrowed(target, random_drafter(target, head_size=40)), Borrowed(target, random_drafter(target))
+    hidden = mx.random.normal((5, 128))
+    places = mx.arange(40)
+    assert mx.allclose(borrowed.logits(hidden), every.logits(hidden)[:, borrowed.tokens(places)], atol=1e-3)
 
 
 def test_blocks_of_a_batch_are_those_alone(tiny):
