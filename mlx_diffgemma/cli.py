@@ -624,6 +624,7 @@ def evaluate(
     canvas_length: CanvasLength = None,
     reroll_empty: RerollEmpty = None,
     retry_unconverged: RetryUnconverged = None,
+    draft_model: Draft = None,
     output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -647,6 +648,7 @@ def evaluate(
         output_dir.mkdir(parents=True, exist_ok=True)
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
+        drafter = _drafter(draft_model, network)
     for name, chosen in per_mode.items():
         with Progress(console=errors, transient=True) as bar:
             bars: dict[str, Any] = {}
@@ -656,8 +658,8 @@ def evaluate(
                     bars[task] = bar.add_task(escape(task), total=total)
                 bar.update(bars[task], completed=done)
 
-            report = run(network, tokenizer, asked, limit, range(seed, seed + num_seeds), batch_size, advance, **chosen)
-        record = report.record() | {"model": nano.VERSION if model == nano.NAME else model}
+            report = run(network, tokenizer, asked, limit, range(seed, seed + num_seeds), batch_size, advance, drafter, **chosen)
+        record = report.record() | {"model": nano.VERSION if model == nano.NAME else model, "draft_model": draft_model}
         if output_dir is not None:
             (output_dir / f"evaluate-{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if as_json:
@@ -781,7 +783,7 @@ def _scores(report: EvaluationReport) -> Iterator[Table]:
         "95 %": lambda r: f"{100 * r.low:.1f}-{r.high:.1%}", "partial": lambda r: _share(r.partial),
         "steps a canvas": lambda r: _or_dash(r.steps_per_canvas), "when right": lambda r: _or_dash(r.steps_when_right),
         "when wrong": lambda r: _or_dash(r.steps_when_wrong), "tokens a forward": lambda r: _or_dash(r.tokens_per_forward),
-        "converged": lambda r: _share(r.converged)}
+        "converged": lambda r: _share(r.converged), "drafted right": lambda r: _share(r.accepted)}
     shown = {name: cell for name, cell in figures.items() if any(cell(r) != "-" for r in report.results)}
     rows = [(escape(r.task), *(cell(r) for cell in shown.values())) for r in report.results]
     columns = (Column(name, min_width=max(map(len, cells))) for name, *cells in zip(("task", *shown), *rows, strict=True))

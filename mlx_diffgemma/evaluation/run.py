@@ -19,6 +19,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.device import describe
+from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.choices import read_choices
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task
@@ -45,7 +46,8 @@ class TaskResult:
 
     ``partial`` is the mean partial credit, None where a task knows none.  ``steps_per_canvas``, with those of right and of wrong
     answers, ``tokens_per_forward`` and ``converged`` (share of canvases) are None where no canvas was denoised, and those
-    of right and wrong also where there is none or the task is not exact.
+    of right and wrong also where there is none or the task is not exact.  ``accepted`` is the share of a draft model's tokens that
+    were right, None where it proposed none; left to right ``tokens_per_forward`` is known then too.
     """
 
     task: str
@@ -61,6 +63,7 @@ class TaskResult:
     steps_when_wrong: float | None
     tokens_per_forward: float | None
     converged: float | None
+    accepted: float | None = None
     groups: tuple[GroupResult, ...] = ()
 
 
@@ -94,8 +97,8 @@ class _Answer:
 
 def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence[Task], limit: int = 500,
              seeds: Sequence[int] = (0,), batch_size: int = 16, progress: Progress | None = None,
-             **options: Any) -> EvaluationReport:
-    """Ask at most ``limit`` questions of each task under each seed; ``options`` as in ``batch_generate``."""
+             draft_model: DraftModel | None = None, **options: Any) -> EvaluationReport:
+    """Ask at most ``limit`` questions of each task under each seed; ``draft_model`` and ``options`` as in ``batch_generate``."""
     if limit < 1 or not seeds:
         raise UserError(f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds.")
     asked = [(task, list(task.questions(limit))) for task in tasks]
@@ -124,7 +127,8 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
             prompts = [chat_ids(tokenizer, question.messages) for question in questions]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GenerationWarning)  # counted below
-                given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count, **options)
+                given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count,
+                                       draft_model=draft_model, **options)
             answers += [_Answer(q, q.mark(response.text), response) for q, response in zip(questions, given, strict=True)]
         results.append(_result(task, answers, len(questions)))
     return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype), tuple(results))
@@ -154,13 +158,19 @@ def _result(task: Task, answers: Sequence[_Answer], questions: int) -> TaskResul
         counts = [part.steps for mark, part in canvases if chosen(mark)]
         return float(np.mean(counts)) if counts else None
 
-    forwards = sum(part.steps for _, part in canvases)
+    given = [answer.response for answer in answers if answer.response]
+    proposed = sum(response.proposed for response in given)
+    tokens, forwards = sum(len(part.tokens) for _, part in canvases), float(sum(part.steps for _, part in canvases))
+    if proposed and not canvases:
+        tokens, forwards = (sum(counts) for counts in zip(*((len(r.tokens), len(r.tokens) / r.tokens_per_forward) for r in given),
+                                                          strict=True))
     return TaskResult(
         task.name, task.exact, len(scores), float(scores.mean()), low, high, float(np.mean(partial)) if partial else None,
         len(canvases), steps(lambda _: True), steps(lambda mark: task.exact and mark.score == 1),
         steps(lambda mark: task.exact and mark.score == 0),
-        tokens_per_forward=sum(len(part.tokens) for _, part in canvases) / forwards if canvases else None,
+        tokens_per_forward=tokens / forwards if forwards else None,
         converged=float(np.mean([part.converged for _, part in canvases])) if canvases else None,
+        accepted=sum(response.accepted for response in given) / proposed if proposed else None,
         groups=tuple(GroupResult(name, own.size, float(own.mean())) for name, own in groups),
     )
 

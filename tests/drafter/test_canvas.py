@@ -12,10 +12,13 @@ from mlx_diffgemma import batch_generate, stream_generate
 from mlx_diffgemma.drafting import Draft
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.evaluation.run import evaluate
+from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import RulesPolicy
 from mlx_diffgemma.session import Loop, Session
+from mlx_diffgemma.tokenizer import chat_ids
 from tests.drafter.drafters import random_drafter
 from tests.parity.test_trajectories import nano_prompts
 from tests.test_cli import run as run_command
@@ -197,6 +200,21 @@ class TestFromOutside:
         (whole,) = batch_generate(model, tokenizer, prompts[2:], seeds=[5], draft_model=drafter)
         assert whole.tokens == tuple(t for piece in pieces for t in piece.tokens)
         assert (whole.proposed, whole.accepted) == (pieces[-1].proposed, pieces[-1].accepted)
+
+    @pytest.mark.parametrize("mode", ["diffusion", "ar"])
+    def test_evaluate(self, mode, nano_pair):
+        model, tokenizer = nano_pair
+        drafter, tasks = random_drafter(model), tasks_named("add,copy")
+        report = evaluate(model, tokenizer, tasks, 2, [3], draft_model=drafter, mode=mode, max_tokens=40)
+        for task, result in zip(tasks, report.results):
+            prompts = [chat_ids(tokenizer, question.messages) for question in task.questions(2)]
+            own = batch_generate(model, tokenizer, prompts, seeds=[3_000_009, 3_000_010], draft_model=drafter, mode=mode,
+                                 max_tokens=40)
+            proposed, accepted = (sum(getattr(r, name) for r in own) for name in ("proposed", "accepted"))
+            assert result.accepted == (accepted / proposed if proposed else None)
+            if mode == "ar":
+                forwards = sum(len(r.tokens) / r.tokens_per_forward for r in own)
+                assert result.tokens_per_forward == pytest.approx(sum(len(r.tokens) for r in own) / forwards)
 
     def test_refused(self, nano_pair):
         model, tokenizer = nano_pair
