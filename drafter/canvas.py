@@ -36,10 +36,10 @@ class DraftRules:
     - ``watchdog``: a drafted canvas that has not ended after this many steps begins anew from noise.
     """
 
-    gate: float = 0.9
+    gate: float = 0.97
     passes: int = 2
     handoff: bool = False
-    watchdog: int = 8
+    watchdog: int = 24
 
     def __post_init__(self) -> None:
         if not self.gate > 0:

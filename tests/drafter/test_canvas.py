@@ -193,6 +193,7 @@ class TestFromOutside:
     def test_generate(self, nano_pair):
         model, tokenizer = nano_pair
         drafter, prompts = random_drafter(model), nano_prompts(3)
+        drafter.confidence.bias = mx.array([9.0])  # sure of everything
         steps = []
         pieces = list(stream_generate(model, tokenizer, prompts[2], seed=5, draft_model=drafter, on_step=steps.append))
         assert pieces[-1].finish_reason
@@ -205,6 +206,7 @@ class TestFromOutside:
     def test_evaluate(self, mode, nano_pair):
         model, tokenizer = nano_pair
         drafter, tasks = random_drafter(model), tasks_named("add,copy")
+        drafter.confidence.bias = mx.array([3.0])
         report = evaluate(model, tokenizer, tasks, 2, [3], draft_model=drafter, mode=mode, max_tokens=40)
         for task, result in zip(tasks, report.results):
             prompts = [chat_ids(tokenizer, question.messages) for question in task.questions(2)]
