@@ -123,11 +123,12 @@ def test_logits_are_held_for_one_part_only(monkeypatch):
 
 
 def test_a_checkpointed_layer_holds_its_input_only():
-    two, ten = (peak(model_of(layers), checkpoint=True) for layers in (2, 10))
+    # Many layers, because MLX's order, and with it the peak, varies by an array or two from run to run.
+    two, many = (peak(model_of(layers), checkpoint=True) for layers in (2, 34))
     rows = BATCH * (CANVAS + SEQUENCE)
     gradients = sum(value.nbytes for name, value in tree_flatten(model_of().trainable_parameters()) if "layers.0." in name)
-    assert (ten - two) / 8 < 1.5 * (rows * HIDDEN * 4 + gradients)
-    assert peak(model_of(10)) > 2 * ten
+    assert (many - two) / 32 < 1.5 * (rows * HIDDEN * 4 + gradients)
+    assert peak(model_of(34)) > 4 * many
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
