@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,21 +12,25 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from drafter.evaluation import evaluate_drafter, plot, table
+from drafter.loading import load_drafter
 from drafter.run import DraftRun, DraftShape, read_prompts, share
 from drafter.training import DraftReport, DraftTrainingOptions
 from mlx_diffgemma import nano
+from mlx_diffgemma.device import describe
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.evaluation.tasks import tasks_named, tasks_of_file
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.tokenizer import chat_ids
 
-app = typer.Typer(name="draft", no_args_is_help=True, help="Train a drafter for a model.", rich_markup_mode=None)
+app = typer.Typer(name="draft", no_args_is_help=True, rich_markup_mode=None)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 SHAPE, TRAINING = DraftShape(), DraftTrainingOptions()
 
 
 @app.callback()
 def draft() -> None:
-    """Train a drafter for a model."""
+    """Train a drafter for a model, and tell what it is worth."""
 
 
 @app.command()
@@ -83,6 +88,38 @@ def train(
     if as_json:
         print(json.dumps({"draft_path": str(draft_path), "share": share(run.config, network.config),
                           "reports": [asdict(report) for report in reports]}))
+
+
+@app.command()
+def evaluate(
+    draft_model: Annotated[str, typer.Option(help="The drafter: a folder or a Hub id.")],
+    model: Annotated[str, typer.Option(help=f"'{nano.NAME}' (built in), a folder, or a Hub id; quantised ones too.")] = nano.NAME,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    adapter_path: Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")] = None,
+    tasks: Annotated[str, typer.Option(help="Suites or tasks, as for evaluate.")] = nano.NAME,
+    data: Annotated[Path | None, typer.Option(help="A jsonl file of questions of your own in place of --tasks.")] = None,
+    limit: Annotated[int, typer.Option(help="Questions a task, at most.")] = 20,
+    num_seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on; at least 2.")] = 5,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Of each answer.")] = 256,
+    output_dir: Annotated[Path | None, typer.Option(help="Write drafting.json, and drafting.png if matplotlib is there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")] = False,
+) -> None:
+    """What drafted canvases cost and lose beside the reference, a looser stop, and drafts that are wrong on purpose."""
+    asked = tasks_of_file(data) if data else tasks_named(tasks)
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    network, tokenizer = load(model, revision=revision, adapter_path=adapter_path)
+    drafter = load_drafter(draft_model, network)
+    with errors.status("") if errors.is_terminal else contextlib.nullcontext() as status:
+        record = evaluate_drafter(network, tokenizer, drafter, asked, limit, range(num_seeds), max_tokens,
+                                  progress=lambda text: status.update(text) if status else None)
+    record |= {"model": nano.VERSION if model == nano.NAME else model, "draft_model": draft_model,
+               "machine": describe(network.dtype)}
+    if output_dir is not None:
+        (output_dir / "drafting.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with contextlib.suppress(ImportError):
+            plot(record, output_dir / "drafting.png")
+    print(json.dumps(record) if as_json else table(record))
 
 
 def _layers(taps: str | None) -> tuple[int, ...] | None:

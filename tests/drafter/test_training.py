@@ -99,13 +99,13 @@ def trainer_of(model, log, iters, **options):
     found = list(read_trajectories(log[0], model))
     drafter = random_drafter(model, seed=2, head_size=300, block_size=12)
     drafter.head_ids = mx.array(frequent_tokens(found, 300, 1024))
-    return DraftTrainer(drafter, model, found, found[:3], DraftTrainingOptions(iters=iters, batch_size=4, steps_per_report=10,
-                                                                               steps_per_eval=10, **options))
+    return DraftTrainer(drafter, model, found, found[:3], DraftTrainingOptions(iters=iters, batch_size=4, steps_per_report=5,
+                                                                               steps_per_eval=5, **options))
 
 
 class TestTraining:
     def test_it_learns(self, log, nano_pair):
-        trainer = trainer_of(nano_pair[0], log, 60, learning_rate=5e-3)
+        trainer = trainer_of(nano_pair[0], log, 40, learning_rate=5e-3)
         head = trainer.drafter.head_ids.tolist()
         before = trainer.validate()
         trainer.run()
@@ -115,27 +115,27 @@ class TestTraining:
         assert trainer.drafter.head_ids.tolist() == head, "tokens are no parameters"
 
     def test_killed_and_resumed_is_unbroken(self, log, nano_pair, tmp_path):
-        whole = trainer_of(nano_pair[0], log, 20)
+        whole = trainer_of(nano_pair[0], log, 10)
         whole.run()
 
         class Killed(Exception):
             pass
 
         def kill(report):
-            if report.iteration > 10:
+            if report.iteration > 5:
                 raise Killed
 
-        first = trainer_of(nano_pair[0], log, 20)
+        first = trainer_of(nano_pair[0], log, 10)
         with pytest.raises(Killed):
             first.run(kill, tmp_path / "state.safetensors")
-        again = trainer_of(nano_pair[0], log, 20)
+        again = trainer_of(nano_pair[0], log, 10)
         again.restore(tmp_path / "state.safetensors")
-        assert again.iteration == 10
+        assert again.iteration == 5
         again.run()
         wanted = dict(tree_flatten(whole.drafter.parameters()))
         assert all(mx.array_equal(value, wanted[name]) for name, value in tree_flatten(again.drafter.parameters()))
         assert again.reports == whole.reports
-        other = trainer_of(nano_pair[0], log, 20, learning_rate=1.0)
+        other = trainer_of(nano_pair[0], log, 10, learning_rate=1.0)
         with pytest.raises(UserError, match="other options"):
             other.restore(tmp_path / "state.safetensors")
 
