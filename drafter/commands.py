@@ -23,14 +23,10 @@ from mlx_diffgemma.evaluation.tasks import tasks_named, tasks_of_file
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.tokenizer import chat_ids
 
-app = typer.Typer(name="draft", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(name="draft", help="Train a drafter for a model, and tell what it is worth.", no_args_is_help=True,
+                  rich_markup_mode=None)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 SHAPE, TRAINING = DraftShape(), DraftTrainingOptions()
-
-
-@app.callback()
-def draft() -> None:
-    """Train a drafter for a model, and tell what it is worth."""
 
 
 @app.command()

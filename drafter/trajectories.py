@@ -7,7 +7,6 @@ roll-out took.
 
     prompts    int32 [ids of all prompts]        prompt_ends      int32 [prompts], running
     committed  int32 [canvases, length]          canvas_prompt    int32 [canvases], in the order of each answer
-    certainty  float16 [canvases, length], log-probability of the committed tokens at the last step
     states     int32 [steps, length]             state_canvas     int32 [steps]
 """
 
@@ -36,13 +35,12 @@ SHARD = 64  # prompts a file
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One canvas: the ids before it (the ``prompt`` first of them, then earlier canvases), what was committed [length] with its
-    log-probabilities, and what each step but the first started from [steps - 1, length]."""
+    """One canvas: the ids before it (the ``prompt`` first of them, then earlier canvases), what was committed [length], and what
+    each step but the first started from [steps - 1, length]."""
 
     prefix: np.ndarray
     prompt: int
     committed: np.ndarray
-    certainty: np.ndarray
     states: np.ndarray
 
 
@@ -81,12 +79,11 @@ def _record(model: DiffusionGemma, sessions: Sequence[Session], batch_size: int)
             loop.sessions.append(waiting.pop(0))
         for session, step in loop.advance():
             steps[rows[id(session)]].append(step)
-    committed, certainty, owner, states, canvas = [], [], [], [], []
+    committed, owner, states, canvas = [], [], [], []
     for row, own in enumerate(steps):
         for step in own:
             if step.committed:
                 committed.append(np.array(step.argmax))
-                certainty.append(np.array(step.logprob))
                 owner.append(row)
             elif not step.stopped:
                 states.append(np.array(step.canvas))
@@ -96,7 +93,6 @@ def _record(model: DiffusionGemma, sessions: Sequence[Session], batch_size: int)
         "prompts": mx.array(np.concatenate(prompts).astype(np.int32)),
         "prompt_ends": mx.array(np.cumsum([len(ids) for ids in prompts]).astype(np.int32)),
         "committed": mx.array(np.array(committed, dtype=np.int32)), "canvas_prompt": mx.array(np.array(owner, dtype=np.int32)),
-        "certainty": mx.array(np.array(certainty, dtype=np.float16)),
         "states": mx.array(np.array(states, dtype=np.int32).reshape(-1, length)),
         "state_canvas": mx.array(np.array(canvas, dtype=np.int32)),
     }
@@ -116,7 +112,7 @@ def read_trajectories(folder: Path, model: DiffusionGemma) -> Iterator[Trajector
         for index, row in enumerate(t["canvas_prompt"].tolist()):
             first = index == 0 or t["canvas_prompt"][index - 1] != row
             prefix = prompts[row] if first else np.concatenate((prefix, t["committed"][index - 1]))
-            yield Trajectory(prefix, prompts[row].size, t["committed"][index], t["certainty"][index].astype(np.float32),
+            yield Trajectory(prefix, prompts[row].size, t["committed"][index],
                              t["states"][t["state_canvas"] == index])
 
 
