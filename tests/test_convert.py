@@ -591,6 +591,7 @@ def test_the_script_is_the_command(tmp_path):
     same_files(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing_and_says_what_would_be(tmp_path):
     words = [sys.executable, "convert.py", "--hf-path", "nano", "-q", "--mlx-path", str(tmp_path / "out")]
     dry = subprocess.run([*words, "--dry-run", "--json"], cwd=ROOT, capture_output=True, text=True, check=True)

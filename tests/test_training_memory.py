@@ -122,6 +122,7 @@ def test_logits_are_held_for_one_part_only(monkeypatch):
     assert peak(model) > 4 * small
 
 
+@pytest.mark.slow
 def test_a_checkpointed_layer_holds_its_input_only():
     # Many layers, because MLX's order, and with it the peak, varies by an array or two from run to run.
     two, many = (peak(model_of(layers), checkpoint=True) for layers in (2, 34))

@@ -56,6 +56,7 @@ def two_shares(monkeypatch):
     monkeypatch.setattr("drafter.evaluation.SHARES", (1.0, 0.0))
 
 
+@pytest.mark.slow
 def test_the_oracle_curve_falls(nano_pair, two_shares):
     model, tokenizer = nano_pair
     questions = [question for task in tasks_named("sort,story") for question in task.questions(1)]

@@ -103,6 +103,7 @@ def trainer_of(model, log, iters, **options):
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_it_learns(self, log, nano_pair):
         trainer = trainer_of(nano_pair[0], log, 40, learning_rate=5e-3)
         head = trainer.drafter.head_ids.tolist()
