@@ -17,7 +17,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.storage import read_headers
 from mlx_diffgemma.tuning.adapters import model_fingerprint
-from mlx_diffgemma.tuning.trainer import write_safely
+from mlx_diffgemma.tuning.state import write_safely
 
 
 def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None) -> Drafter:

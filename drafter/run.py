@@ -137,6 +137,9 @@ class DraftRun:
         sides: tuple[list[Trajectory], list[Trajectory]] = [], []
         for trajectory in found:
             sides[tuple(trajectory.prefix[: trajectory.prompt].tolist()) in held].append(trajectory)
+        if not sides[0]:
+            raise UserError(f"There is nothing to train on: one prompt in {VALID_SHARE} is for validation; give at least two "
+                            "different ones.")
         return sides
 
     def train(self, train: Sequence[Trajectory], valid: Sequence[Trajectory],

@@ -19,14 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from drafter.model import Borrowed, Drafter
 from drafter.trajectories import Trajectory
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma, Segment
-from mlx_diffgemma.tuning.trainer import write_safely
+from mlx_diffgemma.tuning.state import read_state, write_state
 
 ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
 
@@ -241,25 +241,13 @@ class DraftTrainer:
 
     def save(self, path: Path) -> None:
         """Weights, the optimiser's state and the counters in one file, put in place at once."""
-        tensors = {f"weights.{name}": value for name, value in tree_flatten(self.drafter.parameters())}
-        tensors |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
-        write_safely(path, tensors, {"iteration": str(self.iteration), "run": self.fingerprint(),
-                                     "reports": json.dumps([vars(report) for report in self.reports])})
+        counters = {"iteration": self.iteration, "reports": [vars(report) for report in self.reports]}
+        write_state(path, tree_flatten(self.drafter.parameters()), self.optimizer, self.fingerprint(), counters)
 
     def restore(self, path: Path) -> None:
         """Go on from ``path``.  Errors: UserError for a damaged file or that of another run."""
-        try:
-            tensors, metadata = mx.load(str(path), return_metadata=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); start the run anew.") from None
-        if metadata.get("run") != self.fingerprint():
-            raise UserError(f"{path} belongs to a run with other options; start anew in another folder, or repeat those options.")
-        weights, state = ([(name.removeprefix(kind), value) for name, value in tensors.items() if name.startswith(kind)]
-                          for kind in ("weights.", "optimizer."))
-        self.drafter.update(tree_unflatten(weights))
-        self.optimizer.state = tree_unflatten(state)
-        self.iteration = int(metadata["iteration"])
-        self.reports = [DraftReport(**report) for report in json.loads(metadata["reports"])]
+        counters = read_state(path, self.drafter, self.optimizer, self.fingerprint())
+        self.iteration, self.reports = counters["iteration"], [DraftReport(**report) for report in counters["reports"]]
 
     def fingerprint(self) -> str:
         """What decides the result."""

@@ -28,7 +28,7 @@ from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.session import CanvasStep, Loop, Session
 from mlx_diffgemma.storage import read_header
 from mlx_diffgemma.tuning.adapters import model_fingerprint
-from mlx_diffgemma.tuning.trainer import write_safely
+from mlx_diffgemma.tuning.state import write_safely
 
 SHARD = 64  # prompts a file
 

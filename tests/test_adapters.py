@@ -21,7 +21,8 @@ from mlx_diffgemma.tuning.adapters import (
 )
 from mlx_diffgemma.tuning.data import Example
 from mlx_diffgemma.tuning.objective import Objective
-from mlx_diffgemma.tuning.trainer import Trainer, TrainingOptions, write_safely
+from mlx_diffgemma.tuning.state import write_safely
+from mlx_diffgemma.tuning.trainer import Trainer, TrainingOptions
 from mlx_diffgemma.weights import load_model
 
 RNG = np.random.default_rng(0)

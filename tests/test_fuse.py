@@ -11,7 +11,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.info import inspect
 from mlx_diffgemma.tuning.adapters import CONFIG, WEIGHTS, AdapterOptions, load_adapter
 from mlx_diffgemma.tuning.fuse import fuse
-from mlx_diffgemma.tuning.trainer import write_safely
+from mlx_diffgemma.tuning.state import write_safely
 from mlx_diffgemma.weights import load_model
 from tests.test_adapters import LORA, outputs, save, trained
 from tests.test_cli import run

@@ -34,7 +34,8 @@ from mlx_diffgemma.tuning.adapters import (
 from mlx_diffgemma.tuning.data import Split, load_splits
 from mlx_diffgemma.tuning.memory import check_training_memory
 from mlx_diffgemma.tuning.objective import Objective
-from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions, write_safely
+from mlx_diffgemma.tuning.state import write_safely
+from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions
 
 OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon, "sgd": optimizers.SGD,
               "adafactor": optimizers.Adafactor}

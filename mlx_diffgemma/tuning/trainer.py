@@ -17,12 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.tuning.data import Example
 from mlx_diffgemma.tuning.objective import Batch, Losses, Objective, losses, make_batch
+from mlx_diffgemma.tuning.state import read_state, write_state
 
 ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
 
@@ -192,24 +193,12 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Weights that are trained, the optimiser's state and the counters, in one file put in place at once."""
-        tensors = {f"weights.{name}": value for name, value in tree_flatten(self.model.trainable_parameters())}
-        tensors |= {f"optimizer.{name}": value for name, value in tree_flatten(self.optimizer.state)}
         counters = {"iteration": self.iteration, "tokens": self.tokens, "reports": [vars(report) for report in self.reports]}
-        write_safely(path, tensors, {"counters": json.dumps(counters), "run": self.fingerprint()})
+        write_state(path, tree_flatten(self.model.trainable_parameters()), self.optimizer, self.fingerprint(), counters)
 
     def restore(self, path: Path) -> None:
         """Go on from ``path``.  Errors: UserError for a damaged file or that of another run."""
-        try:
-            tensors, metadata = mx.load(str(path), return_metadata=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); start the run anew.") from None
-        if metadata.get("run") != self.fingerprint():
-            raise UserError(f"{path} belongs to a run with other options; start anew in another folder, or repeat those options.")
-        weights, state = ([(name.removeprefix(kind), value) for name, value in tensors.items() if name.startswith(kind)]
-                          for kind in ("weights.", "optimizer."))
-        self.model.update(tree_unflatten(weights))
-        self.optimizer.state = tree_unflatten(state)
-        counters = json.loads(metadata["counters"])
+        counters = read_state(path, self.model, self.optimizer, self.fingerprint())
         self.iteration, self.tokens = counters["iteration"], counters["tokens"]
         self.reports = [Report(**report) for report in counters["reports"]]
 
@@ -235,10 +224,3 @@ class _Sums:
         self.causal += found.causal.item() * found.causal_tokens
         self.canvas_tokens, self.causal_tokens = self.canvas_tokens + found.canvas_tokens, self.causal_tokens + found.causal_tokens
         self.tokens += batch.clean.size + sum(ids.size for ids in batch.sequences)
-
-
-def write_safely(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.stem}.partial.safetensors")
-    mx.save_safetensors(str(unfinished), tensors, metadata or {})
-    unfinished.replace(path)

@@ -195,8 +195,10 @@ class TestCommand:
     def test_bad_input(self, monkeypatch, capsys, data, tmp_path):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
         (tmp_path / "empty.jsonl").write_text("\n")
+        (tmp_path / "one.jsonl").write_text('{"prompt": "Add 1 and 2."}\n')
         for options, message in ((["--data", str(tmp_path / "bad.jsonl")], "line 2: 'prompt' or 'messages' is missing"),
                                  (["--data", str(tmp_path / "empty.jsonl")], "holds no prompts"),
+                                 (["--data", str(tmp_path / "one.jsonl"), "-m", "64"], "at least two"),
                                  (["--data", str(data), "--taps", "1,x"], "layer numbers"),
                                  (["--data", str(data), "--taps", "1,6"], "between 0 and 5"),
                                  (["--data", str(data), "--head-size", "0"], "head_size must be at least 1")):
