@@ -45,6 +45,7 @@ class Fixed:
         drafts = []
         for session in sessions:
             assert sum(session.draft) == session.cache.length, "all that the target has read"
+            assert not session.pending.size, "and nothing is left to read"
             guess = self.guesses.get((session.draws.seed, session.canvas_index))
             guess = mx.full((session.canvas.size,), -1) if guess is None else mx.array(guess[: session.canvas.size])
             drafts.append(Draft(mx.where(guess < 0, session.canvas, guess), None, guess >= 0))
@@ -110,6 +111,28 @@ def test_a_right_draft_saves_steps(nano_pair, reference):
     assert all(c.proposed == c.accepted == c.tokens.size for c in canvases if not c.retries)
     assert all(np.array_equal(step.draft, committed(steps)[i, step.canvas_index]) for i, of in enumerate(own) for step in of
                if not step.retry)
+
+
+def test_later_canvases_are_drafted_behind_their_commits(nano_pair):
+    model, tokenizer = nano_pair
+    (question,) = tasks_named("story")[0].questions(1)
+    (session,), _ = run(model, [chat_ids(tokenizer, question.messages)], drafted(base_of(model), {(0, 1): np.full(LENGTH, -1)}))
+    assert len(session.canvases) > 1
+
+
+def test_what_is_not_sure_stays_noise(nano_pair):
+    model, _ = nano_pair
+    drafter = random_drafter(model)
+    drafter.norm.weight = -drafter.norm.weight  # else a random one mostly says what it reads
+    policy = drafter.canvas(model, base_of(model), DraftRules(gate=0.5, passes=2))
+    session = Session(model, nano_prompts(1)[0], policy, Draws(0, 1024), (1,), 64)
+    policy.drafter.read([session], [{layer: mx.random.normal((5, 128)) for layer in policy.drafter.taps}])
+    session.open_canvas()
+    (draft,) = policy.drafter.seed([session])
+    sure, kept = np.array(draft.drafted), np.array(draft.ids) == np.array(session.canvas)
+    assert 0 < sure.sum() < sure.size
+    assert kept[~sure].all()
+    assert not kept[sure].all()
 
 
 @pytest.mark.parametrize("wrong", ["another's", "ends", "noise"])

@@ -15,6 +15,7 @@ from drafter.model import Borrowed
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import Segment
+from mlx_diffgemma.tuning.adapters import model_fingerprint
 from tests.drafter.drafters import random_drafter
 from tests.test_cli import run
 
@@ -109,6 +110,15 @@ class TestRefused:
         mx.save_safetensors(str(folder / "model.safetensors"), weights | {"fc.weight": fc[:3]})
         with pytest.raises(UserError, match="'fc.weight' has shape"):
             load_drafter(str(folder), tiny)
+
+    def test_of_another_checkpoint_of_the_same_shape(self, tiny, tmp_path):
+        for fingerprint, fits in ((model_fingerprint(tiny), True), ("0", False)):
+            save_drafter(random_drafter(tiny), tmp_path, {"name": "tiny-2", "fingerprint": fingerprint})
+            if fits:
+                assert load_drafter(str(tmp_path), tiny).config.target["name"] == "tiny-2"
+            else:
+                with pytest.raises(UserError, match=r"trained for another model than this one \(tiny-2\)"):
+                    load_drafter(str(tmp_path), tiny)
 
     def test_a_drafter_in_memory(self, tiny, nano_pair):
         with pytest.raises(UserError, match="hidden size of 64, this one has 128"):
