@@ -1,9 +1,15 @@
-"""Drafted canvases: the drafter guesses a canvas before its first step, the target denoises it as ever.
+"""Drafted canvases: the drafter denoises a canvas before the target does, which begins from what came out and checks it.
 
-A guess enters the canvas only where the drafter's own confidence says that it will be committed; every other position stays the
-noise it would have been, because the target believes what stands on its canvas where it cannot check it.  Sampler, schedule and
-stop rule are those of the policy underneath, so what is committed is the target's own argmax under its own certificate.  The
-start differs from the reference's, and with it, now and then, the text: a named departure.
+The drafter takes some passes of its own with the sampler of the policy underneath.  Its guesses enter the canvas only where its
+own confidence says that they will be committed; every other position stays the noise it would have been, because the target
+believes what stands on its canvas where it cannot check it.  From there sampler, schedule and stop rule are those of the policy
+underneath.  Between the target's steps the drafter may guess again, from what the step made of the canvas.
+
+Whether the target only believed is seen by its causal mode, which tells how probable each token is without having seen it, and
+whose pass over a finished canvas has to run anyway: the *judge*.  A drafted canvas is committed when no token of it surprises
+that mode, and it may be committed by that a step earlier than the stop rule allows.  What fails begins anew from noise.
+
+The start differs from the reference's, and with it, now and then, the text: a named departure.
 """
 
 from __future__ import annotations
@@ -16,14 +22,16 @@ import mlx.core as mx
 import numpy as np
 
 from drafter.context import Reader
-from drafter.model import Drafter
-from mlx_diffgemma.drafting import CanvasDrafter, Draft
+from drafter.model import Drafter, weights_fingerprint
+from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma, Segment
 from mlx_diffgemma.policy import Policy, Standing
-from mlx_diffgemma.sampler import SamplerStep
-from mlx_diffgemma.session import Session
+from mlx_diffgemma.sampler import Before, SamplerStep
+from mlx_diffgemma.session import Session, sampled_together
+
+OWN_STEPS = 2**32  # the drafter draws under step numbers that no policy reaches
 
 
 @dataclass(frozen=True)
@@ -31,22 +39,51 @@ class DraftRules:
     """How drafts are made and used.
 
     - ``gate``: the confidence from which a guess enters the canvas.  Above 1 none does.
-    - ``passes``: of the drafter, each from what the one before guessed.
+    - ``passes``: of the drafter, each from what the one before left; the last one tells what it guesses and how surely.
     - ``handoff``: the drafter's most probable tokens are the first step's self-conditioning signal.
+    - ``refine``: the drafter guesses again after each of the target's steps, at the positions that are not accepted.
+    - ``judge``: the surprise in nats from which on a token of a drafted canvas is not believed, None: there is no judge.  A
+      token surprises by what its causal log-probability lies below the expected one, the negative entropy.
     - ``watchdog``: a drafted canvas that has not ended after this many steps begins anew from noise.
     """
 
-    gate: float = 0.97
+    gate: float = 0.9
     passes: int = 2
     handoff: bool = False
+    refine: bool = False
+    judge: float | None = 2.0
     watchdog: int = 24
 
     def __post_init__(self) -> None:
-        if not self.gate > 0:
-            raise UserError(f"gate must be above 0, got {self.gate}.")
+        for name in ("gate", "judge"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} must be above 0, got {value}.")
         for name in ("passes", "watchdog"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @classmethod
+    def parse(cls, text: str) -> DraftRules:
+        """From ``gate=0.95,passes=3,judge=off``.  Errors: UserError for a rule or value that is none."""
+        kinds: dict[str, Any] = {"gate": float, "passes": int, "handoff": _switch, "refine": _switch,
+                                 "judge": lambda value: None if value == "off" else float(value), "watchdog": int}
+        given: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            name, _, value = (piece.strip() for piece in part.partition("="))
+            if name not in kinds:
+                raise UserError(f"Unknown draft rule {name!r}; known are {', '.join(kinds)}.")
+            try:
+                given[name] = kinds[name](value)
+            except ValueError:
+                right = "on or off" if kinds[name] is _switch else "a number" + " or off" * (name == "judge")
+                raise UserError(f"The draft rule {name} cannot be {value!r}; give {right}.") from None
+        return cls(**given)
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError(value)
+    return value == "on"
 
 
 class CanvasDraft(Reader):
@@ -60,36 +97,87 @@ class CanvasDraft(Reader):
                             "self-conditioning or no noise; use it with mode 'ar'.")
         if any(layer.causal for layer in config.layers):
             raise UserError("This drafter's layers are causal inside a block, which a canvas is not; use it with mode 'ar'.")
+        if rules.refine and not config.refinement:
+            raise UserError("This drafter was not trained to refine between the target's steps; leave refine off.")
         self.rules = rules
 
+    def __repr__(self) -> str:
+        """The same for the same drafter and rules: it names logs."""
+        return f"CanvasDraft({self.rules}, {weights_fingerprint(self.drafter)})"
+
+    @property
+    def refines(self) -> bool:
+        return self.rules.refine
+
     def seed(self, sessions: Sequence[Session]) -> list[Draft]:
-        noise = mx.concatenate([_canvas(session) for session in sessions])
-        segments, start = [], 0
-        for session in sessions:
-            cache: Any = session.draft
-            segments.append(Segment(start, start + _canvas(session).size, cache, canvas=True))
-            start += _canvas(session).size
-        ids, x = noise, self.borrowed.embed(noise)
-        for number in range(self.rules.passes):
-            hidden = self.drafter(x, segments)
-            logits = self.borrowed.logits(hidden)
+        noise, segments = mx.concatenate([_canvas(session) for session in sessions]), _segments(sessions)
+        x, belief = self.borrowed.embed(noise), None
+        left = mx.full(noise.shape, -1, dtype=mx.int32)  # the places in the head of what is accepted so far
+        for number in range(self.rules.passes - 1):
+            logits = self.borrowed.logits(self.drafter(x, segments))
+            renoise, left = self._sample(sessions, logits, number, left)
+            last = number == self.rules.passes - 2
+            # The last pass looks at the most probable canvas: what holds together there is sure.
+            places = mx.argmax(logits, axis=-1) if last else left
+            ids = mx.where(places < 0, renoise, self.borrowed.tokens(places))
             belief = self.borrowed.belief(logits)
-            sure = mx.sigmoid(self.drafter.confidence(hidden)[:, 0].astype(mx.float32)) >= self.rules.gate
-            ids = mx.where(sure, self.borrowed.tokens(mx.argmax(logits, axis=-1)), noise)
-            if number + 1 < self.rules.passes:
-                x = self.drafter.condition(self.borrowed.embed(ids), belief)
+            x = self.drafter.condition(self.borrowed.embed(ids), belief)
+        guess, sure, belief = self._guess(x, segments)
+        ids = mx.where(sure, guess, noise)
         mx.eval(ids, sure, belief)
-        return [Draft(ids[s.start : s.stop], belief[s.start : s.stop] if self.rules.handoff else None, sure[s.start : s.stop])
-                for s in segments]
+        return [Draft(ids[s.start : s.stop], belief[s.start : s.stop] if self.rules.handoff else None, sure[s.start : s.stop],
+                      self.rules.passes) for s in segments]
+
+    def refine(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> list[Draft]:
+        segments = _segments(sessions)
+        ids = mx.concatenate([_canvas(session) for session in sessions])
+        accepted = mx.concatenate([session.accepted for session in sessions])
+        together = {layer: mx.concatenate([own[layer] for own in taps]) for layer in self.taps}
+        guess, sure, _ = self._guess(self.drafter.refine(self.borrowed.embed(ids), together), segments)
+        sure = sure & ~accepted
+        ids = mx.where(sure, guess, ids)
+        mx.eval(ids, sure)
+        return [Draft(ids[s.start : s.stop], None, sure[s.start : s.stop], 1) for s in segments]
+
+    def _guess(self, x: mx.array, segments: Sequence[Segment]) -> tuple[mx.array, mx.array, mx.array]:
+        """Of a pass: the most probable ids, where they are sure, and what it believes."""
+        hidden = self.drafter(x, segments)
+        logits = self.borrowed.logits(hidden)
+        sure = mx.sigmoid(self.drafter.confidence(hidden)[:, 0].astype(mx.float32)) >= self.rules.gate
+        return self.borrowed.tokens(mx.argmax(logits, axis=-1)), sure, self.borrowed.belief(logits)
+
+    def _sample(self, sessions: Sequence[Session], logits: mx.array, number: int, left: mx.array) -> tuple[mx.array, mx.array]:
+        """One step of the sampler underneath on the ``logits`` [rows, tokens] of pass ``number``: (ids to put where nothing is
+        accepted, the places in the head of what is, -1 elsewhere)."""
+        rows, start = {}, 0
+        for session in sessions:
+            rows[id(session)] = start
+            start += _canvas(session).size
+        renoise, found = [mx.array(0)] * len(sessions), [mx.array(0)] * len(sessions)
+        places = {id(session): place for place, session in enumerate(sessions)}
+        for group in sampled_together(sessions):
+            length, policies = _canvas(group[0]).size, [session.policy.sampling for session in group]
+            draws = [s.draws.step(s.canvas_index, s.retry, OWN_STEPS + number, s.start, length) for s in group]
+            own = [slice(rows[id(session)], rows[id(session)] + length) for session in group]
+            before = Before(mx.stack([left[part] for part in own]), mx.stack([left[part] >= 0 for part in own]),
+                            mx.zeros((len(group), 0, length), dtype=mx.int32))
+            steps = [number * policy.max_steps // self.rules.passes for policy in policies]
+            made = policies[0].sample(policies, steps, [length] * len(group), mx.stack([logits[part] for part in own]),
+                                      np.stack([d.u for d in draws]), np.full((len(group), length), -1, dtype=np.int32), before,
+                                      mx.array([-1]))
+            for row, session in enumerate(group):
+                renoise[places[id(session)]], found[places[id(session)]] = mx.array(draws[row].renoise), made.canvas[row]
+        return mx.concatenate(renoise), mx.concatenate(found)
 
 
 @dataclass(frozen=True)
 class DraftPolicy:
-    """``base``, whose canvases begin from drafts."""
+    """``base``, whose canvases begin from drafts, and are judged (``DraftRules.judge``)."""
 
     base: Policy
     drafter: CanvasDrafter
     watchdog: int
+    surprise: float | None = None
 
     @property
     def name(self) -> str:
@@ -102,10 +190,6 @@ class DraftPolicy:
     @property
     def stability(self) -> int:
         return self.base.stability
-
-    @property
-    def certificate(self) -> str:
-        return self.base.certificate
 
     @property
     def fuses_commit(self) -> bool:
@@ -128,17 +212,42 @@ class DraftPolicy:
     def sample(*_: object) -> SamplerStep:
         raise TypeError("the policy underneath samples")
 
+    def confident(self, standing: Standing) -> bool:
+        return self.base.confident(standing)
+
+    def consults(self, standing: Standing) -> bool:
+        ends = self.base.confident(standing) or self.base.judge(standing) is not None
+        return ends and standing.drafted and self.surprise is not None
+
     def judge(self, standing: Standing) -> str | None:
         reason = self.base.judge(standing)
+        if self.surprise is not None and standing.surprise is not None:
+            if standing.surprise <= self.surprise:
+                return reason or "converged"
+            reason = "judge" if reason else None
         return "watchdog" if reason is None and standing.drafted and standing.steps >= self.watchdog else reason
+
+    def certificate(self, standing: Standing) -> str:
+        if self.surprise is None or standing.surprise is None:
+            return self.base.certificate(standing)
+        return f"{self.base.certificate(standing)}-and-causal" if self.base.judge(standing) == "converged" else "causal"
 
     def rejects(self, standing: Standing, reason: str) -> bool:
         # The drafted attempt is one more than the policy underneath counts.
         before = replace(standing, retry=max(0, standing.retry - 1))
-        return reason == "watchdog" or self.base.rejects(before, reason)
+        return reason in ("judge", "watchdog") or self.base.rejects(before, reason)
 
     def keeps(self, standing: Standing, rows: int) -> int:
         return self.base.keeps(standing, rows)
+
+
+def _segments(sessions: Sequence[Session]) -> list[Segment]:
+    segments, start = [], 0
+    for session in sessions:
+        cache: Any = session.draft
+        segments.append(Segment(start, start + _canvas(session).size, cache, canvas=True))
+        start += _canvas(session).size
+    return segments
 
 
 def _canvas(session: Session) -> mx.array:

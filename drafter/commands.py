@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from drafter.evaluation import evaluate_drafter, plot, table
-from drafter.loading import load_drafter
-from drafter.run import DraftRun, DraftShape, read_prompts, share
+from drafter.canvas import DraftRules
+from drafter.evaluation import KINDS, evaluate_drafter, plot, table
+from drafter.loading import load_drafter, tokenizer_fingerprint
+from drafter.run import LOG, DraftRun, DraftShape, read_prompts, share
 from drafter.training import DraftReport, DraftTrainingOptions
 from mlx_diffgemma import nano
 from mlx_diffgemma.device import describe
@@ -22,6 +23,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import tasks_named, tasks_of_file
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.tuning.adapters import model_fingerprint
 
 app = typer.Typer(name="draft", help="Train a drafter for a model, and tell what it is worth.", no_args_is_help=True,
                   rich_markup_mode=None)
@@ -35,6 +37,8 @@ def train(
     model: Annotated[str, typer.Option(help=f"'{nano.NAME}' (built in), a folder, or a Hub id; quantised ones too.")] = nano.NAME,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
     adapter_path: Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="Go on from this drafter: the answers begin from its guesses, and what it "
+                                                    "was trained on stays in, if it is in its folder.")] = None,
     draft_path: Annotated[Path, typer.Option(help="The folder to write.")] = Path("drafter"),
     num_layers: Annotated[int | None, typer.Option(help="Default: 5, 1 for a model of at most 12 layers.")] = SHAPE.num_layers,
     taps: Annotated[str | None, typer.Option(help="Layers of the model that are read, as 1,6,11. Default: evenly spread.")] = None,
@@ -59,10 +63,16 @@ def train(
     shape = DraftShape(num_layers, _layers(taps), intermediate_size, head_size, block_size)
     asked = read_prompts(data)
     network, tokenizer = load(model, revision=revision, adapter_path=adapter_path)
-    run = DraftRun(network, nano.VERSION if model == nano.NAME else model, [chat_ids(tokenizer, messages) for messages in asked],
-                   draft_path, shape, options, max_tokens, rollout_batch_size, resume)
-    errors.print(f"a pass of the drafter takes {share(run.config, network.config):.1%} of a denoising step's multiply-adds",
-                 markup=False)
+    first = load_drafter(draft_model, network, tokenizer=tokenizer) if draft_model else None
+    if first and shape != DraftShape():
+        raise UserError("--draft-model has its shape already; leave --num-layers, --taps, --intermediate-size, --head-size and "
+                        "--block-size out.")
+    target = {"name": nano.VERSION if model == nano.NAME else model, "fingerprint": model_fingerprint(network),
+              "tokenizer": tokenizer_fingerprint(tokenizer)}
+    run = DraftRun(network, target, [chat_ids(tokenizer, messages) for messages in asked], draft_path, shape, options, max_tokens,
+                   rollout_batch_size, resume, first, Path(draft_model) / LOG if draft_model else None)
+    errors.print(f"a pass of the drafter takes {share(run.config, network.config):.1%} of a denoising step's multiply-adds\n"
+                 f"{run.plan().told()}", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
@@ -88,12 +98,18 @@ def train(
 
 @app.command()
 def evaluate(
-    draft_model: Annotated[str, typer.Option(help="The drafter: a folder or a Hub id.")],
+    draft_model: Annotated[str, typer.Option(help="The drafter: a folder or a Hub id.")] = nano.DRAFTER,
     model: Annotated[str, typer.Option(help=f"'{nano.NAME}' (built in), a folder, or a Hub id; quantised ones too.")] = nano.NAME,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
     adapter_path: Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")] = None,
     tasks: Annotated[str, typer.Option(help="Suites or tasks, as for evaluate.")] = nano.NAME,
     data: Annotated[Path | None, typer.Option(help="A jsonl file of questions of your own in place of --tasks.")] = None,
+    draft_rules: Annotated[str | None, typer.Option(help="How canvases are drafted: gate=0.9,passes=2,refine=on,judge=off and the "
+                                                    "like.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="Another drafter to ask beside it; may be given again.")] = None,
+    parts: Annotated[str, typer.Option(help="What to measure beside reference and drafter: the drafter under other rules, what it "
+                                       "must be better than, drafts that are wrong on purpose, left to right, the oracle "
+                                       "curve.")] = ",".join(KINDS),
     limit: Annotated[int, typer.Option(help="Questions a task, at most.")] = 20,
     num_seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on; at least 2.")] = 5,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Of each answer.")] = 256,
@@ -105,16 +121,20 @@ def evaluate(
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
     network, tokenizer = load(model, revision=revision, adapter_path=adapter_path)
-    drafter = load_drafter(draft_model, network)
+    drafter = load_drafter(draft_model, network, tokenizer=tokenizer)
+    others = {name: load_drafter(name, network, tokenizer=tokenizer) for name in also or ()}
+    rules = DraftRules.parse(draft_rules or "")
     with errors.status("") if errors.is_terminal else contextlib.nullcontext() as status:
-        record = evaluate_drafter(network, tokenizer, drafter, asked, limit, range(num_seeds), max_tokens,
+        record = evaluate_drafter(network, tokenizer, drafter, asked, limit, range(num_seeds), max_tokens, rules,
+                                  filter(None, parts.split(",")), others,
                                   progress=lambda text: status.update(text) if status else None)
     record |= {"model": nano.VERSION if model == nano.NAME else model, "draft_model": draft_model,
                "machine": describe(network.dtype)}
     if output_dir is not None:
         (output_dir / "drafting.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        with contextlib.suppress(ImportError):
-            plot(record, output_dir / "drafting.png")
+        if "oracle" in record:
+            with contextlib.suppress(ImportError):  # matplotlib is not needed
+                plot(record, output_dir / "drafting.png")
     print(json.dumps(record) if as_json else table(record))
 
 

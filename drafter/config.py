@@ -36,6 +36,7 @@ class DrafterConfig:
 
     ``mask_token_id`` stands where a token is not known yet; None: uniform noise does, as on a canvas.  ``block_size`` counts
     the positions of a block, the known first one included.  ``head_size``: how many tokens it can draft, None all.
+    ``refinement``: it can guess again from what the target's denoising made of a canvas.
     ``target`` names the checkpoint it was trained for, where that is known.
     """
 
@@ -59,6 +60,7 @@ class DrafterConfig:
     final_logit_softcapping: float | None = None
     self_conditioning: bool = False
     confidence: bool = False
+    refinement: bool = False
     head_size: int | None = None
     target: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,6 +112,7 @@ class DrafterConfig:
             output_multiplier=float(dflash.get("output_multiplier", 1.0)),
             final_logit_softcapping=dflash.get("final_logit_softcapping", raw.get("final_logit_softcapping")),
             self_conditioning=bool(own.get("self_conditioning")), confidence=bool(own.get("confidence")),
+            refinement=bool(own.get("refinement")),
             head_size=own.get("head_size"), target=dict(own.get("target") or {}),
         )
         if not found.taps or not all(0 <= layer < found.num_target_layers for layer in found.taps):
@@ -134,6 +137,6 @@ class DrafterConfig:
                 "input_embedding_scale": self.input_embedding_scale, "output_multiplier": self.output_multiplier,
                 "final_logit_softcapping": self.final_logit_softcapping,
             },
-            MARK: {"self_conditioning": self.self_conditioning, "confidence": self.confidence, "head_size": self.head_size,
-                   "target": dict(self.target)},
+            MARK: {"self_conditioning": self.self_conditioning, "confidence": self.confidence, "refinement": self.refinement,
+                   "head_size": self.head_size, "target": dict(self.target)},
         }

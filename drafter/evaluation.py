@@ -2,15 +2,17 @@
 
 First the oracle curve, which needs no drafter: canvases begun from what the reference committed there, with a share of the
 positions replaced.  Then the ways to answer, each over the same questions under the same seeds: the reference and itself under
-other seeds (the noise floor), a looser stop rule, the drafter, and drafts that are wrong on purpose.
+other seeds (the noise floor), a looser stop rule, the drafter, the drafter without its checks, drafts that need no drafter, drafts
+that are wrong on purpose, and decoding left to right.
 
-A cost is counted in denoising steps: a pass of the drafter and a commit have their share of a step's multiply-adds.
+A cost is counted in denoising steps: a pass of the drafter, a commit and a judge's pass have their shares of a step's
+multiply-adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +20,109 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from drafter.baselines import FixedDraft, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
 from drafter.canvas import DraftPolicy, DraftRules
-from drafter.model import Drafter
+from drafter.model import Borrowed, Drafter
 from drafter.run import share
 from mlx_diffgemma import cost
+from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
+from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.drafting import Draft, Taps
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import Question, Task
-from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.model import DiffusionGemma, Segment
 from mlx_diffgemma.policy import Policy, ReferencePolicy
-from mlx_diffgemma.session import Loop, Session
+from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, Loop, Session
 from mlx_diffgemma.tokenizer import ResponseParser, chat_ids
 
 SHARES = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 OTHER = 500_009  # between the seeds of two runs that should have nothing in common
 RESAMPLES = 2000
-Known = Mapping[tuple[int, int], np.ndarray]  # ids by request seed and canvas, -1 where nothing is drafted
-
-
-class FixedDraft:
-    """A canvas drafter that is told beforehand what to guess."""
-
-    taps: Sequence[int] = ()
-
-    def __init__(self, known: Known):
-        self.known = known
-
-    def begin(self) -> None:
-        return None
-
-    def read(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> None:
-        """There is nothing to note."""
-
-    def seed(self, sessions: Sequence[Session]) -> list[Draft]:
-        drafts = []
-        for session in sessions:
-            canvas = session.canvas
-            assert canvas is not None
-            assert isinstance(session.draws, Draws)
-            found = self.known.get((session.draws.seed, session.canvas_index), np.zeros(0, dtype=np.int32))[: canvas.size]
-            guess = mx.array(np.pad(found, (0, canvas.size - found.size), constant_values=-1).astype(np.int32))
-            drafts.append(Draft(mx.where(guess < 0, canvas, guess), None, guess >= 0))
-        return drafts
+LOOSE = 1e-9  # a gate that lets everything through
+WRONG = ("random tokens", "all end tokens", "another's answer", "wrong everywhere", "right, from other seeds")
+KINDS = ("drafter", "baselines", "wrong", "ar", "oracle")
+BATCH = 16
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One question under one seed: its score, the denoising steps and commits it took, canvases, those begun anew, what was drafted
-    of the text and how much of it committed; ``committed`` are its canvases whole."""
+    """One question under one seed: its score, its canvases, and the ids of each, whole."""
 
     score: float
-    steps: int
-    commits: int
-    canvases: int
-    retries: int
-    proposed: int
-    accepted: int
-    tokens: int
+    canvases: tuple[Canvas, ...]
     committed: tuple[np.ndarray, ...]
+
+    def total(self, name: str) -> int:
+        return sum(getattr(canvas, name) for canvas in self.canvases)
+
+    @property
+    def commits(self) -> int:
+        """Causal passes that only committed: of every canvas but the last, unless the judge's pass did it."""
+        return sum("causal" not in (canvas.certificate or "") for canvas in self.canvases[:-1])
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        return tuple(int(token) for canvas in self.canvases for token in canvas.tokens)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a pass of the drafter, a commit and a judge's pass take of a denoising step's multiply-adds; the last reads the text's
+    rows only, and takes so much less."""
+
+    draft: float
+    commit: float
+    judge: float
+
+    @classmethod
+    def of(cls, drafter: Drafter, config: ModelConfig) -> Shares:
+        flops = cost.step_flops(config, 0)
+        whole = sum(value for part, value in flops.items() if part != "scores")
+        commit = (flops["attention"] + flops["dense_mlp"] + flops["experts"]) / whole
+        return cls(share(drafter.config, config), commit, commit + flops["head"] / whole)
+
+    def spent(self, answered: Answered, free_steps: bool = False) -> float:
+        """In denoising steps; ``free_steps`` leaves those out."""
+        steps = 0 if free_steps else answered.total("steps")
+        judged = answered.total("judged_rows") / answered.committed[0].size
+        causal = self.judge * judged + self.commit * answered.commits
+        return steps + causal + self.draft * answered.total("passes")
 
 
 @dataclass(frozen=True)
 class WayResult:
-    """A way to answer, over all questions and seeds.  ``cost`` in denoising steps a canvas, everything counted; ``ratio`` of it to
-    the reference's; ``loss`` of mean score against the reference, in points, with the upper end of its 95 % interval."""
+    """A way to answer, over all questions and seeds.
+
+    ``steps`` and ``forwards`` of the target a canvas, ``rows`` of them, and ``cost`` in denoising steps with everything counted;
+    ``ratio`` of that to the reference's, and the same for the answers in the third to which the reference gave most (``hard``).
+    ``loss`` of mean score against the reference, in points, with the upper end of its 95 % interval.  ``drafted`` tokens of a
+    canvas's text, of which ``right`` were committed; ``judged`` is the share of canvases that the causal mode certified,
+    ``retries`` that of those begun anew.  ``same``: texts as the reference's.  ``drift`` is the squared distance between the
+    distributions of the tokens at each place and ``text_drift`` that between those of whole texts (see ``drift``).
+    """
 
     name: str
     score: float
     steps: float
+    forwards: float
+    rows: float
     cost: float
     ratio: float
+    hard: float
     loss: float
     loss_bound: float
     drafted: float
     right: float | None
+    judged: float
     retries: float
     same: float
+    drift: float
+    text_drift: float
 
 
 def answer(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], policy: Policy, seed: int,
-           max_tokens: int, batch_size: int = 16) -> list[Answered]:
+           max_tokens: int, batch_size: int = BATCH) -> list[Answered]:
     """Question i under the seed ``seed`` + i."""
     eos, config = model.config.generation.eos_token_ids, model.config
     sessions = [Session(model, chat_ids(tokenizer, q.messages), policy, Draws(seed + i, config.text.vocab_size), eos, max_tokens)
@@ -113,136 +136,253 @@ def answer(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequen
         loop.advance()
     found = []
     for question, session, prompt in zip(questions, sessions, lengths, strict=True):
-        parser = ResponseParser(tokenizer)
-        ids = [int(t) for canvas in session.canvases for t in canvas.tokens if int(t) not in eos]
-        text = parser.feed(ids).answer + parser.finish().answer
         whole, start, committed = session.ids[prompt:], 0, []
         for canvas in session.canvases:
             size = len(whole) - start if canvas is session.canvases[-1] else canvas.tokens.size
             committed.append(np.array(whole[start : start + size], dtype=np.int32))
             start += size
-        c = session.canvases
-        found.append(Answered(question.mark(text).score, sum(x.steps for x in c), len(c) - 1, len(c), sum(x.retries for x in c),
-                              sum(x.proposed for x in c), sum(x.accepted for x in c), len(ids), tuple(committed)))
+        ids = [int(t) for canvas in session.canvases for t in canvas.tokens]
+        found.append(Answered(_score(tokenizer, question, ids, eos), tuple(session.canvases), tuple(committed)))
     return found
 
 
-def commit_share(config: ModelConfig) -> float:
-    """A commit's multiply-adds of those of a denoising step with dense self-conditioning."""
-    flops = cost.step_flops(config, 0)
-    whole = sum(value for part, value in flops.items() if part != "scores")
-    return (flops["attention"] + flops["dense_mlp"] + flops["experts"]) / whole
+def answer_causally(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], temperature: float,
+                    seed: int, max_tokens: int, drafter: Drafter | None = None) -> dict[str, float]:
+    """The same left to right: mean score, and tokens, forwards and rows of the target an answer."""
+    eos, size = model.config.generation.eos_token_ids, model.config.text.vocab_size
+    scores, tokens, forwards, rows = [], 0, 0, 0
+    for first in range(0, len(questions), BATCH):
+        part = questions[first : first + BATCH]
+        sessions = causal_sessions(model, [chat_ids(tokenizer, q.messages) for q in part], CausalPolicy(temperature),
+                                   [Draws(seed + first + i, size) for i in range(len(part))], eos, [max_tokens] * len(part))
+        loop = CausalLoop(model, sessions, PREFILL_STEP_SIZE, drafter.causal(model) if drafter else None)
+        loop.prefill()
+        while loop.active:
+            loop.advance()
+        scores += [_score(tokenizer, q, s.tokens, eos) for q, s in zip(part, sessions, strict=True)]
+        tokens, forwards = tokens + sum(len(s.tokens) for s in sessions), forwards + sum(s.forwards for s in sessions)
+        rows += sum(s.forwards + s.proposed for s in sessions)
+    count = len(questions)
+    return {"score": float(np.mean(scores)), "tokens": tokens / count, "forwards": forwards / count, "rows": rows / count}
+
+
+def _score(tokenizer: TokenizerWrapper, question: Question, ids: Sequence[int], eos: Sequence[int]) -> float:
+    parser = ResponseParser(tokenizer)
+    return question.mark(parser.feed([t for t in ids if t not in eos]).answer + parser.finish().answer).score
 
 
 def oracle(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], base: Policy, seed: int,
-           max_tokens: int, progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Steps a canvas by the share of right positions in the draft, the others noise or another question's answer.
+           max_tokens: int, drafter: Drafter | None = None, progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Steps a canvas by the share of right positions in the draft; the others are noise, another question's answer, or what a
+    ``drafter`` makes of them from the right ones.
 
-    No watchdog; drafts come from one run of the reference, the draws from another.
+    Neither watchdog nor judge; drafts come from one run of the reference, the draws from another.
     """
     before = answer(model, tokenizer, questions, base, seed, max_tokens)
     rng, points = np.random.default_rng(seed), []
-    for kind in ("noise", "another's answer"):
+    for kind in ("noise", "another's answer") + (("the drafter's",) if drafter else ()):
         for right in SHARES:
             known: dict[tuple[int, int], np.ndarray] = {}
             for i, own in enumerate(before):
+                behind = chat_ids(tokenizer, questions[i].messages)
                 for index, canvas in enumerate(own.committed):
-                    other = before[(i + 1) % len(before)].committed[0]
-                    wrong = np.resize(other, canvas.size) if kind != "noise" else np.full(canvas.size, -1, dtype=np.int32)
-                    known[seed + OTHER + i, index] = np.where(rng.random(canvas.size) < right, canvas, wrong)
+                    given = rng.random(canvas.size) < right
+                    wrong = np.full(canvas.size, -1, dtype=np.int32)
+                    if kind == "another's answer":
+                        wrong = np.resize(before[(i + 1) % len(before)].committed[0], canvas.size)
+                    elif drafter and kind != "noise":
+                        noise = rng.integers(0, model.config.text.vocab_size, canvas.size)
+                        wrong = _guessed(model, drafter, behind, np.where(given, canvas, noise))
+                    known[seed + OTHER + i, index] = np.where(given, canvas, wrong)
+                    behind = [*behind, *canvas.tolist()]
             policy = DraftPolicy(base, FixedDraft(known), base.max_steps + 1)
             got = answer(model, tokenizer, questions, policy, seed + OTHER, max_tokens)
-            points.append({"wrong": kind, "right": right, "steps": sum(a.steps for a in got) / sum(a.canvases for a in got),
+            points.append({"wrong": kind, "right": right, "steps": _a_canvas(got, lambda a: a.total("steps")),
                            "score": float(np.mean([a.score for a in got]))})
             if progress:
                 progress(f"oracle, {right:.0%} right, {kind}")
     return points
 
 
+def _guessed(model: DiffusionGemma, drafter: Drafter, prefix: Sequence[int], canvas: np.ndarray) -> np.ndarray:
+    """What one pass of the drafter makes of ``canvas`` ids [length] behind ``prefix``."""
+    borrowed, cache = Borrowed(model, drafter), Cache(drafter.config)
+    taps = model.encode([mx.array(prefix)], [Cache(model.config.text)], taps=drafter.config.taps).taps
+    drafter.absorb([drafter.features({layer: rows[0] for layer, rows in taps.items()})], [cache])
+    hidden = drafter(borrowed.embed(mx.array(canvas)), [Segment(0, canvas.size, cache, canvas=True)])
+    return np.array(borrowed.tokens(mx.argmax(borrowed.logits(hidden), axis=-1)))
+
+
+def drift(own: Sequence[Sequence[Answered]], reference: Sequence[Sequence[Answered]],
+          of: Callable[[Answered], Sequence[Any]]) -> float:
+    """The squared distance between the distributions of ``own`` and ``reference`` [seeds][questions], for each entry of what ``of``
+    makes of an answer, in mean over entries and questions; pairs of one seed, which share their random numbers, are left out.
+
+    An unbiased estimate of sum (p - q)^2: what a token at a place, say, is under the one and under the other.  It is around 0
+    where the two ways are one.  Source: the energy distance (Székely and Rizzo 2013) under the discrete metric.
+    """
+    seeds, found = range(len(own)), []
+    for question in range(len(own[0])):
+        mine, theirs = [of(run[question]) for run in own], [of(run[question]) for run in reference]
+        length = max(map(len, mine + theirs))
+        x, y = (np.array([[*map(hash, one), *[-1] * (length - len(one))] for one in ways]) for ways in (mine, theirs))
+
+        def differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return np.mean([a[i] != b[j] for i in seeds for j in seeds if i != j], axis=0)
+
+        found.append(float(np.mean(2 * differ(x, y) - differ(x, x) - differ(y, y))))
+    return float(np.mean(found))
+
+
 def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter: Drafter, tasks: Sequence[Task], limit: int = 20,
-                     seeds: Sequence[int] = range(5), max_tokens: int = 256, gates: Sequence[float] = (0.9, 0.97),
+                     seeds: Sequence[int] = range(5), max_tokens: int = 256, rules: DraftRules | None = None,
+                     kinds: Iterable[str] = KINDS, drafters: Mapping[str, Drafter] | None = None,
                      progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """All of it, as a record.  Errors: UserError for a drafter of another model, for nothing to ask and for one seed only."""
+    """All of it, or some of the ``kinds``, as a record.  ``drafters`` are more of them by name, asked under the same rules.
+
+    Errors: UserError for a drafter of another model, for nothing to ask, one seed only, and a kind that is none.
+    """
+    kinds, rules = set(kinds), rules or DraftRules()
     questions = [question for task in tasks for question in task.questions(limit) if not question.choices]
     if not questions or len(seeds) < 2:
         raise UserError("At least one question that is answered in text and two seeds are needed.")
+    if not kinds <= set(KINDS):
+        raise UserError(f"Unknown part {sorted(kinds - set(KINDS))[0]!r}; known are {', '.join(KINDS)}.")
     base = ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6)
-    rules = DraftRules()
+    loose = replace(base, stability=0)
     firsts = [seed * 1_000_003 for seed in seeds]
-    runs: dict[str, list[list[Answered]]] = {}
-    passes: dict[str, int] = {}
+    shares, results, runs = Shares.of(drafter, model.config), list[WayResult](), dict[str, list[list[Answered]]]()
 
-    def run(name: str, policy_of: Callable[[int], Policy], own_passes: int = 0) -> None:
-        runs[name], passes[name] = [], own_passes
+    def run(name: str, policy_of: Callable[[int], Policy], offset: int = 0, free_steps: bool = False) -> None:
+        runs[name] = []
         for number, first in enumerate(firsts):
-            runs[name].append(answer(model, tokenizer, questions, policy_of(number), first, max_tokens))
             if progress:
                 progress(f"{name}, seed {seeds[number]}")
+            runs[name].append(answer(model, tokenizer, questions, policy_of(number), first + offset, max_tokens))
+        results.append(_result(name, runs[name], runs["reference"], shares, free_steps))
+
+    def drafted(under: Policy = base, own: Drafter = drafter, **changes: Any) -> Callable[[int], Policy]:
+        policy = own.canvas(model, under, replace(rules, **changes))
+        return lambda _: policy
 
     run("reference", lambda _: base)
     reference = runs["reference"]
-    runs["reference, other seeds"], passes["reference, other seeds"] = [*reference[1:], reference[0]], 0
-    run("looser stop (stability 0)", lambda _: replace(base, stability=0))
-    for gate in gates:
-        run(f"drafter, gate {gate:g}", lambda _, gate=gate: drafter.canvas(model, base, replace(rules, gate=gate)),  # type: ignore[misc]
-            rules.passes)
-    run("drafter, its distribution too", lambda _: drafter.canvas(model, base, replace(rules, handoff=True)), rules.passes)
+    run("reference, other seeds", lambda _: base, OTHER)
+    run("looser stop (stability 0)", lambda _: loose)
+    run("drafter", drafted())
+    for name, other in (drafters or {}).items():
+        run(name, drafted(own=other))
+    if "drafter" in kinds:
+        if drafter.config.refinement:
+            run(f"drafter, refine {'off' if rules.refine else 'on'}", drafted(refine=not rules.refine))
+        run(f"drafter, handoff {'off' if rules.handoff else 'on'}", drafted(handoff=not rules.handoff))
+        run("drafter, no judge", drafted(judge=None))
+        run("drafter, no gate", drafted(gate=LOOSE))
+        run("drafter, looser stop", drafted(under=loose))
+    if "baselines" in kinds:
+        commits = UnverifiedPolicy(**{f.name: getattr(base, f.name) for f in fields(base)})
+        run("drafter, not verified", drafted(under=commits, gate=LOOSE, judge=None, refine=False), free_steps=True)
+        veto = drafter.canvas(model, base, replace(rules, gate=LOOSE))
+        run("drafter, judge alone", lambda _: VetoPolicy(veto.base, veto.drafter, veto.watchdog, veto.surprise or DraftRules.judge))
+        run("n-gram draft", lambda _: DraftPolicy(base, NgramDraft(), rules.watchdog, rules.judge))
+    if "wrong" in kinds:
+        rng, length = np.random.default_rng(0), model.config.canvas_length
+        end, vocabulary = model.config.generation.eos_token_ids[0], model.config.text.vocab_size
 
-    def drafts(make: Callable[[int, int, int], np.ndarray]) -> Callable[[int], Policy]:
-        """A policy for each seed whose drafts are what ``make`` (seed number, question, canvas) says."""
-        return lambda number: DraftPolicy(base, FixedDraft({
-            (firsts[number] + i, index): make(number, i, index) for i in range(len(questions))
-            for index in range(len(reference[number][i].committed) + 2)}), rules.watchdog)
+        def make(name: str, number: int, i: int, index: int) -> np.ndarray:
+            right = next(iter(reference[number - 1][i].committed[index:]), np.zeros(0, dtype=np.int32))
+            if name == "right, from other seeds":
+                return right
+            if name == "wrong everywhere":
+                return (np.resize(right, length) + rng.integers(1, vocabulary, length)) % vocabulary if right.size else right
+            if name == "another's answer":
+                return reference[number][(i + 1) % len(questions)].committed[0]
+            return np.full(length, end) if name == "all end tokens" else rng.integers(0, vocabulary, length)
 
-    length, end = model.config.canvas_length, model.config.generation.eos_token_ids[0]
-    run("all end tokens", drafts(lambda *_: np.full(length, end)))
-    run("another's answer", drafts(lambda number, i, _: reference[number][(i + 1) % len(questions)].committed[0]))
-    nothing = np.zeros(0, dtype=np.int32)
-    run("right, from other seeds", drafts(lambda number, i, index: next(iter(reference[number - 1][i].committed[index:]), nothing)))
-    shares = {"pass": share(drafter.config, model.config), "commit": commit_share(model.config)}
-    results = [_result(name, own, reference, passes[name] * shares["pass"], shares["commit"]) for name, own in runs.items()]
-    points = oracle(model, tokenizer, questions, base, firsts[0], max_tokens, progress)
-    return {"questions": len(questions), "seeds": list(seeds), "shares": shares, "rules": asdict(rules),
-            "ways": [asdict(result) for result in results], "oracle": points}
+        run("a random drafter", drafted(own=disturbed(drafter, 10.0)))
+        run("the drafter, disturbed", drafted(own=disturbed(drafter, 0.3)))
+        for name in WRONG:
+            def fixed(number: int, name: str = name) -> Policy:
+                return DraftPolicy(base, FixedDraft({(firsts[number] + i, index): make(name, number, i, index)
+                                                     for i in range(len(questions)) for index in range(8)}),
+                                   rules.watchdog, rules.judge)
+
+            run(name, fixed)
+    record: dict[str, Any] = {"questions": len(questions), "seeds": list(seeds), "shares": asdict(shares), "rules": asdict(rules),
+                              "ways": [asdict(result) for result in results]}
+    if "ar" in kinds:
+        record["ar"] = []
+        for temperature in (0.0, 1.0):
+            for name, own in (("plain", None), ("drafted", drafter)):
+                if progress:
+                    progress(f"left to right, {name}, temperature {temperature:g}")
+                found = [answer_causally(model, tokenizer, questions, temperature, first, max_tokens, own) for first in firsts]
+                record["ar"].append({"name": name, "temperature": temperature}
+                                    | {key: float(np.mean([one[key] for one in found])) for key in found[0]})
+    if "oracle" in kinds:
+        record["oracle"] = oracle(model, tokenizer, questions, base, firsts[0], max_tokens, drafter, progress)
+    return record
 
 
-def _result(name: str, own: Sequence[Sequence[Answered]], reference: Sequence[Sequence[Answered]], draft: float, commit: float,
-            ) -> WayResult:
-    flat = [a for run in own for a in run]
+def _a_canvas(answers: Iterable[Answered], value: Callable[[Answered], float]) -> float:
+    answers = list(answers)
+    return sum(map(value, answers)) / sum(len(a.canvases) for a in answers)
 
-    def costs(runs: Sequence[Sequence[Answered]], extra: float) -> np.ndarray:
-        """[questions] steps a canvas, everything counted, over all seeds."""
-        spent = np.array([[a.steps + a.commits * commit + a.canvases * extra for a in run] for run in runs]).sum(axis=0)
-        return np.array([spent, np.array([[a.canvases for a in run] for run in runs]).sum(axis=0)])
+
+def _result(name: str, own: Sequence[Sequence[Answered]], reference: Sequence[Sequence[Answered]], shares: Shares,
+            free_steps: bool) -> WayResult:
+    flat, before = [a for run in own for a in run], [a for run in reference for a in run]
+
+    def spent(a: Answered) -> float:
+        return shares.spent(a, free_steps)
 
     def scores(runs: Sequence[Sequence[Answered]]) -> np.ndarray:
         return np.array([[a.score for a in run] for run in runs]).mean(axis=0)
 
-    spent, canvases = costs(own, draft)
-    before, count = costs(reference, 0.0)
+    effort = np.array([[shares.spent(a) for a in run] for run in reference]).sum(axis=0)
+    order = np.argsort(-effort, kind="stable")
+    most = order[: 1 + int(np.searchsorted(np.cumsum(effort[order]), effort.sum() / 3))]
+    hard, hard_before = ([run[i] for run in runs for i in most] for runs in (own, reference))
     losses = 100 * (scores(reference) - scores(own))
     rng = np.random.default_rng(0)
     means = losses[rng.integers(0, losses.size, (RESAMPLES, losses.size))].mean(axis=1)
-    proposed = sum(a.proposed for a in flat)
-    same = [all(np.array_equal(x, y) for x, y in zip(a.committed, b.committed, strict=False)) and a.tokens == b.tokens
-            for mine, theirs in zip(own, reference, strict=True) for a, b in zip(mine, theirs, strict=True)]
-    each = sum(a.canvases for a in flat)
+    proposed, cost_of = sum(a.total("proposed") for a in flat), _a_canvas(flat, spent)
+    certified = [canvas.certificate or "" for a in flat for canvas in a.canvases]
+
+    def forwards(a: Answered) -> int:
+        return (0 if free_steps else a.total("steps")) + a.total("judged") + a.commits
+
+    def rows(a: Answered) -> int:
+        return ((0 if free_steps else a.total("steps")) + a.commits) * a.committed[0].size + a.total("judged_rows")
+
     return WayResult(
-        name, float(np.mean([a.score for a in flat])), sum(a.steps for a in flat) / each, spent.sum() / canvases.sum(),
-        (spent.sum() / canvases.sum()) / (before.sum() / count.sum()), float(losses.mean()), float(np.quantile(means, 0.975)),
-        proposed / each, sum(a.accepted for a in flat) / proposed if proposed else None, sum(a.retries for a in flat) / each,
-        float(np.mean(same)))
+        name=name, score=float(np.mean([a.score for a in flat])),
+        steps=0.0 if free_steps else _a_canvas(flat, lambda a: a.total("steps")), forwards=_a_canvas(flat, forwards),
+        rows=_a_canvas(flat, rows), cost=cost_of, ratio=cost_of / _a_canvas(before, shares.spent),
+        hard=_a_canvas(hard, spent) / _a_canvas(hard_before, shares.spent), loss=float(losses.mean()),
+        loss_bound=float(np.quantile(means, 0.975)), drafted=proposed / len(certified),
+        right=sum(a.total("accepted") for a in flat) / proposed if proposed else None,
+        judged=float(np.mean(["causal" in one for one in certified])), retries=_a_canvas(flat, lambda a: a.total("retries")),
+        same=float(np.mean([a.text == b.text for a, b in zip(flat, before, strict=True)])),
+        drift=drift(own, reference, lambda a: a.text), text_drift=drift(own, reference, lambda a: [a.text]))
+
+
+COLUMNS = ("way", "score", "loss, points (at most, 95 %)", "steps a canvas", "all costs", "of the reference's",
+           "of that, the longest", "drafted tokens", "right", "begun anew", "same text", "drift x 1000")
 
 
 def table(record: Mapping[str, Any]) -> str:
     """The ways as a Markdown table."""
-    lines = ["| way | score | loss, points (at most, 95 %) | steps a canvas | all costs | of the reference's | drafted tokens | "
-             "right | begun anew | same text |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for way in record["ways"]:
         right = "-" if way["right"] is None else f"{way['right']:.0%}"
         lines.append(f"| {way['name']} | {way['score']:.1%} | {way['loss']:+.1f} ({way['loss_bound']:+.1f}) | {way['steps']:.2f} | "
-                     f"{way['cost']:.2f} | {way['ratio']:.2f} | {way['drafted']:.1f} | {right} | {way['retries']:.1%} | "
-                     f"{way['same']:.0%} |")
+                     f"{way['cost']:.2f} | {way['ratio']:.2f} | {way['hard']:.2f} | {way['drafted']:.1f} | {right} | "
+                     f"{way['retries']:.1%} | {way['same']:.0%} | {1000 * way['drift']:.1f} |")
+    if "ar" in record:
+        lines += ["", "| left to right | temperature | score | tokens an answer | forwards | rows |", "|---|---|---|---|---|---|"]
+        lines += [f"| {way['name']} | {way['temperature']:g} | {way['score']:.1%} | {way['tokens']:.1f} | {way['forwards']:.1f} | "
+                  f"{way['rows']:.1f} |" for way in record["ar"]]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from drafter.config import DrafterConfig
 from drafter.model import Drafter
@@ -20,14 +22,18 @@ from mlx_diffgemma.tuning.adapters import model_fingerprint
 from mlx_diffgemma.tuning.state import write_safely
 
 
-def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None) -> Drafter:
-    """The drafter of a folder or Hub repository, in the target's dtype.
+def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None,
+                 tokenizer: TokenizerWrapper | None = None) -> Drafter:
+    """The drafter of a folder or Hub repository, or "nano-drafter", in the target's dtype.
 
-    Errors: UserError for what is no drafter, a damaged one, and one made for another target.
+    Errors: UserError for what is no drafter, a damaged one, and one made for another target or ``tokenizer``.
     """
     folder = hub.resolve(name, revision, before_weights=DrafterConfig.from_folder)
     config = DrafterConfig.from_folder(folder)
     check_pairing(config, target, name)
+    known = config.target.get("tokenizer")
+    if known and tokenizer is not None and known != tokenizer_fingerprint(tokenizer):
+        raise UserError(f"{name} was trained with another tokenizer than this model's, its tokens mean something else.")
     drafter = Drafter(config)
     stored, wanted = read_headers(folder), dict(tree_flatten(drafter.parameters()))
     if missing := sorted(wanted.keys() - stored.keys()):
@@ -55,6 +61,12 @@ def check_pairing(config: DrafterConfig, target: DiffusionGemma, name: str = "Th
             raise UserError(f"{name} does not fit this model: it was made for a {what} of {drafts:,}, this one has {has:,}.")
     if (wanted := config.target.get("fingerprint")) and wanted != model_fingerprint(target):
         raise UserError(f"{name} was trained for another model than this one ({config.target.get('name', 'not named')}).")
+
+
+def tokenizer_fingerprint(tokenizer: TokenizerWrapper) -> str:
+    """Of what each id means."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def save_drafter(drafter: Drafter, folder: Path, target: Mapping[str, str] | None = None, dtype: mx.Dtype | None = None) -> None:

@@ -12,11 +12,14 @@ are the target's and passed in at the call as :class:`Borrowed`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 
 from drafter.config import DrafterConfig, DraftLayer
@@ -77,6 +80,14 @@ def _some_rows(table: nn.Embedding | nn.QuantizedEmbedding, ids: mx.array) -> Ca
                                              bits=table.bits, mode=table.mode)
     rows = table.weight[ids]
     return lambda x: x @ rows.T
+
+
+def weights_fingerprint(drafter: Drafter) -> str:
+    """Of all its weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tree_flatten(drafter.parameters())):
+        digest.update(name.encode() + np.array(value.astype(mx.float32)).tobytes())
+    return digest.hexdigest()
 
 
 class DraftAttention(nn.Module):
@@ -154,6 +165,7 @@ class Drafter(nn.Module):
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.config = config
+        self.rules: DraftRules | None = None  # for its canvases; None: the defaults
         self.fc = nn.Linear(len(config.taps) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = [DraftDecoderLayer(config, layer) for layer in config.layers]
@@ -161,6 +173,8 @@ class Drafter(nn.Module):
         if config.self_conditioning:
             self.self_conditioning = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
             self.self_conditioning_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.refinement:
+            self.refinement = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         if config.confidence:
             self.confidence = nn.Linear(config.hidden_size, 1)
         if config.head_size:
@@ -211,16 +225,23 @@ class Drafter(nn.Module):
         return CausalDraft(self, target)
 
     def canvas(self, target: DiffusionGemma, base: Policy, rules: DraftRules | None = None) -> DraftPolicy:
-        """``base``, beginning its canvases from this drafter's guesses.  Errors: UserError when it was made for another target, or
-        for decoding left to right only."""
+        """``base``, beginning its canvases from this drafter's guesses, under ``rules``, by default its own.
+
+        Errors: UserError when it was made for another target, or for decoding left to right only.
+        """
         from drafter.canvas import CanvasDraft, DraftPolicy, DraftRules
         from drafter.loading import check_pairing
 
         check_pairing(self.config, target)
-        rules = rules or DraftRules()
-        return DraftPolicy(base, CanvasDraft(self, target, rules), rules.watchdog)
+        rules = rules or self.rules or DraftRules()
+        return DraftPolicy(base, CanvasDraft(self, target, rules), rules.watchdog, rules.judge)
 
     def condition(self, x: mx.array, soft_embedding: mx.array) -> mx.array:
         """``x`` [rows, hidden] with the self-conditioning signal [rows, hidden] of an earlier pass added."""
         signal: mx.array = self.self_conditioning(self.self_conditioning_norm(soft_embedding.astype(self.dtype)))
+        return x.astype(self.dtype) + signal
+
+    def refine(self, x: mx.array, taps: Mapping[int, mx.array]) -> mx.array:
+        """``x`` [rows, hidden] with what the target's denoising of these rows made of them added: its taps [rows, hidden]."""
+        signal: mx.array = self.refinement(self.features(taps))
         return x.astype(self.dtype) + signal

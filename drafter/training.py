@@ -3,7 +3,8 @@
 An example is a block of a logged canvas behind what the target's causal mode made of everything before it.  Two kinds take turns,
 one for each use of the drafter: a whole canvas from the start on, its tokens replaced by noise to a random degree or as one of the
 target's own steps had left them; and a block behind a known token anywhere in the text, all noise.  Half of the canvases get the
-drafter's own first guess as self-conditioning.  Positions after the end of the text count little.
+drafter's own first guess as self-conditioning; others, for refinement between the target's steps, what one of those made of the
+canvas before.  Positions after the end of the text count little.
 
 Every random number depends on the seed and the iteration alone, so a killed run goes on as if it had not been.
 """
@@ -14,6 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,8 +36,9 @@ ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
 @dataclass(frozen=True)
 class DraftTrainingOptions:
     """``iters`` batches of ``batch_size`` blocks under AdamW, whose rate rises to ``learning_rate`` over 4 % of them and falls to a
-    tenth of it.  ``pure`` is the share of canvases that are noise altogether, ``logged`` that of those the target had left so;
-    ``tail_weight`` the weight of a position after the end of the text, ``confidence_weight`` that of the confidence's loss.
+    tenth of it.  ``pure`` is the share of canvases that are noise altogether, ``logged`` that of those the target had left so,
+    ``refined`` that of those behind one of its steps; ``tail_weight`` the weight of a position after the end of the text,
+    ``confidence_weight`` that of the confidence's loss.
 
     Source of the optimiser's numbers: DFlash, arXiv 2602.06036.
     """
@@ -44,8 +47,9 @@ class DraftTrainingOptions:
     batch_size: int = 32
     learning_rate: float = 1e-3
     canvases: float = 0.5
-    pure: float = 0.4
-    logged: float = 0.3
+    pure: float = 0.3
+    logged: float = 0.2
+    refined: float = 0.25
     self_conditioning: float = 0.5
     tail_weight: float = 0.05
     confidence_weight: float = 0.2
@@ -59,14 +63,16 @@ class DraftTrainingOptions:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        if not 0 <= self.canvases <= 1 or min(self.pure, self.logged) < 0 or self.pure + self.logged > 1:
-            raise UserError("canvases, pure and logged are shares between 0 and 1, the last two of at most 1 together.")
+        shares = (self.pure, self.logged, self.refined)
+        if not 0 <= self.canvases <= 1 or min(shares) < 0 or sum(shares) > 1:
+            raise UserError("canvases, pure, logged and refined are shares between 0 and 1, the last three of at most 1 together.")
 
 
 @dataclass(frozen=True)
 class Block:
     """``ids`` the drafter starts from and the ``wanted`` ones it should find, [rows] each, of which the first ``known`` are given;
-    ``prefix`` are the ids before, ``weights`` [rows] those of the loss.  ``conditioned``: it gets its own first guess."""
+    ``prefix`` are the ids before, ``weights`` [rows] those of the loss.  ``conditioned``: it gets its own first guess.  ``seen`` is
+    the canvas that the target denoised just before, if it is to know of that."""
 
     prefix: np.ndarray
     ids: np.ndarray
@@ -74,6 +80,15 @@ class Block:
     weights: np.ndarray
     known: int
     conditioned: bool
+    seen: np.ndarray | None = None
+
+
+class Features(NamedTuple):
+    """The taps [rows, hidden] of what comes before each block, and those of all canvases that the target has ``seen``, which
+    follow each other."""
+
+    before: list[dict[int, mx.array]]
+    seen: dict[int, mx.array]
 
 
 @dataclass
@@ -187,25 +202,34 @@ class DraftTrainer:
             ids = np.concatenate((t.committed[start : start + 1], noise[start + 1 : stop]))
             prefix = np.concatenate((t.prefix, t.committed[:start]))
             return Block(prefix, ids, t.committed[start:stop], weights[start:stop], 1, False)
-        ids = np.where(degree, noise, t.committed)
+        ids, seen = np.where(degree, noise, t.committed), None
         if kind < options.pure:
             ids = noise
-        elif kind < options.pure + options.logged and len(t.states):
-            ids = t.states[rng.integers(len(t.states))]
+        elif kind < options.pure + options.logged + options.refined and len(t.states):
+            # A state holds -1 where the canvas had noise that was not written down.
+            left = [np.where(state < 0, noise, state) for state in t.states]
+            place = int(rng.integers(len(left)))
+            ids = left[place]
+            if kind >= options.pure + options.logged and self.drafter.config.refinement:
+                seen, conditioned = left[place - 1] if place else rng.integers(0, vocabulary, length).astype(np.int32), False
         conditioned = conditioned and self.drafter.config.self_conditioning
-        return Block(t.prefix, ids, t.committed, weights, 0, conditioned)
+        return Block(t.prefix, ids, t.committed, weights, 0, conditioned, seen)
 
-    def features(self, blocks: Sequence[Block]) -> list[dict[int, mx.array]]:
-        """The target's hidden states before each block."""
-        caches = [Cache(self.target.config.text) for _ in blocks]
-        taps = self.target.encode([mx.array(b.prefix) for b in blocks], caches, taps=self.drafter.config.taps).taps
-        mx.eval(list(taps.values()))
-        return [{layer: states[row] for layer, states in taps.items()} for row in range(len(blocks))]
+    def features(self, blocks: Sequence[Block]) -> Features:
+        """The target's hidden states before each block, and on the canvases it denoised."""
+        caches, layers = [Cache(self.target.config.text) for _ in blocks], self.drafter.config.taps
+        taps = self.target.encode([mx.array(b.prefix) for b in blocks], caches, taps=layers).taps
+        before = [{layer: states[row] for layer, states in taps.items()} for row in range(len(blocks))]
+        rows = [row for row, block in enumerate(blocks) if block.seen is not None]
+        canvases = [mx.array(block.seen) for block in blocks if block.seen is not None]
+        seen = self.target.denoise(mx.concatenate(canvases), [caches[row] for row in rows], taps=layers,
+                                   lengths=[canvas.size for canvas in canvases]).taps if rows else {}
+        mx.eval(list(taps.values()), list(seen.values()))
+        return Features(before, seen)
 
-    def _loss(self, drafter: Drafter, blocks: Sequence[Block], features: Sequence[dict[int, mx.array]],
-              ) -> tuple[mx.array, dict[str, mx.array]]:
+    def _loss(self, drafter: Drafter, blocks: Sequence[Block], features: Features) -> tuple[mx.array, dict[str, mx.array]]:
         caches = [Cache(drafter.config, keep_all=True) for _ in blocks]
-        drafter.absorb([drafter.features(own) for own in features], caches)
+        drafter.absorb([drafter.features(own) for own in features.before], caches)
         segments, start = [], 0
         for block, cache in zip(blocks, caches, strict=True):
             segments.append(Segment(start, start + block.ids.size, cache, canvas=True))
@@ -215,6 +239,9 @@ class DraftTrainer:
             conditioned = np.repeat([b.conditioned for b in blocks], [b.ids.size for b in blocks])
             belief = mx.stop_gradient(self.borrowed.belief(self.borrowed.logits(drafter(x, segments))))
             x = mx.where(mx.array(conditioned)[:, None], drafter.condition(x, belief), x)
+        if features.seen:
+            rows = np.flatnonzero(np.repeat([b.seen is not None for b in blocks], [b.ids.size for b in blocks]))
+            x[mx.array(rows)] = drafter.refine(x[mx.array(rows)], features.seen)
         hidden = drafter(x, segments)
         logits = self.borrowed.logits(hidden)
         wanted = np.concatenate([b.wanted for b in blocks])

@@ -1,13 +1,14 @@
 """What a target does on its way to its answers, written down as a drafter's training data.
 
 A folder of shards, each a safetensors file for some prompts, put in place when it is whole, so that an interrupted roll-out goes
-on at the first one missing.  Of each canvas it keeps the ids that every step but the first started from, and those that were
-committed.  Hidden states and distributions are not kept: training computes them again from the ids, at a fraction of what the
-roll-out took.
+on at the first one missing.  Of each canvas it keeps the ids that every step but the first started from, the draft that the first
+one started from if there was any, and the ids that were committed.  Hidden states and distributions are not kept: training
+computes them again from the ids, at a fraction of what the roll-out took; and what a step that converges believes is what it
+commits, within the stop rule's 0.005 nats.
 
     prompts    int32 [ids of all prompts]        prompt_ends      int32 [prompts], running
     committed  int32 [canvases, length]          canvas_prompt    int32 [canvases], in the order of each answer
-    states     int32 [steps, length]             state_canvas     int32 [steps]
+    states     int32 [steps, length]             state_canvas     int32 [steps]; -1 where a draft is silent
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHARD = 64  # prompts a file
 @dataclass(frozen=True)
 class Trajectory:
     """One canvas: the ids before it (the ``prompt`` first of them, then earlier canvases), what was committed [length], and what
-    each step but the first started from [steps - 1, length]."""
+    its steps started from [states, length], -1 where a draft left the noise; the noise of a first step is not among them."""
 
     prefix: np.ndarray
     prompt: int
@@ -79,9 +80,12 @@ def _record(model: DiffusionGemma, sessions: Sequence[Session], batch_size: int)
             loop.sessions.append(waiting.pop(0))
         for session, step in loop.advance():
             steps[rows[id(session)]].append(step)
-    committed, owner, states, canvas = [], [], [], []
+    committed, owner, states, canvas = list[np.ndarray](), list[int](), list[np.ndarray](), list[int]()
     for row, own in enumerate(steps):
         for step in own:
+            if step.step == 0 and step.draft is not None:
+                states.append(np.array(step.draft))
+                canvas.append(len(committed))
             if step.committed:
                 committed.append(np.array(step.argmax))
                 owner.append(row)

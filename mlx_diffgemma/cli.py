@@ -97,7 +97,10 @@ UploadRepo = Annotated[str | None, typer.Option(help="Hub repository to upload t
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id: it guesses canvases, or the next "
-                                           "tokens with --mode ar, and the model checks. See docs/drafting.md.")]
+                                           "tokens with --mode ar, and the model checks; 'nano-drafter' is built in. See "
+                                           "docs/drafting.md.")]
+Rules = Annotated[str | None, typer.Option("--draft-rules", help="How canvases are drafted: gate=0.9,passes=2,refine=on,judge=off "
+                                           "and the like. See docs/drafting.md.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -140,6 +143,7 @@ def generate_command(
     retry_unconverged: RetryUnconverged = None,
     mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
     draft_model: Draft = None,
+    draft_rules: Rules = None,
     num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens the drafter may guess at once. Default: as many as "
                                                          "its blocks hold.")] = DEFAULTS.num_draft_tokens,
     prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
@@ -158,7 +162,7 @@ def generate_command(
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
-        drafter = _drafter(draft_model, network)
+        drafter = _drafter(draft_model, draft_rules, mode, network, tokenizer)
     if ignore_chat_template:
         ids = encode_prompt(tokenizer, text)
     else:
@@ -179,12 +183,16 @@ def generate_command(
             errors.print(f"prompt cache: {cache.reused} tokens reused, {cache.encoded} encoded", style="dim")
 
 
-def _drafter(name: str | None, network: DiffusionGemma) -> DraftModel | None:
+def _drafter(name: str | None, rules: str | None, mode: str, network: DiffusionGemma, tokenizer: Any) -> DraftModel | None:
+    if rules is not None and (name is None or mode == "ar"):
+        raise UserError("--draft-rules are for canvases that a --draft-model guesses; leave them out.")
     if name is None:
         return None
-    from drafter import load_drafter
+    from drafter import DraftRules, load_drafter
 
-    return load_drafter(name, network)
+    drafter = load_drafter(name, network, tokenizer=tokenizer)
+    drafter.rules = DraftRules.parse(rules) if rules is not None else None
+    return drafter
 
 
 def _prompt_cache(path: Path | None, network: Any, tokenizer: Any) -> PromptCache | None:
@@ -232,7 +240,7 @@ def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any
         "tool_calls": [call for part in parts for call in part.tool_calls],
         "tokens": [token for part in parts for token in part.tokens], "steps": sum(part.steps for part in parts),
         "rows": sum(part.rows for part in parts), "retries": sum(part.retries for part in parts),
-        "canvases": [{name: getattr(part, name) for name in ("steps", "rows", "retries", "converged")}
+        "canvases": [{name: getattr(part, name) for name in ("steps", "rows", "retries", "converged", "certificate")}
                      for part in parts if part.steps],
         "converged": all(part.converged for part in parts),
         "finish_reason": "interrupted" if interrupted else last["finish_reason"],
@@ -625,6 +633,7 @@ def evaluate(
     reroll_empty: RerollEmpty = None,
     retry_unconverged: RetryUnconverged = None,
     draft_model: Draft = None,
+    draft_rules: Rules = None,
     output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -648,7 +657,7 @@ def evaluate(
         output_dir.mkdir(parents=True, exist_ok=True)
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
-        drafter = _drafter(draft_model, network)
+        drafter = _drafter(draft_model, draft_rules, mode, network, tokenizer)
     for name, chosen in per_mode.items():
         with Progress(console=errors, transient=True) as bar:
             bars: dict[str, Any] = {}

@@ -44,11 +44,13 @@ class CausalDrafter(Protocol):
 
 class Draft(NamedTuple):
     """What a canvas begins with: ``ids`` [length], the self-conditioning signal ``soft`` [length, hidden] of the first step or
-    None, and the mask ``drafted`` [length] of the positions whose ids are guesses; the others are noise."""
+    None, and the mask ``drafted`` [length] of the positions whose ids are guesses; the others are noise.  ``passes`` of the
+    drafter were taken for it."""
 
     ids: mx.array
     soft: mx.array | None
     drafted: mx.array
+    passes: int = 0
 
 
 class CanvasDrafter(Protocol):
@@ -64,8 +66,16 @@ class CanvasDrafter(Protocol):
     def read(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> None:
         """Take note of rows that are in the target's caches now."""
 
+    @property
+    def refines(self) -> bool:
+        """Whether ``refine`` is asked after each step."""
+
     def seed(self, sessions: Sequence[Session]) -> list[Draft]:
         """For sessions that have just opened a canvas of noise."""
+
+    def refine(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> list[Draft]:
+        """For sessions that go on with what a step left, which had the hidden states ``taps`` on the canvas's rows: the
+        canvases to go on from, and where they are guesses; ``soft`` is not used."""
 
 
 class DraftModel(Protocol):

@@ -203,6 +203,7 @@ class GenerationResponse:
     denoising ``steps`` of this canvas and the canvas ``rows`` they computed, ``tokens_per_forward`` so far (end token
     included, prefill and commits not counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the
     ``seed``, and of a draft model's tokens so far how many it ``proposed`` and how many of these were ``accepted``.
+    ``certificate`` names the rule under which a canvas converged ("stable-and-confident", "causal"…), None where it did not.
     """
 
     text: str
@@ -227,6 +228,7 @@ class GenerationResponse:
     seed: int = 0
     proposed: int = 0
     accepted: int = 0
+    certificate: str | None = None
     parts: tuple[GenerationResponse, ...] = ()  # the responses a whole answer of batch_generate was put together from
 
 
@@ -420,6 +422,7 @@ class _Request:
             tokens_per_forward=self.produced / self.forwards if self.forwards else 1.0,
             canvas_index=index, converged=canvas.converged if canvas else True, retries=canvas.retries if canvas else 0,
             rows=canvas.rows if canvas else 0, seed=self.seed, proposed=self.proposed, accepted=self.accepted,
+            certificate=canvas.certificate if canvas else None,
         )
         # The causal mode's rows over the vocabulary are for the caller; keeping them would grow by a megabyte a token.
         self.responses.append(response if steps else replace(response, logprobs=None))

@@ -99,7 +99,7 @@ def upload(folder: Path, repo: str) -> None:
 
 def _local(model: str, revision: str | None = None) -> Path | None:
     """The folder of a model that is on this machine; None for what can only be a Hub id.  Errors: UserError."""
-    path = nano.FOLDER if model == nano.NAME else Path(model).expanduser()
+    path = nano.FOLDERS.get(model) or Path(model).expanduser()
     if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         if revision is not None:
             raise UserError(f"--revision is for Hub ids, and {model} is a folder on this machine; leave it out.")

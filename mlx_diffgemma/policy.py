@@ -34,7 +34,9 @@ class Standing:
 
     ``stop`` is the flag of the device's stop rule.  ``entropies`` (mean, nats) and ``ends`` (position of the first end
     token in the argmax, or the canvas's length) have one entry for each step of this attempt, the last of this one.
-    ``retry`` counts the attempts before.  ``drafted``: this attempt began from a drafter's guesses.
+    ``retry`` counts the attempts before.  ``drafted``: this attempt has guesses of a drafter in it.  ``surprise``, where the
+    policy consulted the causal mode about the argmax: the most, in nats, by which the log-probability of a token of the text,
+    its end token included, given those before it, lies below its expectation, the negative entropy at that place.
     """
 
     canvas_index: int
@@ -44,6 +46,7 @@ class Standing:
     entropies: Sequence[float]
     ends: Sequence[int]
     drafted: bool = False
+    surprise: float | None = None
 
     @property
     def steps(self) -> int:
@@ -62,10 +65,6 @@ class Policy(Protocol):
     @property
     def stability(self) -> int:
         """How many argmax canvases of earlier steps the stop rule compares with."""
-
-    @property
-    def certificate(self) -> str:
-        """The name of the rule under which a canvas converges."""
 
     @property
     def fuses_commit(self) -> bool:
@@ -96,8 +95,17 @@ class Policy(Protocol):
         ``positions``: with how many each canvas began, which may be more than are left of it.
         """
 
+    def confident(self, standing: Standing) -> bool:
+        """Whether the canvas could converge with this step as far as its entropy goes."""
+
+    def consults(self, standing: Standing) -> bool:
+        """Whether ``judge`` wants to know what the causal mode makes of the argmax."""
+
     def judge(self, standing: Standing) -> str | None:
-        """Why the canvas ends with this step: "converged", "plateau" or "max_steps"; None while it goes on."""
+        """Why the canvas ends with this step: "converged", "plateau", "max_steps", "watchdog" or "judge"; None while it goes on."""
+
+    def certificate(self, standing: Standing) -> str:
+        """The name of the rule under which a canvas has converged."""
 
     def rejects(self, standing: Standing, reason: str) -> bool:
         """Whether the canvas that ended is thrown away and tried again with other draws."""
@@ -158,10 +166,6 @@ class ReferencePolicy:
     def sampling(self) -> Policy:
         return self
 
-    @property
-    def certificate(self) -> str:
-        return "stable-and-confident" if self.stability else "confident"
-
     def canvas_length(self, canvas_index: int, remaining: int, full: int) -> int:
         return full
 
@@ -204,8 +208,17 @@ class ReferencePolicy:
         draws = None if all(p.temperature == 0 for p in policies) else mx.array(u)
         return sample_step(logits, draws, mx.array(renoise), before, numbers, eos_ids)
 
+    def confident(self, standing: Standing) -> bool:
+        return standing.entropies[-1] < self.confidence_threshold
+
+    def consults(self, standing: Standing) -> bool:
+        return False
+
     def judge(self, standing: Standing) -> str | None:
         return "converged" if standing.stop else "max_steps" if standing.steps >= self.max_steps else None
+
+    def certificate(self, standing: Standing) -> str:
+        return "stable-and-confident" if self.stability else "confident"
 
     def rejects(self, standing: Standing, reason: str) -> bool:
         return False

@@ -80,6 +80,9 @@ class RulesPolicy(ReferencePolicy):
             return min(full, -(-remaining // part) * part)
         return full
 
+    def confident(self, standing: Standing) -> bool:
+        return super().confident(standing) and standing.steps >= self.min_steps
+
     def judge(self, standing: Standing) -> str | None:
         if standing.stop and standing.steps >= self.min_steps:
             return "converged"
@@ -118,8 +121,7 @@ class ConfidencePolicy(RulesPolicy):
     def name(self) -> str:
         return "confidence-threshold"
 
-    @property
-    def certificate(self) -> str:
+    def certificate(self, standing: Standing) -> str:
         return "confident-or-all-accepted"
 
     @classmethod

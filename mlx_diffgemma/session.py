@@ -13,16 +13,18 @@ at different steps and canvases, and a session may join or leave between any two
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma import conditioning
 from mlx_diffgemma.cache import ROOM, Cache
-from mlx_diffgemma.drafting import CanvasDrafter, Draft
+from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 from mlx_diffgemma.model import DiffusionGemma
@@ -40,9 +42,10 @@ class CanvasStep:
 
     ``canvas`` is what the next step would start from, ``argmax`` what would be committed now; with the ``accepted``
     mask, the ``entropy`` in nats and the ``logprob`` of the argmax under the scaled distribution all are [length].
-    ``reason`` is None while the canvas goes on, then "converged", "plateau", "max_steps" or "watchdog"; ``certificate`` names
-    the rule under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt
-    ``retry`` + 1.  ``draft`` holds what a drafter guessed at each position, -1 where it made no guess.
+    ``reason`` is None while the canvas goes on, then "converged", "plateau", "max_steps", "watchdog" or "judge"; ``certificate``
+    names the rule under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt
+    ``retry`` + 1.  ``draft`` holds what a drafter guessed at each position, -1 where it made no guess; ``surprise`` what the causal
+    mode said of the argmax, where it was asked (see ``Standing``).
     """
 
     canvas_index: int
@@ -59,6 +62,7 @@ class CanvasStep:
     certificate: str | None = None
     rejected: bool = False
     draft: mx.array | None = None
+    surprise: float | None = None
 
     @property
     def stopped(self) -> bool:
@@ -73,8 +77,9 @@ class CanvasStep:
 class Canvas:
     """A finished canvas: its ids up to and including the end token, and how it came about.
 
-    ``steps`` counts those of all attempts, the ``retries`` included; ``rows`` the canvas rows they computed.  Of what a drafter
-    ``proposed`` for the part that is kept, ``accepted`` was committed.
+    ``steps`` counts those of all attempts, the ``retries`` included; ``rows`` the canvas rows they computed; ``judged`` the causal
+    passes over the text of its argmax, ``judged_rows`` long, of which the last is also its commit where the ``certificate`` says
+    "causal"; ``passes`` those of a drafter.  Of what that ``proposed`` for the part that is kept, ``accepted`` was committed.
     """
 
     tokens: np.ndarray
@@ -86,6 +91,20 @@ class Canvas:
     retries: int = 0
     proposed: int = 0
     accepted: int = 0
+    certificate: str | None = None
+    passes: int = 0
+    judged: int = 0
+    judged_rows: int = 0
+
+
+class Verdict(NamedTuple):
+    """What the causal mode said of the text ``ids`` in the argmax of a canvas: ``surprise`` as in ``Standing``, the ``next_logits``
+    [vocabulary] behind it, and the hidden states that a drafter reads."""
+
+    ids: list[int]
+    surprise: float
+    next_logits: mx.array
+    taps: Taps
 
 
 class Session:
@@ -114,12 +133,15 @@ class Session:
         self.finished = False
         self.start = 0  # the position in the answer at which the current canvas begins
         self.length = self.full_length  # with how many positions the current canvas began
-        self.retry = self.steps = self.rows = 0  # of the current canvas: attempts before, and what all attempts took
+        self.retry = self.steps = self.rows = self.passes = 0  # of the current canvas: attempts before, what all took
+        self.judged = self.judged_rows = 0
         self.canvas: mx.array | None = None  # None between two canvases
         self.rejected: list[CanvasStep] = []  # the last steps of attempts that did not converge
         self.draft = policy.drafter.begin() if policy.drafter else None  # the drafter's own
         self.guess: mx.array | None = None  # what it put into the current canvas, -1 where nothing
         self.signal: mx.array | None = None  # and the first step's self-conditioning
+        self.next_logits: mx.array | None = None  # [vocabulary] of the causal mode behind what it has read, beside a drafter
+        self.verdict: Verdict | None = None  # what it last said about this canvas
 
     @property
     def canvas_index(self) -> int:
@@ -138,13 +160,15 @@ class Session:
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
         self.entropies: list[float] = []
         self.ends: list[int] = []
-        self.guess = self.signal = None
+        self.guess = self.signal = self.verdict = None
 
-    def begin_from(self, draft: Draft) -> None:
-        """The canvas just opened begins with ``draft``, unless that is empty."""
+    def go_on_from(self, draft: Draft) -> None:
+        """The canvas goes on, or begins, with ``draft``, unless that is empty."""
+        self.passes += draft.passes
         if draft.soft is not None or draft.drafted.any().item():
+            before = mx.full((draft.ids.size,), -1) if self.guess is None else self.guess
             self.canvas, self.signal = draft.ids, draft.soft
-            self.guess = mx.where(draft.drafted, draft.ids, -1)
+            self.guess = mx.where(draft.drafted, draft.ids, before)
 
     def read(self, stop: bool, mean_entropy: float, end: int) -> Standing:
         """Take note of what the host read of a step; ``end`` is the position of the first end token."""
@@ -155,6 +179,10 @@ class Session:
         self.standing = Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends,
                                  self.guess is not None)
         return self.standing
+
+    def judged_as(self, verdict: Verdict) -> None:
+        """Take note of what the causal mode said of the argmax of the step just read."""
+        self.verdict, self.standing = verdict, replace(self.standing, surprise=verdict.surprise)
 
     def encoded(self) -> None:
         """All that was pending is in the cache now."""
@@ -170,8 +198,8 @@ class Session:
             self.guess = None if self.guess is None else self.guess[:rows]
             self.history = tuple(argmax[:rows] for argmax in (*self.history, step.argmax)[1:]) if self.history else ()
         elif step.rejected:
-            # An empty one is no answer to come back to, nor is a draft that the watchdog ended.
-            if step.reason not in ("converged", "watchdog") and self.ends[-1]:
+            # An empty one is no answer to come back to, nor is a draft that watchdog or judge ended.
+            if step.reason not in ("converged", "watchdog", "judge") and self.ends[-1]:
                 self.rejected.append(step)
             self.retry += 1
             self.open_canvas()
@@ -185,10 +213,10 @@ class Session:
         guess = np.full(kept.size, -1) if step.draft is None else np.array(step.draft)[: kept.size]
         self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.steps, self.rows,
                                     step.reason == "converged", ends.size > 0, self.retry, int((guess >= 0).sum()),
-                                    int((guess == kept).sum())))
+                                    int((guess == kept).sum()), step.certificate, self.passes, self.judged, self.judged_rows))
         self.pending, self.canvas, self.rejected = argmax, None, []
         self.guess = self.signal = None
-        self.retry = self.steps = self.rows = 0
+        self.retry = self.steps = self.rows = self.passes = self.judged = self.judged_rows = 0
         self.ids += argmax.tolist()
         self.start += argmax.size
         self.finished = ends.size > 0 or self.start >= self.max_tokens
@@ -203,11 +231,15 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
         # A last chunk of one row joins the one before it: a single row takes other kernels and rounds differently.
         sizes = [chunk if s.pending.size > chunk + 1 else s.pending.size for s in waiting]
         taps = sorted({layer for s in waiting if s.policy.drafter for layer in s.policy.drafter.taps})
+        drafted = _drafted(waiting)
         output = model.encode([mx.array(s.pending[:size]) for s, size in zip(waiting, sizes, strict=True)],
-                              [s.cache for s in waiting], taps=taps)
-        for drafter, rows in _drafted(waiting).items():
+                              [s.cache for s in waiting], logits="last" if drafted else "none", taps=taps)
+        for drafter, rows in drafted.items():
             drafter.read([waiting[row] for row in rows], [{layer: output.taps[layer][row] for layer in drafter.taps}
                                                           for row in rows])
+            for row in rows:
+                assert output.logits is not None
+                waiting[row].next_logits = output.logits[row][-1]
         for session, size in zip(waiting, sizes, strict=True):
             session.pending = session.pending[size:]
         mx.eval([array for s in waiting for array in s.cache.arrays])
@@ -227,6 +259,7 @@ class Loop:
                  progress: Progress | None = None):
         self.model, self.prefill_step_size, self.progress = model, prefill_step_size, progress
         self.sessions = list(sessions)
+        self._held: list[Session] = []  # of which the causal mode has just read the argmax
         self._beliefs: list[tuple[list[Session], conditioning.Belief]] = []  # what the last step believed, group by group
 
     @property
@@ -249,23 +282,26 @@ class Loop:
         for drafter, places in _drafted(opening).items():
             begun = [opening[place] for place in places]
             for session, draft in zip(begun, drafter.seed(begun), strict=True):
-                session.begin_from(draft)
+                session.go_on_from(draft)
         if not active:
             return []
         soft = self._soft_embeddings()
-        groups = _grouped(active)
+        groups = sampled_together(active)
         rows = [session for group in groups for session in group]
-        logits, outcomes = self._step(rows, groups, soft)
+        logits, outcomes, taps = self._step(rows, groups, soft)
         flags = mx.concatenate([outcome.flags for outcome in outcomes]).tolist()  # the one host read of a step
-        steps, self._beliefs, taken = [], [], 0
+        steps, self._beliefs, taken = list[CanvasStep](), [], 0
+        self._note(rows, outcomes, flags)
         for group, mine, outcome in zip(groups, logits, outcomes, strict=True):
             numbers, taken = flags[taken : taken + len(group)], taken + len(group)
-            temperature = mx.array([session.policy.schedule(session.step) for session in group])
+            temperature = mx.array([session.policy.schedule(session.step - 1) for session in group])
             self._beliefs.append((group, conditioning.Belief(mine, temperature, outcome.kept, outcome.uncovered,
                                                              [int(row[Flag.UNCOVERED]) for row in numbers])))
             steps += [self._record(session, row, outcome, numbers[row]) for row, session in enumerate(group)]
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
+        self._settle(rows)
+        self._refine(rows, steps, taps)
         if any(step.committed for step in steps):
             mx.clear_cache()
         if not self.active:
@@ -285,8 +321,9 @@ class Loop:
         return soft
 
     def _step(self, rows: Sequence[Session], groups: Sequence[Sequence[Session]], soft: dict[int, mx.array],
-              ) -> tuple[list[mx.array], list[SamplerStep]]:
-        """For each group (logits [group, length, vocabulary], what the sampler made of them); ``rows`` are all of them."""
+              ) -> tuple[list[mx.array], list[SamplerStep], list[Taps]]:
+        """(For each group logits [group, length, vocabulary], what the sampler made of them; for each of the ``rows``, which are
+        all of them, the hidden states that its drafter refines by)."""
         lengths = [_canvas(session).size for session in rows]
         caches, fused = [session.cache for session in rows], [session for session in rows if session.pending.size]
         commits = [mx.array(session.pending) if session.pending.size else None for session in rows] if fused else ()
@@ -295,8 +332,13 @@ class Loop:
             hidden = next(iter(soft.values()))
             signal = mx.concatenate([soft[id(s)] if id(s) in soft else mx.zeros((n, hidden.shape[1]), dtype=hidden.dtype)
                                      for s, n in zip(rows, lengths, strict=True)])
-        flat = self.model.denoise(mx.concatenate([_canvas(session) for session in rows]), caches, signal, commits=commits,
-                                  lengths=lengths).logits
+        wanted = [session.policy.drafter.taps if session.policy.drafter and session.policy.drafter.refines else ()
+                  for session in rows]
+        output = self.model.denoise(mx.concatenate([_canvas(session) for session in rows]), caches, signal, commits=commits,
+                                    lengths=lengths, taps=sorted({layer for own in wanted for layer in own}))
+        flat, taps = output.logits, list[Taps]()
+        for stop, length, own in zip(itertools.accumulate(lengths), lengths, wanted, strict=True):
+            taps.append({layer: output.taps[layer][stop - length : stop] for layer in own})
         for session in fused:
             session.encoded()
         logits, outcomes, start = [], list[SamplerStep](), 0
@@ -307,24 +349,88 @@ class Loop:
             outcomes.append(_sample(group, logits[-1]))
             start = stop
         mx.eval([array for outcome in outcomes for array in outcome if array is not None],
-                [session.cache.arrays for session in fused])
-        return logits, outcomes
+                [session.cache.arrays for session in fused], [list(own.values()) for own in taps])
+        return logits, outcomes, taps
+
+    def _note(self, rows: Sequence[Session], outcomes: Sequence[SamplerStep], flags: Sequence[list[float]]) -> None:
+        """What the host reads of a step goes to the sessions, and what their policies want to know beside it is found out."""
+        asked, argmaxes = [], [argmax for outcome in outcomes for argmax in outcome.argmax]
+        for session, argmax, own in zip(rows, argmaxes, flags, strict=True):
+            if own[Flag.NON_FINITE]:
+                raise NonFiniteLogitsError(
+                    f"The model returned NaN or infinity at canvas {session.canvas_index}, step {session.step}: the checkpoint "
+                    "is damaged or the dtype too narrow; try --dtype float32 and compare with `mlx-diffgemma doctor`.")
+            standing = session.read(bool(own[Flag.STOP]), own[Flag.MEAN_ENTROPY], int(own[Flag.EOS_POSITION]))
+            if session.policy.consults(standing):
+                ids: list[int] = argmax[: standing.ends[-1] + 1].tolist()  # what follows an end token is no text
+                if session.verdict and session.verdict.ids == ids:
+                    session.judged_as(session.verdict)  # it has said so before
+                else:
+                    asked.append((session, ids))
+        if asked:
+            self._consult(asked)
+
+    def _consult(self, asked: Sequence[tuple[Session, list[int]]]) -> None:
+        """What the causal mode says of each session's argmax; the keys and values of that pass are held beside the cache."""
+        taps = sorted({layer for s, _ in asked if s.policy.drafter for layer in s.policy.drafter.taps})
+        output = self.model.encode([mx.array(ids) for _, ids in asked], [session.cache for session, _ in asked], logits="all",
+                                   taps=taps, write="hold")
+        assert output.logits is not None
+        found = []
+        for (session, ids), own in zip(asked, output.logits, strict=True):
+            assert session.next_logits is not None
+            found.append(_surprise(mx.concatenate((session.next_logits[None], own[:-1])), mx.array(ids)))
+        surprises: list[float] = mx.stack(found).tolist()
+        for row, ((session, ids), surprise) in enumerate(zip(asked, surprises, strict=True)):
+            session.judged, session.judged_rows = session.judged + 1, session.judged_rows + len(ids)
+            session.judged_as(Verdict(ids, surprise, output.logits[row][-1], {layer: output.taps[layer][row] for layer in taps}))
+            self._held.append(session)
+
+    def _settle(self, rows: Sequence[Session]) -> None:
+        """What the causal mode has just read goes into the caches where it was committed, and away where not."""
+        for session in rows:
+            if session not in self._held:
+                continue
+            verdict, drafter = session.verdict, session.policy.drafter  # a canvas begun anew has no verdict any more
+            if verdict and session.canvas is None and not session.finished and session.pending.tolist() == verdict.ids:
+                session.cache.reserve(session.cache.length + len(verdict.ids) + ROOM)
+                session.cache.accept(len(verdict.ids))
+                session.next_logits = verdict.next_logits
+                if drafter:
+                    drafter.read([session], [{layer: verdict.taps[layer] for layer in drafter.taps}])
+                session.encoded()
+                mx.eval(session.cache.arrays, session.next_logits)
+            else:
+                session.cache.accept(0)
+            if session.canvas is None:
+                session.verdict = None
+        self._held = []
+
+    @staticmethod
+    def _refine(rows: Sequence[Session], steps: Sequence[CanvasStep], taps: Sequence[Taps]) -> None:
+        """Canvases that go on do so from what their drafters make of them, unless they were begun anew without one."""
+        going = [row for row, (session, step) in enumerate(zip(rows, steps, strict=True))
+                 if not step.stopped and not session.retry and session.policy.drafter and session.policy.drafter.refines]
+        for drafter, places in _drafted([rows[row] for row in going]).items():
+            own = [going[place] for place in places]
+            sessions = [rows[row] for row in own]
+            sizes = [_canvas(session).size for session in sessions]
+            drafts = drafter.refine(sessions, [{layer: states[:size] for layer, states in taps[row].items()}
+                                               for row, size in zip(own, sizes, strict=True)])
+            for session, draft in zip(sessions, drafts, strict=True):
+                session.go_on_from(draft)
 
     @staticmethod
     def _record(session: Session, row: int, outcome: SamplerStep, flags: list[float]) -> CanvasStep:
-        if flags[Flag.NON_FINITE]:
-            raise NonFiniteLogitsError(
-                f"The model returned NaN or infinity at canvas {session.canvas_index}, step {session.step}: the checkpoint "
-                "is damaged or the dtype too narrow; try --dtype float32 and compare with `mlx-diffgemma doctor`.")
-        step = session.step
-        standing = session.read(bool(flags[Flag.STOP]), flags[Flag.MEAN_ENTROPY], int(flags[Flag.EOS_POSITION]))
+        standing = session.standing
         reason = session.policy.judge(standing)
         found = CanvasStep(
-            canvas_index=session.canvas_index, retry=session.retry, step=step, max_steps=session.policy.max_steps,
+            canvas_index=session.canvas_index, retry=session.retry, step=session.step - 1, max_steps=session.policy.max_steps,
             canvas=outcome.canvas[row], argmax=outcome.argmax[row].astype(mx.int32), accepted=outcome.accepted[row],
             entropy=outcome.entropy[row], logprob=outcome.logprob[row], mean_entropy=flags[Flag.MEAN_ENTROPY],
-            reason=reason, certificate=session.policy.certificate if reason == "converged" else None,
+            reason=reason, certificate=session.policy.certificate(standing) if reason == "converged" else None,
             rejected=reason is not None and session.policy.rejects(standing, reason), draft=session.guess,
+            surprise=standing.surprise,
         )
         if not found.committed or reason == "converged" or not session.rejected:
             return found
@@ -343,12 +449,21 @@ def _drafted(sessions: Sequence[Session]) -> dict[CanvasDrafter, list[int]]:
     return found
 
 
+def _surprise(logits: mx.array, ids: mx.array) -> mx.array:
+    """By what the log-probability of a token of ``ids`` [rows] under ``logits`` [rows, vocabulary] lies below its expectation at
+    most, in nats."""
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    expected = (mx.exp(logprobs) * logprobs).sum(axis=-1)
+    own = mx.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
+    return (expected - own).max()
+
+
 def _canvas(session: Session) -> mx.array:
     assert session.canvas is not None
     return session.canvas
 
 
-def _grouped(sessions: Sequence[Session]) -> list[list[Session]]:
+def sampled_together(sessions: Sequence[Session]) -> list[list[Session]]:
     """Those that can be sampled together."""
     groups: dict[tuple[type, int, int], list[Session]] = {}
     for session in sessions:

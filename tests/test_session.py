@@ -164,7 +164,7 @@ class Scripted:
     def soft_embed(self, probabilities, ids=None):
         return self.real.soft_embed(probabilities, ids)
 
-    def denoise(self, canvas, caches, soft_embedding=None, commits=(), lengths=()):
+    def denoise(self, canvas, caches, soft_embedding=None, taps=(), commits=(), lengths=()):
         self.forwards += 1
         return Denoised(mx.array(self.script.pop(0), dtype=mx.float32).reshape(-1, 301)[: canvas.size], None, {})
 

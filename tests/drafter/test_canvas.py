@@ -1,5 +1,6 @@
 """Drafted canvases: no draft is the reference, the target decides whatever the draft says, and the watchdog bounds the cost."""
 
+import itertools
 import json
 
 import mlx.core as mx
@@ -9,14 +10,17 @@ import pytest
 from drafter import save_drafter
 from drafter.canvas import DraftPolicy, DraftRules
 from mlx_diffgemma import batch_generate, stream_generate
+from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.drafting import Draft
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.run import evaluate
 from mlx_diffgemma.evaluation.tasks import tasks_named
+from mlx_diffgemma.model import Segment
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import RulesPolicy
+from mlx_diffgemma.sampler import Before
 from mlx_diffgemma.session import Loop, Session
 from mlx_diffgemma.tokenizer import chat_ids
 from tests.drafter.drafters import random_drafter
@@ -29,7 +33,7 @@ LENGTH = 64
 class Fixed:
     """A canvas drafter that knows by heart what to put where; -1 leaves the noise."""
 
-    taps = (2,)
+    taps, refines = (2,), False
 
     def __init__(self, guesses, soft=None):
         self.guesses, self.soft, self.rows = guesses, soft, {}
@@ -77,8 +81,8 @@ def base_of(model, **own):
     return ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6, **own)
 
 
-def drafted(base, guesses, watchdog=8):
-    return DraftPolicy(base, Fixed(guesses), watchdog)
+def drafted(base, guesses, watchdog=8, judge=None):
+    return DraftPolicy(base, Fixed(guesses), watchdog, judge)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,167 @@ def test_after_the_watchdog_comes_the_reference_with_other_draws(nano_pair, refe
     assert [step.argmax.tolist() for step in own[1:]] == wanted
 
 
+def test_the_drafters_own_passes(nano_pair):
+    """Sampler and schedule are those of the policy underneath, over the tokens it can draft; its draws are its own."""
+    model, _ = nano_pair
+    drafter = random_drafter(model, head_size=200)
+    drafter.norm.weight, drafter.confidence.bias = -2 * drafter.norm.weight, mx.array([50.0])
+    policy = drafter.canvas(model, base_of(model), DraftRules(passes=4))
+    own, head = policy.drafter, np.array(drafter.head_ids)
+    session = Session(model, nano_prompts(1)[0], policy, Draws(3, 1024), (1,), 64)
+    own.read([session], [{layer: mx.random.normal((5, 128), key=mx.random.key(layer)) for layer in own.taps}])
+    session.open_canvas()
+    noise = np.array(session.canvas)
+    (draft,) = own.seed([session])
+    x, before = own.borrowed.embed(mx.array(noise)), np.full(64, -1)
+    for number in range(3):
+        logits = own.borrowed.logits(drafter(x, [Segment(0, 64, session.draft, canvas=True)]))
+        draws = Draws(3, 1024).step(0, 0, 2**32 + number, 0, 64)
+        step = base_of(model).sample([base_of(model)], [number * 48 // 4], [64], logits[None], draws.u[None], np.full((1, 64), -1),
+                                     Before(mx.array(before)[None], mx.zeros((1, 64), dtype=mx.bool_),
+                                            mx.zeros((1, 0, 64), dtype=mx.int32)), mx.array([-1]))
+        before = np.array(step.canvas[0])
+        assert 0 < (before < 0).sum() < 64, "some of it is accepted"
+        ids = np.where(before < 0, draws.renoise, head[before]) if number < 2 else head[np.array(step.argmax[0])]
+        x = drafter.condition(own.borrowed.embed(mx.array(ids)), own.borrowed.belief(logits))
+    wanted = head[np.array(mx.argmax(own.borrowed.logits(drafter(x, [Segment(0, 64, session.draft, canvas=True)])), axis=-1))]
+    assert np.array(draft.ids).tolist() == wanted.tolist()
+    assert draft.passes == 4
+
+
+def test_refining_leaves_what_is_accepted(nano_pair):
+    model, _ = nano_pair
+    drafter = random_drafter(model, refinement=True)
+    drafter.norm.weight = -drafter.norm.weight
+    own = drafter.canvas(model, base_of(model), DraftRules(refine=True, gate=0.5)).drafter
+    session = Session(model, nano_prompts(1)[0], drafter.canvas(model, base_of(model)), Draws(0, 1024), (1,), 64)
+    own.read([session], [{layer: mx.random.normal((5, 128)) for layer in own.taps}])
+    session.open_canvas()
+    session.accepted = mx.arange(64) % 3 == 0
+    taps = {layer: mx.random.normal((64, 128), key=mx.random.key(layer)) for layer in own.taps}
+    (draft,) = own.refine([session], [taps])
+    sure, kept = np.array(draft.drafted), np.array(draft.ids) == np.array(session.canvas)
+    assert 0 < sure.sum() < 43
+    assert not sure[::3].any()
+    assert kept[~sure].all()
+    assert not kept[sure].all()
+    (other,) = own.refine([session], [{layer: -rows for layer, rows in taps.items()}])
+    assert not mx.array_equal(other.ids, draft.ids), "it reads what the step made of the canvas"
+
+
+def test_refined_in_a_batch_is_as_alone(nano_pair):
+    model, _ = nano_pair
+    prompts, drafter = nano_prompts(5), random_drafter(model, head_size=200, refinement=True)
+    drafter.norm.weight = -drafter.norm.weight
+    base = RulesPolicy.from_config(model.config.generation, drop_tail=1, max_steps=8)
+    policy = drafter.canvas(model, base, DraftRules(gate=0.5, refine=True, watchdog=5))
+    alone, alone_steps = run(model, prompts, policy, together=False)
+    together, steps = run(model, prompts, policy)
+    assert (answers(alone), numbers(alone_steps)) == (answers(together), numbers(steps))
+    _, plain = run(model, prompts, drafter.canvas(model, base, DraftRules(gate=0.5, watchdog=5)))
+    assert numbers(plain) != numbers(steps)
+    for own in steps:
+        for a, b in itertools.pairwise(own):
+            if a.draft is not None and b.draft is not None and a.canvas_index == b.canvas_index and a.retry == b.retry:
+                size = b.draft.size
+                guessed = (np.array(b.draft) >= 0) & (np.array(a.draft[:size]) < 0)
+                assert not (guessed & np.array(a.accepted[:size])).any()
+
+
+class TestJudge:
+    def test_surprise(self, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, _, steps = reference
+        _, own = run(model, prompts, drafted(base_of(model), committed(steps), judge=2.0))
+        seen = 0
+        for ids, of in zip(prompts, own):
+            prefix = list(ids)
+            for step in of:
+                if step.surprise is not None:
+                    argmax = step.argmax.tolist()
+                    ends = np.flatnonzero(np.isin(argmax, model.config.generation.eos_token_ids))
+                    text = argmax[: ends[0] + 1] if ends.size else argmax
+                    logits = np.array(model.encode([mx.array(prefix + text)], [Cache(model.config.text)], logits="all").logits[0],
+                                      dtype=np.float64)[len(prefix) - 1 : -1]
+                    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - \
+                        logits.max(-1, keepdims=True)
+                    entropy = -(np.exp(logprobs) * logprobs).sum(-1)
+                    own_logprob = logprobs[np.arange(len(text)), text]
+                    assert step.surprise == pytest.approx((-entropy - own_logprob).max(), abs=2e-3)
+                    seen += 1
+                if step.committed:
+                    prefix += step.argmax.tolist()
+        assert seen >= len(prompts)
+
+    def test_what_it_committed_is_in_the_cache(self, nano_pair):
+        model, tokenizer = nano_pair
+        (question,) = tasks_named("story")[0].questions(1)
+        ids = chat_ids(tokenizer, question.messages)
+        _, steps = run(model, [ids], base_of(model))
+        (session,), own = run(model, [ids], drafted(base_of(model), committed(steps), judge=2.0))
+        first = session.canvases[0]
+        assert (first.certificate in ("causal", "stable-and-confident-and-causal"), first.judged_rows) == (True, 64 * first.judged)
+        cache = Cache(model.config.text)
+        model.encode([mx.array(session.ids[: session.cache.length])], [cache])
+        assert session.cache.length == len(ids) + 64
+        for layer in range(len(model.layers)):
+            for a, b in zip(session.cache.view(layer), cache.view(layer)):
+                assert mx.allclose(a, b, atol=1e-4)
+        # Fixed.seed has asserted that the drafter read it too.
+        assert [step.certificate for step in own[0] if step.committed] == [canvas.certificate for canvas in session.canvases]
+
+    @pytest.mark.parametrize("wrong", ["another's", "ends"])
+    def test_what_was_only_believed_begins_anew(self, wrong, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, _, steps = reference
+        guesses = committed(steps)
+        guesses = {key: np.full(LENGTH, 1) if wrong == "ends" else guesses[(key[0] + 1) % len(prompts), 0] for key in guesses}
+        believed, _ = run(model, prompts, drafted(base_of(model), guesses))
+        judged, own = run(model, prompts, drafted(base_of(model), guesses, judge=2.0))
+        plain = answers(reference[1])
+        assert sum(a != b for a, b in zip(answers(believed), plain)) >= 2
+        assert sum(a != b for a, b in zip(answers(judged), plain)) < sum(a != b for a, b in zip(answers(believed), plain))
+        rejected = [step for of in own for step in of if step.reason == "judge"]
+        assert rejected
+        assert all(step.rejected and step.surprise > 2 for step in rejected)
+        for step in (step for of in own for step in of if step.committed and step.draft is not None):
+            assert step.surprise <= 2
+        assert all(step.surprise is None for of in own for step in of if step.retry), "the reference is not judged"
+
+    def test_a_batch_is_as_alone(self, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, _, steps = reference
+        guesses = committed(steps)
+        guesses = {key: guesses[(key[0] + key[1] % 2) % len(prompts), 0] for key in guesses}
+        alone, alone_steps = run(model, prompts, drafted(base_of(model), guesses, judge=2.0), together=False)
+        together, own = run(model, prompts, drafted(base_of(model), guesses, judge=2.0))
+        assert (answers(alone), numbers(alone_steps)) == (answers(together), numbers(own))
+
+    def test_it_certifies_before_the_stop_rule_may(self, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, sessions, steps = reference
+        found, own = run(model, prompts, drafted(base_of(model), committed(steps), judge=2.0))
+        assert answers(found) == answers(sessions)
+        assert any(len(of) == 1 and of[0].certificate == "causal" for of in own)
+        slow = RulesPolicy.from_config(model.config.generation, min_steps=3)
+        _, own = run(model, prompts, drafted(slow, committed(steps), judge=2.0))
+        assert all(step.step >= 2 for of in own for step in of if step.committed)
+        _, own = run(model, prompts, drafted(base_of(model), {}, judge=2.0))
+        assert numbers(own) == numbers(steps), "what is not drafted is not judged"
+
+
+def test_rules_from_text():
+    assert DraftRules.parse("") == DraftRules()
+    assert DraftRules.parse("gate=0.5, passes=3,refine=on,judge=off,watchdog=9,handoff=off") == DraftRules(
+        0.5, 3, False, True, None, 9)
+    assert DraftRules.parse("judge=1.5").judge == 1.5
+    for text, message in (("speed=9", "Unknown draft rule 'speed'"), ("gate=much", "cannot be 'much'; give a number"),
+                          ("judge=maybe", "a number or off"), ("refine=1", "give on or off"), ("passes=0", "at least 1"),
+                          ("gate", "cannot be ''"), ("judge=0", "judge must be above 0")):
+        with pytest.raises(UserError, match=message):
+            DraftRules.parse(text)
+
+
 def test_a_batch_is_as_alone_also_beside_undrafted_ones(nano_pair):
     model, _ = nano_pair
     prompts = nano_prompts(6)
@@ -249,6 +414,8 @@ class TestFromOutside:
                 next(stream_generate(model, tokenizer, "Hi", draft_model=drafter))
         with pytest.raises(UserError, match="prompt_cache does not keep"):
             list(stream_generate(model, tokenizer, "Hi", draft_model=random_drafter(model), prompt_cache=PromptCache(model)))
+        with pytest.raises(UserError, match="not trained to refine"):
+            random_drafter(model).canvas(model, base_of(model), DraftRules(refine=True))
         for rules in ({"gate": 0.0}, {"passes": 0}, {"watchdog": 0}):
             with pytest.raises(UserError, match=next(iter(rules))):
                 DraftRules(**rules)

@@ -9,9 +9,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from drafter import load_drafter
+from drafter.baselines import disturbed
+from drafter.canvas import DraftRules
 from drafter.run import DraftRun, DraftShape, read_prompts, share
 from drafter.training import DraftTrainer, DraftTrainingOptions, frequent_tokens
 from drafter.trajectories import read_trajectories, roll_out
+from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import released_config
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
@@ -58,6 +61,25 @@ class TestTrajectories:
                 prefix += t.committed.tolist()
         assert next(found, None) is None
 
+    def test_drafts_are_logged(self, nano_pair, tmp_path):
+        model, prompts = nano_pair[0], nano_prompts(3)
+        drafter = random_drafter(model)
+        drafter.confidence.bias = mx.array([1.0])  # sure of some
+        for again in range(2):  # the second time the log is there, of the same drafter under another name
+            policy = drafter.canvas(model, policy_of(model), DraftRules(gate=0.5)) if not again else \
+                disturbed(drafter, 0.0).canvas(model, policy_of(model), DraftRules(gate=0.5))
+            roll_out(model, prompts, tmp_path, policy, 64, seed=4, batch_size=2)
+        with pytest.raises(UserError, match="other prompts or options"):
+            roll_out(model, prompts, tmp_path, disturbed(drafter, 0.01).canvas(model, policy_of(model)), 64, 4, 2)
+        for t, ids, i in zip(read_trajectories(tmp_path, model), prompts, range(3), strict=True):
+            session = Session(model, ids, policy, Draws(4 + i, 1024), model.config.generation.eos_token_ids, 64)
+            loop, steps = Loop(model, [session]), []
+            while loop.active:
+                steps += [step for _, step in loop.advance()]
+            assert t.states[0].tolist() == steps[0].draft.tolist()
+            assert 0 < (t.states[0] < 0).sum() < 64
+            assert len(t.states) == len(steps) - sum(step.stopped for step in steps) + 1
+
     def test_interrupted_it_goes_on(self, log, nano_pair, tmp_path, monkeypatch):
         model, (folder, prompts) = nano_pair[0], log
         monkeypatch.setattr("drafter.trajectories.SHARD", 3)
@@ -96,7 +118,7 @@ class TestTrajectories:
 
 def trainer_of(model, log, iters, **options):
     found = list(read_trajectories(log[0], model))
-    drafter = random_drafter(model, seed=2, head_size=300, block_size=12)
+    drafter = random_drafter(model, seed=2, head_size=300, block_size=12, refinement=True)
     drafter.head_ids = mx.array(frequent_tokens(found, 300, 1024))
     return DraftTrainer(drafter, model, found, found[:3], DraftTrainingOptions(iters=iters, batch_size=4, steps_per_report=5,
                                                                                steps_per_eval=5, **options))
@@ -151,8 +173,35 @@ class TestTraining:
                 t = logged[block.prefix.tobytes() + block.wanted.tobytes()]
                 end = int(np.flatnonzero(np.isin(t.committed, trainer.ends))[0])
                 assert block.weights.tolist() == pytest.approx([1.0] * (end + 1) + [0.05] * (63 - end))
+                if block.seen is not None:
+                    states = [state.tolist() for state in t.states]
+                    place = states.index(block.ids.tolist())
+                    assert place == 0 or block.seen.tolist() == states[place - 1]
+                    assert not block.conditioned
         assert 0.3 < np.mean([block.known for block in blocks]) < 0.7
-        assert 0.3 < np.mean([block.conditioned for block in blocks if not block.known]) < 0.7
+        canvases = [block for block in blocks if not block.known]
+        assert 0.2 < np.mean([block.conditioned for block in canvases]) < 0.6
+        assert 0.1 < np.mean([block.seen is not None for block in canvases]) < 0.4
+
+    def test_what_refinement_reads(self, log, nano_pair):
+        """Of a batch in which some canvases were denoised just before: the hidden states of that forward alone."""
+        model = nano_pair[0]
+        trainer = trainer_of(model, log, 10)
+        batches = [trainer.blocks(i) for i in range(30)]
+        blocks = next(batch for batch in batches if 0 < sum(block.seen is not None for block in batch) < 4)
+        features, row = trainer.features(blocks), 0
+        for block, before in zip(blocks, features.before):
+            cache = Cache(model.config.text)
+            taps = model.encode([mx.array(block.prefix)], [cache], taps=trainer.drafter.config.taps).taps
+            assert all(mx.allclose(taps[layer][0], rows, atol=1e-4) for layer, rows in before.items())
+            if block.seen is not None:
+                taps = model.denoise(mx.array(block.seen)[None], [cache], taps=trainer.drafter.config.taps).taps
+                own = {layer: rows[row : row + 64] for layer, rows in features.seen.items()}
+                assert all(mx.allclose(taps[layer][0], rows, atol=1e-4) for layer, rows in own.items())
+                row += 64
+        _, whole = trainer._loss(trainer.drafter, blocks, features)
+        _, blind = trainer._loss(trainer.drafter, blocks, features._replace(seen={}))
+        assert whole["loss"].item() != blind["loss"].item()
 
     def test_what_a_token_outside_the_head_counts(self, log, nano_pair):
         trainer = trainer_of(nano_pair[0], log, 10)
@@ -192,6 +241,20 @@ class TestCommand:
         code, out, _ = run_command(monkeypatch, capsys, "generate", "-p", "Add 1 and 2.", "--draft-model", str(tmp_path / "out"))
         assert (code, bool(out.strip())) == (0, True)
 
+    def test_going_on_from_a_drafter(self, monkeypatch, capsys, data, tmp_path, nano_pair):
+        """The answers begin from its guesses, and what it was trained on stays in."""
+        options = ["--data", str(data), "--iters", "2", "--batch-size", "2", "-m", "64"]
+        assert run_command(monkeypatch, capsys, "draft", "train", *options, "--draft-path", str(tmp_path / "a"))[0] == 0
+        again = ["draft", "train", *options, "--draft-model", str(tmp_path / "a"), "--draft-path", str(tmp_path / "b")]
+        code, _, err = run_command(monkeypatch, capsys, *again)
+        assert (code, "8 canvases to train on, 2 to validate on" in err, "estimated: " in err) == (0, True, True), err
+        first, second = (load_drafter(str(tmp_path / name), nano_pair[0]) for name in "ab")
+        assert first.head_ids.tolist() == second.head_ids.tolist()
+        assert not mx.array_equal(first.fc.weight, second.fc.weight)
+        assert mx.allclose(first.fc.weight, second.fc.weight, atol=0.02), "two steps away"
+        code, _, err = run_command(monkeypatch, capsys, *again, "--num-layers", "2")
+        assert (code, "has its shape already" in err) == (2, True)
+
     def test_bad_input(self, monkeypatch, capsys, data, tmp_path):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
         (tmp_path / "empty.jsonl").write_text("\n")
@@ -221,4 +284,4 @@ def test_a_drafter_is_small_beside_its_target(nano_pair):
 def test_a_target_that_cannot_be_held_is_refused(nano_pair, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_diffgemma.device.memory_limit", lambda: 10**6)
     with pytest.raises(UserError, match="rollout-batch-size"):
-        DraftRun(nano_pair[0], "nano-1", [[1, 2]], tmp_path, DraftShape(), DraftTrainingOptions(), 64, 8, False)
+        DraftRun(nano_pair[0], {"name": "nano-1"}, [[1, 2]], tmp_path, DraftShape(), DraftTrainingOptions(), 64, 8, False)
