@@ -22,7 +22,7 @@ Known = Mapping[tuple[int, int], np.ndarray]  # ids by request seed and canvas, 
 
 
 class Untrained:
-    """A canvas drafter that reads nothing of the target and guesses once."""
+    """A canvas drafter that reads nothing of the target and guesses once, and is sure of it."""
 
     taps: Sequence[int] = ()
     refines = False
@@ -47,7 +47,7 @@ class Untrained:
             assert canvas is not None
             found = self.guess(session)[: canvas.size]
             ids = mx.array(np.pad(found, (0, canvas.size - found.size), constant_values=-1).astype(np.int32))
-            drafts.append(Draft(mx.where(ids < 0, canvas, ids), None, ids >= 0))
+            drafts.append(Draft(mx.where(ids < 0, canvas, ids), None, ids >= 0, whole=bool((ids >= 0).any())))
         return drafts
 
 
@@ -99,8 +99,8 @@ def disturbed(drafter: Drafter, by: float, seed: int = 0) -> Drafter:
 class VetoPolicy(DraftPolicy):
     """A drafted canvas ends as soon as the judge has nothing against it, however uncertain the target is."""
 
-    def consults(self, standing: Standing) -> bool:
-        return self.surprise is not None and standing.drafted
+    def confident(self, standing: Standing) -> bool:
+        return standing.steps > 0
 
 
 @dataclass(frozen=True)

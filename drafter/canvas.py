@@ -7,13 +7,15 @@ underneath.  Between the target's steps the drafter may guess again, from what t
 
 Whether the target only believed is seen by its causal mode, which tells how probable each token is without having seen it, and
 whose pass over a finished canvas has to run anyway: the *judge*.  A drafted canvas is committed when no token of it surprises
-that mode, and it may be committed by that a step earlier than the stop rule allows.  What fails begins anew from noise.
+that mode, and it may be committed by that a step earlier than the stop rule allows, or before any step where the drafter is sure
+of all of it.  What fails begins anew from noise.
 
 The start differs from the reference's, and with it, now and then, the text: a named departure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +28,7 @@ from drafter.model import Drafter, weights_fingerprint
 from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.judge import text_of
 from mlx_diffgemma.model import DiffusionGemma, Segment
 from mlx_diffgemma.policy import Policy, Standing
 from mlx_diffgemma.sampler import Before, SamplerStep
@@ -44,18 +47,22 @@ class DraftRules:
     - ``refine``: the drafter guesses again after each of the target's steps, at the positions that are not accepted.
     - ``judge``: the surprise in nats from which on a token of a drafted canvas is not believed, None: there is no judge.  A
       token surprises by what its causal log-probability lies below the expected one, the negative entropy.
+    - ``trust``: the judge is asked before any step of the target where all of the text is right with this probability, by the
+      confidences, or with a part of it as small as the text's part of the canvas, as the pass costs that much less.  A draft
+      that does not surprise it is committed; of another one what stands before the first surprise is left.  "off": never.
     - ``watchdog``: a drafted canvas that has not ended after this many steps begins anew from noise.
     """
 
-    gate: float = 0.9
+    gate: float = 0.01
     passes: int = 2
     handoff: bool = False
     refine: bool = False
-    judge: float | None = 2.0
+    judge: float | None = 1.0
+    trust: float | None = 0.1
     watchdog: int = 24
 
     def __post_init__(self) -> None:
-        for name in ("gate", "judge"):
+        for name in ("gate", "judge", "trust"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} must be above 0, got {value}.")
         for name in ("passes", "watchdog"):
@@ -66,7 +73,8 @@ class DraftRules:
     def parse(cls, text: str) -> DraftRules:
         """From ``gate=0.95,passes=3,judge=off``.  Errors: UserError for a rule or value that is none."""
         kinds: dict[str, Any] = {"gate": float, "passes": int, "handoff": _switch, "refine": _switch,
-                                 "judge": lambda value: None if value == "off" else float(value), "watchdog": int}
+                                 "judge": _number_or_off, "trust": _number_or_off,
+                                 "watchdog": int}
         given: dict[str, Any] = {}
         for part in filter(None, text.split(",")):
             name, _, value = (piece.strip() for piece in part.partition("="))
@@ -75,7 +83,7 @@ class DraftRules:
             try:
                 given[name] = kinds[name](value)
             except ValueError:
-                right = "on or off" if kinds[name] is _switch else "a number" + " or off" * (name == "judge")
+                right = {_switch: "on or off", _number_or_off: "a number or off"}.get(kinds[name], "a number")
                 raise UserError(f"The draft rule {name} cannot be {value!r}; give {right}.") from None
         return cls(**given)
 
@@ -84,6 +92,10 @@ def _switch(value: str) -> bool:
     if value not in ("on", "off"):
         raise ValueError(value)
     return value == "on"
+
+
+def _number_or_off(value: str) -> float | None:
+    return None if value == "off" else float(value)
 
 
 class CanvasDraft(Reader):
@@ -122,29 +134,40 @@ class CanvasDraft(Reader):
             ids = mx.where(places < 0, renoise, self.borrowed.tokens(places))
             belief = self.borrowed.belief(logits)
             x = self.drafter.condition(self.borrowed.embed(ids), belief)
-        guess, sure, belief = self._guess(x, segments)
+        guess, confidence, belief = self._guess(x, segments)
+        sure = confidence >= self.rules.gate
         ids = mx.where(sure, guess, noise)
-        mx.eval(ids, sure, belief)
-        return [Draft(ids[s.start : s.stop], belief[s.start : s.stop] if self.rules.handoff else None, sure[s.start : s.stop],
-                      self.rules.passes) for s in segments]
+        mx.eval(ids, sure, belief, confidence)
+        drafts = []
+        for session, s in zip(sessions, segments, strict=True):
+            own = slice(s.start, s.stop)
+            drafts.append(Draft(ids[own], belief[own] if self.rules.handoff else None, sure[own], self.rules.passes,
+                                self._trusted(session, ids[own], confidence[own])))
+        return drafts
+
+    def _trusted(self, session: Session, ids: mx.array, confidence: mx.array) -> bool:
+        rows = len(text_of(ids, session.eos_ids))
+        if self.rules.trust is None or not (confidence[:rows] >= self.rules.gate).all().item():
+            return False
+        return mx.log(confidence[:rows]).sum().item() >= math.log(self.rules.trust * rows / session.length)
 
     def refine(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> list[Draft]:
         segments = _segments(sessions)
         ids = mx.concatenate([_canvas(session) for session in sessions])
         accepted = mx.concatenate([session.accepted for session in sessions])
         together = {layer: mx.concatenate([own[layer] for own in taps]) for layer in self.taps}
-        guess, sure, _ = self._guess(self.drafter.refine(self.borrowed.embed(ids), together), segments)
-        sure = sure & ~accepted
+        guess, confidence, _ = self._guess(self.drafter.refine(self.borrowed.embed(ids), together), segments)
+        sure = (confidence >= self.rules.gate) & ~accepted
         ids = mx.where(sure, guess, ids)
         mx.eval(ids, sure)
         return [Draft(ids[s.start : s.stop], None, sure[s.start : s.stop], 1) for s in segments]
 
     def _guess(self, x: mx.array, segments: Sequence[Segment]) -> tuple[mx.array, mx.array, mx.array]:
-        """Of a pass: the most probable ids, where they are sure, and what it believes."""
+        """Of a pass: the most probable ids, how sure they are, and what it believes."""
         hidden = self.drafter(x, segments)
         logits = self.borrowed.logits(hidden)
-        sure = mx.sigmoid(self.drafter.confidence(hidden)[:, 0].astype(mx.float32)) >= self.rules.gate
-        return self.borrowed.tokens(mx.argmax(logits, axis=-1)), sure, self.borrowed.belief(logits)
+        confidence = mx.sigmoid(self.drafter.confidence(hidden)[:, 0].astype(mx.float32))
+        return self.borrowed.tokens(mx.argmax(logits, axis=-1)), confidence, self.borrowed.belief(logits)
 
     def _sample(self, sessions: Sequence[Session], logits: mx.array, number: int, left: mx.array) -> tuple[mx.array, mx.array]:
         """One step of the sampler underneath on the ``logits`` [rows, tokens] of pass ``number``: (ids to put where nothing is
@@ -216,14 +239,14 @@ class DraftPolicy:
         return self.base.confident(standing)
 
     def consults(self, standing: Standing) -> bool:
-        ends = self.base.confident(standing) or self.base.judge(standing) is not None
+        ends = self.confident(standing) or self.base.judge(standing) is not None
         return ends and standing.drafted and self.surprise is not None
 
     def judge(self, standing: Standing) -> str | None:
         reason = self.base.judge(standing)
         if self.surprise is not None and standing.surprise is not None:
             if standing.surprise <= self.surprise:
-                return reason or "converged"
+                return reason or ("converged" if self.confident(standing) else None)
             reason = "judge" if reason else None
         return "watchdog" if reason is None and standing.drafted and standing.steps >= self.watchdog else reason
 
@@ -233,8 +256,8 @@ class DraftPolicy:
         return f"{self.base.certificate(standing)}-and-causal" if self.base.judge(standing) == "converged" else "causal"
 
     def rejects(self, standing: Standing, reason: str) -> bool:
-        # The drafted attempt is one more than the policy underneath counts.
-        before = replace(standing, retry=max(0, standing.retry - 1))
+        # The drafted attempts are more than the policy underneath counts.
+        before = replace(standing, retry=standing.retry - standing.drafts)
         return reason in ("judge", "watchdog") or self.base.rejects(before, reason)
 
     def keeps(self, standing: Standing, rows: int) -> int:

@@ -241,7 +241,7 @@ def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any
         "tokens": [token for part in parts for token in part.tokens], "steps": sum(part.steps for part in parts),
         "rows": sum(part.rows for part in parts), "retries": sum(part.retries for part in parts),
         "canvases": [{name: getattr(part, name) for name in ("steps", "rows", "retries", "converged", "certificate")}
-                     for part in parts if part.steps],
+                     for part in parts if part.is_canvas],
         "converged": all(part.converged for part in parts),
         "finish_reason": "interrupted" if interrupted else last["finish_reason"],
     }

@@ -45,12 +45,13 @@ class CausalDrafter(Protocol):
 class Draft(NamedTuple):
     """What a canvas begins with: ``ids`` [length], the self-conditioning signal ``soft`` [length, hidden] of the first step or
     None, and the mask ``drafted`` [length] of the positions whose ids are guesses; the others are noise.  ``passes`` of the
-    drafter were taken for it."""
+    drafter were taken for it.  ``whole``: all of its text may well be right, so that a policy with a judge asks that first."""
 
     ids: mx.array
     soft: mx.array | None
     drafted: mx.array
     passes: int = 0
+    whole: bool = False
 
 
 class CanvasDrafter(Protocol):

@@ -200,9 +200,10 @@ class GenerationResponse:
     under the last step's scaled distribution (with ``mode="ar"`` the whole row [vocabulary] at temperature 1).
 
     Beyond them: ``tokens`` of this piece (the end token included), ``thought`` and ``tool_calls`` parsed out of the text,
-    denoising ``steps`` of this canvas and the canvas ``rows`` they computed, ``tokens_per_forward`` so far (end token
-    included, prefill and commits not counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the
-    ``seed``, and of a draft model's tokens so far how many it ``proposed`` and how many of these were ``accepted``.
+    denoising ``steps`` of this canvas and the canvas ``rows`` they computed, ``judged``, the causal passes that a drafted
+    canvas was judged by, ``tokens_per_forward`` so far (end token included; of steps and judges' passes, prefill and commits not
+    counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the ``seed``, and of a draft model's tokens
+    so far how many it ``proposed`` and how many of these were ``accepted``.
     ``certificate`` names the rule under which a canvas converged ("stable-and-confident", "causal"…), None where it did not.
     """
 
@@ -220,6 +221,7 @@ class GenerationResponse:
     thought: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     steps: int = 0
+    judged: int = 0
     tokens_per_forward: float = 0.0
     canvas_index: int = 0
     converged: bool = True
@@ -230,6 +232,11 @@ class GenerationResponse:
     accepted: int = 0
     certificate: str | None = None
     parts: tuple[GenerationResponse, ...] = ()  # the responses a whole answer of batch_generate was put together from
+
+    @property
+    def is_canvas(self) -> bool:
+        """Whether it is one of canvases, not of tokens left to right; a drafted canvas may have taken no step."""
+        return self.certificate is not None or not self.converged
 
 
 def load(model: str, *, revision: str | None = None, dtype: str | None = None, adapter_path: str | None = None,
@@ -338,7 +345,7 @@ def batch_generate(
 
 def summary(response: GenerationResponse) -> str:
     """The figures of a finished answer in two lines."""
-    canvases = f"{response.canvas_index + 1} canvas(es), " if response.steps else ""
+    canvases = f"{response.canvas_index + 1} canvas(es), " if response.is_canvas else ""
     drafted = f"{response.accepted} of {response.proposed} drafted tokens accepted, " if response.proposed else ""
     return (f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
             f"Answer: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s, "
@@ -395,7 +402,7 @@ class _Request:
         ended = bool(tokens) and tokens[-1] in self.eos_ids
         visible = list(tokens[:-1] if ended else tokens)
         steps = canvas.steps if canvas else 0
-        self.produced, self.forwards = self.produced + len(tokens), self.forwards + steps
+        self.produced, self.forwards = self.produced + len(tokens), self.forwards + steps + (canvas.judged if canvas else 0)
         over = self.cut + len(visible) - self.limit
         if over > 0:
             visible, tokens, ended = visible[:-over], tokens[: len(visible) - over], False
@@ -409,8 +416,8 @@ class _Request:
             text, thought = text + rest.answer, thought + rest.thought
         self.anything = self.anything or bool(text.strip() or calls)
         reason = None if not done else "length" if not ended else "stop" if self.anything else "empty"
-        now, index = time.perf_counter(), len(self.responses) if steps else 0
-        if steps:
+        now, index = time.perf_counter(), len(self.responses) if canvas else 0
+        if canvas:
             logprobs = logprobs[: len(tokens)]
         response = GenerationResponse(
             text=text, token=int(tokens[-1]) if tokens else -1, logprobs=logprobs, from_draft=from_draft,
@@ -418,14 +425,14 @@ class _Request:
             generation_tokens=min(self.cut + ended, self.limit),
             generation_tps=min(self.cut + ended, self.limit) / max(now - self.began - self.prefill_seconds, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9, finish_reason=reason, tokens=tuple(int(t) for t in tokens),
-            thought=thought, tool_calls=calls, steps=steps,
+            thought=thought, tool_calls=calls, steps=steps, judged=canvas.judged if canvas else 0,
             tokens_per_forward=self.produced / self.forwards if self.forwards else 1.0,
             canvas_index=index, converged=canvas.converged if canvas else True, retries=canvas.retries if canvas else 0,
             rows=canvas.rows if canvas else 0, seed=self.seed, proposed=self.proposed, accepted=self.accepted,
             certificate=canvas.certificate if canvas else None,
         )
         # The causal mode's rows over the vocabulary are for the caller; keeping them would grow by a megabyte a token.
-        self.responses.append(response if steps else replace(response, logprobs=None))
+        self.responses.append(response if canvas else replace(response, logprobs=None))
         self._warn(response)
         return response
 
@@ -444,7 +451,8 @@ class _Request:
         return replace(
             parts[-1], text="".join(r.text for r in parts), thought="".join(r.thought for r in parts),
             tool_calls=tuple(call for r in parts for call in r.tool_calls), tokens=tuple(t for r in parts for t in r.tokens),
-            steps=sum(r.steps for r in parts), rows=sum(r.rows for r in parts), retries=sum(r.retries for r in parts),
+            steps=sum(r.steps for r in parts), judged=sum(r.judged for r in parts), rows=sum(r.rows for r in parts),
+            retries=sum(r.retries for r in parts),
             converged=all(r.converged for r in parts), parts=tuple(parts),
         )
 

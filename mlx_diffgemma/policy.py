@@ -34,9 +34,10 @@ class Standing:
 
     ``stop`` is the flag of the device's stop rule.  ``entropies`` (mean, nats) and ``ends`` (position of the first end
     token in the argmax, or the canvas's length) have one entry for each step of this attempt, the last of this one.
-    ``retry`` counts the attempts before.  ``drafted``: this attempt has guesses of a drafter in it.  ``surprise``, where the
-    policy consulted the causal mode about the argmax: the most, in nats, by which the log-probability of a token of the text,
-    its end token included, given those before it, lies below its expectation, the negative entropy at that place.
+    ``retry`` counts the attempts before.  ``drafted``: this attempt has guesses of a drafter in it, as ``drafts`` of those before
+    had.  ``surprise``, where the policy consulted the causal mode about the argmax: the most, in nats, by which the
+    log-probability of a token of the text, its end token included, given those before it, lies below its expectation, the
+    negative entropy at that place.
     """
 
     canvas_index: int
@@ -46,6 +47,7 @@ class Standing:
     entropies: Sequence[float]
     ends: Sequence[int]
     drafted: bool = False
+    drafts: int = 0
     surprise: float | None = None
 
     @property
@@ -73,6 +75,10 @@ class Policy(Protocol):
     @property
     def drafter(self) -> CanvasDrafter | None:
         """What guesses the first attempt at each canvas; None: it begins with what ``seed`` gives."""
+
+    @property
+    def surprise(self) -> float | None:
+        """From which surprise in nats on (see ``Standing``) a token is not believed; None: the causal mode is never asked."""
 
     @property
     def sampling(self) -> Policy:
@@ -160,6 +166,10 @@ class ReferencePolicy:
 
     @property
     def drafter(self) -> CanvasDrafter | None:
+        return None
+
+    @property
+    def surprise(self) -> float | None:
         return None
 
     @property

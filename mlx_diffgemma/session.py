@@ -17,7 +17,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +26,7 @@ from mlx_diffgemma.cache import ROOM, Cache
 from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.judge import Verdict, consult, settle, text_of
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, Standing
 from mlx_diffgemma.prompt_cache import PromptCache
@@ -42,6 +42,7 @@ class CanvasStep:
 
     ``canvas`` is what the next step would start from, ``argmax`` what would be committed now; with the ``accepted``
     mask, the ``entropy`` in nats and the ``logprob`` of the argmax under the scaled distribution all are [length].
+    ``step`` -1 is that of a draft which was committed before any step; entropy and log-probability are the causal mode's then.
     ``reason`` is None while the canvas goes on, then "converged", "plateau", "max_steps", "watchdog" or "judge"; ``certificate``
     names the rule under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt
     ``retry`` + 1.  ``draft`` holds what a drafter guessed at each position, -1 where it made no guess; ``surprise`` what the causal
@@ -97,16 +98,6 @@ class Canvas:
     judged_rows: int = 0
 
 
-class Verdict(NamedTuple):
-    """What the causal mode said of the text ``ids`` in the argmax of a canvas: ``surprise`` as in ``Standing``, the ``next_logits``
-    [vocabulary] behind it, and the hidden states that a drafter reads."""
-
-    ids: list[int]
-    surprise: float
-    next_logits: mx.array
-    taps: Taps
-
-
 class Session:
     """One answer in the making.
 
@@ -140,6 +131,7 @@ class Session:
         self.draft = policy.drafter.begin() if policy.drafter else None  # the drafter's own
         self.guess: mx.array | None = None  # what it put into the current canvas, -1 where nothing
         self.signal: mx.array | None = None  # and the first step's self-conditioning
+        self.drafts = 0  # how many attempts at the current canvas before this one had guesses
         self.next_logits: mx.array | None = None  # [vocabulary] of the causal mode behind what it has read, beside a drafter
         self.verdict: Verdict | None = None  # what it last said about this canvas
 
@@ -160,7 +152,9 @@ class Session:
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
         self.entropies: list[float] = []
         self.ends: list[int] = []
-        self.guess = self.signal = self.verdict = None
+        self.guess = self.signal = None
+        if not self.retry:
+            self.verdict = None
 
     def go_on_from(self, draft: Draft) -> None:
         """The canvas goes on, or begins, with ``draft``, unless that is empty."""
@@ -170,6 +164,17 @@ class Session:
             self.canvas, self.signal = draft.ids, draft.soft
             self.guess = mx.where(draft.drafted, draft.ids, before)
 
+    def go_on_from_prefix(self) -> None:
+        """Of the text that the causal mode was asked about only what stands before its first surprise is left."""
+        assert self.verdict is not None
+        assert self.policy.surprise is not None
+        surprised = np.flatnonzero(np.array(self.verdict.surprises) > self.policy.surprise)
+        good = self.verdict.ids[: surprised[0]] if surprised.size else self.verdict.ids
+        noise = self.policy.seed(self.draws, self.canvas_index, self.retry, self.start, self.length)
+        self.canvas, self.guess, self.signal = mx.array(np.concatenate((good, noise[len(good) :])).astype(np.int32)), None, None
+        if good:
+            self.guess = mx.array(np.concatenate((good, np.full(self.length - len(good), -1))).astype(np.int32))
+
     def read(self, stop: bool, mean_entropy: float, end: int) -> Standing:
         """Take note of what the host read of a step; ``end`` is the position of the first end token."""
         assert self.canvas is not None
@@ -177,12 +182,14 @@ class Session:
         self.entropies.append(mean_entropy)
         self.ends.append(end)
         self.standing = Standing(self.canvas_index, self.retry, self.length, stop, self.entropies, self.ends,
-                                 self.guess is not None)
+                                 self.guess is not None, self.drafts)
         return self.standing
 
-    def judged_as(self, verdict: Verdict) -> None:
-        """Take note of what the causal mode said of the argmax of the step just read."""
-        self.verdict, self.standing = verdict, replace(self.standing, surprise=verdict.surprise)
+    def judged_as(self, verdict: Verdict, rows: int = 0) -> None:
+        """Take note of what the causal mode says of the text, in a pass of so many rows, or has said of the same text before."""
+        surprise: float = verdict.surprises.max().item()
+        self.verdict, self.standing = verdict, replace(self.standing, surprise=surprise)
+        self.judged, self.judged_rows = self.judged + (rows > 0), self.judged_rows + rows
 
     def encoded(self) -> None:
         """All that was pending is in the cache now."""
@@ -201,8 +208,11 @@ class Session:
             # An empty one is no answer to come back to, nor is a draft that watchdog or judge ended.
             if step.reason not in ("converged", "watchdog", "judge") and self.ends[-1]:
                 self.rejected.append(step)
-            self.retry += 1
+            self.retry, drafted = self.retry + 1, self.guess is not None
             self.open_canvas()
+            if step.reason == "judge" and not self.drafts:
+                self.go_on_from_prefix()
+            self.drafts += drafted
         else:
             self._commit(step)
 
@@ -216,6 +226,7 @@ class Session:
                                     int((guess == kept).sum()), step.certificate, self.passes, self.judged, self.judged_rows))
         self.pending, self.canvas, self.rejected = argmax, None, []
         self.guess = self.signal = None
+        self.drafts = 0
         self.retry = self.steps = self.rows = self.passes = self.judged = self.judged_rows = 0
         self.ids += argmax.tolist()
         self.start += argmax.size
@@ -259,7 +270,6 @@ class Loop:
                  progress: Progress | None = None):
         self.model, self.prefill_step_size, self.progress = model, prefill_step_size, progress
         self.sessions = list(sessions)
-        self._held: list[Session] = []  # of which the causal mode has just read the argmax
         self._beliefs: list[tuple[list[Session], conditioning.Belief]] = []  # what the last step believed, group by group
 
     @property
@@ -279,12 +289,17 @@ class Loop:
                 session.prefill_seconds = session.prefill_seconds or time.perf_counter() - began
         for session in opening:
             session.open_canvas()
+        whole = []
         for drafter, places in _drafted(opening).items():
             begun = [opening[place] for place in places]
             for session, draft in zip(begun, drafter.seed(begun), strict=True):
                 session.go_on_from(draft)
+                if draft.whole:
+                    whole.append(session)
+        at_once = self._commit_drafts(whole)
+        active = [session for session in active if session.canvas is not None]
         if not active:
-            return []
+            return at_once
         soft = self._soft_embeddings()
         groups = sampled_together(active)
         rows = [session for group in groups for session in group]
@@ -300,13 +315,44 @@ class Loop:
             steps += [self._record(session, row, outcome, numbers[row]) for row, session in enumerate(group)]
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
-        self._settle(rows)
+        settle(rows)
         self._refine(rows, steps, taps)
         if any(step.committed for step in steps):
             mx.clear_cache()
         if not self.active:
             self._beliefs = []
-        return list(zip(rows, steps, strict=True))
+        return [*at_once, *zip(rows, steps, strict=True)]
+
+    def _commit_drafts(self, sessions: Sequence[Session]) -> list[tuple[Session, CanvasStep]]:
+        """The canvases just begun with a draft that the causal mode has nothing against, which are committed as they are."""
+        asked = []
+        for session in sessions:
+            ids = text_of(_canvas(session), session.eos_ids)
+            # As after a step that was certain of everything.
+            session.standing = Standing(session.canvas_index, session.retry, session.length, False, (0.0,), (len(ids) - 1,), True)
+            if session.policy.surprise is not None:
+                asked.append((session, ids))
+        if not asked:
+            return []
+        consult(self.model, asked)
+        found = []
+        for session, ids in asked:
+            assert session.verdict is not None
+            if session.policy.judge(session.standing) != "converged":
+                session.go_on_from_prefix()
+            else:
+                canvas, rest = _canvas(session), session.length - len(ids)
+                step = CanvasStep(
+                    canvas_index=session.canvas_index, retry=session.retry, step=-1, max_steps=session.policy.max_steps,
+                    canvas=canvas, argmax=canvas, accepted=mx.ones(canvas.shape, dtype=mx.bool_),
+                    entropy=mx.pad(session.verdict.entropy, (0, rest)), logprob=mx.pad(session.verdict.logprob, (0, rest)),
+                    mean_entropy=session.verdict.entropy.sum().item() / session.length, reason="converged",
+                    certificate=session.policy.certificate(session.standing), draft=session.guess,
+                    surprise=session.standing.surprise)
+                session.take(step)
+                found.append((session, step))
+        settle([session for session, _ in asked])
+        return found
 
     def _soft_embeddings(self) -> dict[int, mx.array]:
         """The signal [length, hidden] of each session that goes on with its canvas, by id of the session."""
@@ -362,49 +408,13 @@ class Loop:
                     "is damaged or the dtype too narrow; try --dtype float32 and compare with `mlx-diffgemma doctor`.")
             standing = session.read(bool(own[Flag.STOP]), own[Flag.MEAN_ENTROPY], int(own[Flag.EOS_POSITION]))
             if session.policy.consults(standing):
-                ids: list[int] = argmax[: standing.ends[-1] + 1].tolist()  # what follows an end token is no text
+                ids = text_of(argmax, session.eos_ids)
                 if session.verdict and session.verdict.ids == ids:
                     session.judged_as(session.verdict)  # it has said so before
                 else:
                     asked.append((session, ids))
         if asked:
-            self._consult(asked)
-
-    def _consult(self, asked: Sequence[tuple[Session, list[int]]]) -> None:
-        """What the causal mode says of each session's argmax; the keys and values of that pass are held beside the cache."""
-        taps = sorted({layer for s, _ in asked if s.policy.drafter for layer in s.policy.drafter.taps})
-        output = self.model.encode([mx.array(ids) for _, ids in asked], [session.cache for session, _ in asked], logits="all",
-                                   taps=taps, write="hold")
-        assert output.logits is not None
-        found = []
-        for (session, ids), own in zip(asked, output.logits, strict=True):
-            assert session.next_logits is not None
-            found.append(_surprise(mx.concatenate((session.next_logits[None], own[:-1])), mx.array(ids)))
-        surprises: list[float] = mx.stack(found).tolist()
-        for row, ((session, ids), surprise) in enumerate(zip(asked, surprises, strict=True)):
-            session.judged, session.judged_rows = session.judged + 1, session.judged_rows + len(ids)
-            session.judged_as(Verdict(ids, surprise, output.logits[row][-1], {layer: output.taps[layer][row] for layer in taps}))
-            self._held.append(session)
-
-    def _settle(self, rows: Sequence[Session]) -> None:
-        """What the causal mode has just read goes into the caches where it was committed, and away where not."""
-        for session in rows:
-            if session not in self._held:
-                continue
-            verdict, drafter = session.verdict, session.policy.drafter  # a canvas begun anew has no verdict any more
-            if verdict and session.canvas is None and not session.finished and session.pending.tolist() == verdict.ids:
-                session.cache.reserve(session.cache.length + len(verdict.ids) + ROOM)
-                session.cache.accept(len(verdict.ids))
-                session.next_logits = verdict.next_logits
-                if drafter:
-                    drafter.read([session], [{layer: verdict.taps[layer] for layer in drafter.taps}])
-                session.encoded()
-                mx.eval(session.cache.arrays, session.next_logits)
-            else:
-                session.cache.accept(0)
-            if session.canvas is None:
-                session.verdict = None
-        self._held = []
+            consult(self.model, asked)
 
     @staticmethod
     def _refine(rows: Sequence[Session], steps: Sequence[CanvasStep], taps: Sequence[Taps]) -> None:
@@ -447,15 +457,6 @@ def _drafted(sessions: Sequence[Session]) -> dict[CanvasDrafter, list[int]]:
         if session.policy.drafter:
             found.setdefault(session.policy.drafter, []).append(place)
     return found
-
-
-def _surprise(logits: mx.array, ids: mx.array) -> mx.array:
-    """By what the log-probability of a token of ``ids`` [rows] under ``logits`` [rows, vocabulary] lies below its expectation at
-    most, in nats."""
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    expected = (mx.exp(logprobs) * logprobs).sum(axis=-1)
-    own = mx.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
-    return (expected - own).max()
 
 
 def _canvas(session: Session) -> mx.array:

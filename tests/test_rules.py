@@ -353,7 +353,7 @@ class TestCommand:
         _, out, _ = command(monkeypatch, capsys, "generate", "-p", "Tell me a story about Leo the owl and a map.", "--seed", "0",
                             "-m", "128", "--retry-unconverged", "1", "--max-denoising-steps", "3", "--json")
         record = json.loads(out.splitlines()[-1])
-        assert record["canvases"] == [{"steps": 6, "rows": 384, "retries": 1, "converged": False}] * 2
+        assert record["canvases"] == [{"steps": 6, "rows": 384, "retries": 1, "converged": False, "certificate": None}] * 2
         assert (record["steps"], record["rows"], record["retries"]) == (12, 768, 2)
 
     @pytest.mark.parametrize("length", ["abc", "--5", "²", "0", "65"])

@@ -150,7 +150,7 @@ def _result(task: Task, answers: Sequence[_Answer], questions: int) -> TaskResul
     means = scores.reshape(-1, questions).mean(axis=0)
     low, high = _wilson(means) if task.exact else _bootstrap(means)
     partial = [answer.mark.partial for answer in answers if answer.mark.partial is not None]
-    canvases = [(answer.mark, part) for answer in answers if answer.response for part in answer.response.parts if part.steps]
+    canvases = [(answer.mark, part) for answer in answers if answer.response for part in answer.response.parts if part.is_canvas]
     names = sorted({answer.question.group for answer in answers} - {""}, key=_by_number)
     groups = [(name, np.array([a.mark.score for a in answers if a.question.group == name])) for name in names]
 
@@ -160,7 +160,7 @@ def _result(task: Task, answers: Sequence[_Answer], questions: int) -> TaskResul
 
     given = [answer.response for answer in answers if answer.response]
     proposed = sum(response.proposed for response in given)
-    tokens, forwards = sum(len(part.tokens) for _, part in canvases), float(sum(part.steps for _, part in canvases))
+    tokens, forwards = sum(len(part.tokens) for _, part in canvases), float(sum(part.steps + part.judged for _, part in canvases))
     if proposed and not canvases:
         tokens, forwards = (sum(counts) for counts in zip(*((len(r.tokens), len(r.tokens) / r.tokens_per_forward) for r in given),
                                                           strict=True))

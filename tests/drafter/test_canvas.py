@@ -35,8 +35,11 @@ class Fixed:
 
     taps, refines = (2,), False
 
-    def __init__(self, guesses, soft=None):
-        self.guesses, self.soft, self.rows = guesses, soft, {}
+    def __init__(self, guesses, whole=False):
+        self.guesses, self.whole = guesses, whole
+
+    def canvas(self, target, base):
+        return DraftPolicy(base, self, 8, 2.0)
 
     def begin(self):
         return []
@@ -52,7 +55,7 @@ class Fixed:
             assert not session.pending.size, "and nothing is left to read"
             guess = self.guesses.get((session.draws.seed, session.canvas_index))
             guess = mx.full((session.canvas.size,), -1) if guess is None else mx.array(guess[: session.canvas.size])
-            drafts.append(Draft(mx.where(guess < 0, session.canvas, guess), None, guess >= 0))
+            drafts.append(Draft(mx.where(guess < 0, session.canvas, guess), None, guess >= 0, whole=self.whole))
         return drafts
 
 
@@ -81,8 +84,8 @@ def base_of(model, **own):
     return ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6, **own)
 
 
-def drafted(base, guesses, watchdog=8, judge=None):
-    return DraftPolicy(base, Fixed(guesses), watchdog, judge)
+def drafted(base, guesses, watchdog=8, judge=None, whole=False):
+    return DraftPolicy(base, Fixed(guesses, whole), watchdog, judge)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +314,10 @@ class TestJudge:
         assert all(step.rejected and step.surprise > 2 for step in rejected)
         for step in (step for of in own for step in of if step.committed and step.draft is not None):
             assert step.surprise <= 2
-        assert all(step.surprise is None for of in own for step in of if step.retry), "the reference is not judged"
+        for step in (step for of in own for step in of if step.retry):
+            assert step.retry <= 2
+            assert (step.draft is None) or step.retry == 1, "what stood before the first surprise gets one more attempt"
+            assert step.draft is not None or step.surprise is None, "the reference is not judged"
 
     def test_a_batch_is_as_alone(self, nano_pair, reference):
         model, _ = nano_pair
@@ -335,11 +341,73 @@ class TestJudge:
         assert numbers(own) == numbers(steps), "what is not drafted is not judged"
 
 
+class TestAtOnce:
+    """Drafts of which the judge is asked before any step."""
+
+    def test_what_does_not_surprise_is_committed_without_a_step(self, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, sessions, steps = reference
+        policy = drafted(base_of(model), committed(steps), judge=2.0, whole=True)
+        found, own = run(model, prompts, policy)
+        assert answers(found) == answers(sessions)
+        canvases = [canvas for session in found for canvas in session.canvases]
+        free = [canvas for canvas in canvases if not canvas.steps]
+        assert len(free) >= len(canvases) / 2
+        assert all((canvas.certificate, canvas.judged, canvas.converged) == ("causal", 1, True) for canvas in free)
+        for step in (step for of in own for step in of if step.step == -1):
+            assert (step.reason, step.committed, step.draft.tolist()) == ("converged", True, step.argmax.tolist())
+            assert step.logprob.size == step.entropy.size == step.argmax.size
+        alone, alone_steps = run(model, prompts, policy, together=False)
+        assert (answers(alone), numbers(alone_steps)) == (answers(found), numbers(own))
+        slow = RulesPolicy.from_config(model.config.generation, min_steps=2)
+        _, own = run(model, prompts, drafted(slow, committed(steps), judge=2.0, whole=True))
+        assert all(step.step >= 1 for of in own for step in of if step.committed)
+
+    def test_what_stands_before_the_first_surprise_is_left(self, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, _, steps = reference
+        guess, number = committed(steps)[0, 0].copy(), 3
+        right = guess[:number].tolist()
+        guess[number : number + 2] = [900, 901]
+        policy = drafted(base_of(model), {(0, 0): guess}, judge=2.0, whole=True)
+        (session,), (own,) = run(model, prompts[:1], policy)
+        assert own[0].draft.tolist() == right + [-1] * (LENGTH - number)
+        assert session.canvases[0].proposed == session.canvases[0].accepted == number
+        fresh = Session(model, prompts[0], policy, Draws(0, 1024), (1,), 64)
+        fresh.open_canvas()
+        noise = fresh.canvas.tolist()
+        loop = Loop(model, [again := Session(model, prompts[0], policy, Draws(0, 1024), (1,), 64)])
+        seen, denoise = [], model.denoise
+
+        def watched(self, canvas, *rest, **options):
+            seen.append(canvas.tolist())
+            return denoise(canvas, *rest, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "denoise", watched)
+            loop.advance()
+        assert seen[0] == right + noise[number:]
+        assert again.cache.length == len(prompts[0]), "what was asked about a wrong text is not kept"
+
+    def test_answers_without_a_step(self, nano_pair, reference):
+        model, tokenizer = nano_pair
+        prompts, sessions, steps = reference
+        short = next(i for i, session in enumerate(sessions) if len(session.canvases) == 1)
+        drafter = Fixed({(7, 0): committed(steps)[short, 0]}, whole=True)
+        (response,) = batch_generate(model, tokenizer, [prompts[short]], seeds=[7], draft_model=drafter)
+        tokens = sessions[short].canvases[0].tokens
+        assert (response.steps, response.judged, response.certificate) == (0, 1, "causal")
+        assert response.tokens == tuple(tokens.tolist())
+        assert response.tokens_per_forward == tokens.size
+        assert (response.is_canvas, response.logprobs.size) == (True, tokens.size)
+
+
 def test_rules_from_text():
     assert DraftRules.parse("") == DraftRules()
     assert DraftRules.parse("gate=0.5, passes=3,refine=on,judge=off,watchdog=9,handoff=off") == DraftRules(
-        0.5, 3, False, True, None, 9)
+        0.5, 3, False, True, None, 0.1, 9)
     assert DraftRules.parse("judge=1.5").judge == 1.5
+    assert DraftRules.parse("trust=off").trust is None
     for text, message in (("speed=9", "Unknown draft rule 'speed'"), ("gate=much", "cannot be 'much'; give a number"),
                           ("judge=maybe", "a number or off"), ("refine=1", "give on or off"), ("passes=0", "at least 1"),
                           ("gate", "cannot be ''"), ("judge=0", "judge must be above 0")):
@@ -382,6 +450,7 @@ class TestFromOutside:
         model, tokenizer = nano_pair
         drafter, prompts = random_drafter(model), nano_prompts(3)
         drafter.confidence.bias = mx.array([9.0])  # sure of everything
+        drafter.rules = DraftRules(judge=None)
         steps = []
         pieces = list(stream_generate(model, tokenizer, prompts[2], seed=5, draft_model=drafter, on_step=steps.append))
         assert pieces[-1].finish_reason
