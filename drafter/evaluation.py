@@ -95,7 +95,9 @@ class WayResult:
     """A way to answer, over all questions and seeds.
 
     ``steps`` and ``forwards`` of the target a canvas, ``rows`` of them, and ``cost`` in denoising steps with everything counted;
-    ``ratio`` of that to the reference's, and the same for the answers in the third to which the reference gave most (``hard``).
+    ``ratio`` of that to the reference's, and the same for the ``longest``: the questions that took most of the reference, up to a
+    third of all it spent; ``longest_steps`` is the ratio of their steps.  Of the drafter ``passes``, and of the causal mode
+    ``judged_passes`` with ``judged_rows``, as a share of the canvas's, and ``commits`` beside them, all a canvas.
     ``loss`` of mean score against the reference, in points, with the upper end of its 95 % interval.  ``drafted`` tokens of a
     canvas's text, of which ``right`` were committed; ``judged`` is the share of canvases that the causal mode certified,
     ``retries`` that of those begun anew.  ``same``: texts as the reference's.  ``drift`` is the squared distance between the
@@ -109,7 +111,12 @@ class WayResult:
     rows: float
     cost: float
     ratio: float
-    hard: float
+    longest: float
+    longest_steps: float
+    passes: float
+    judged_passes: float
+    judged_rows: float
+    commits: float
     loss: float
     loss_bound: float
     drafted: float
@@ -342,7 +349,7 @@ def _result(name: str, own: Sequence[Sequence[Answered]], reference: Sequence[Se
     effort = np.array([[shares.spent(a) for a in run] for run in reference]).sum(axis=0)
     order = np.argsort(-effort, kind="stable")
     most = order[: 1 + int(np.searchsorted(np.cumsum(effort[order]), effort.sum() / 3))]
-    hard, hard_before = ([run[i] for run in runs for i in most] for runs in (own, reference))
+    long, long_before = ([run[i] for run in runs for i in most] for runs in (own, reference))
     losses = 100 * (scores(reference) - scores(own))
     rng = np.random.default_rng(0)
     means = losses[rng.integers(0, losses.size, (RESAMPLES, losses.size))].mean(axis=1)
@@ -359,7 +366,11 @@ def _result(name: str, own: Sequence[Sequence[Answered]], reference: Sequence[Se
         name=name, score=float(np.mean([a.score for a in flat])),
         steps=0.0 if free_steps else _a_canvas(flat, lambda a: a.total("steps")), forwards=_a_canvas(flat, forwards),
         rows=_a_canvas(flat, rows), cost=cost_of, ratio=cost_of / _a_canvas(before, shares.spent),
-        hard=_a_canvas(hard, spent) / _a_canvas(hard_before, shares.spent), loss=float(losses.mean()),
+        longest=_a_canvas(long, spent) / _a_canvas(long_before, shares.spent),
+        longest_steps=_a_canvas(long, lambda a: a.total("steps")) / _a_canvas(long_before, lambda a: a.total("steps")),
+        passes=_a_canvas(flat, lambda a: a.total("passes")), judged_passes=_a_canvas(flat, lambda a: a.total("judged")),
+        judged_rows=_a_canvas(flat, lambda a: a.total("judged_rows") / a.committed[0].size),
+        commits=_a_canvas(flat, lambda a: a.commits), loss=float(losses.mean()),
         loss_bound=float(np.quantile(means, 0.975)), drafted=proposed / len(certified),
         right=sum(a.total("accepted") for a in flat) / proposed if proposed else None,
         judged=float(np.mean(["causal" in one for one in certified])), retries=_a_canvas(flat, lambda a: a.total("retries")),
@@ -368,7 +379,7 @@ def _result(name: str, own: Sequence[Sequence[Answered]], reference: Sequence[Se
 
 
 COLUMNS = ("way", "score", "loss, points (at most, 95 %)", "steps a canvas", "all costs", "of the reference's",
-           "of that, the longest", "drafted tokens", "right", "begun anew", "same text", "drift x 1000")
+           "the longest third's", "drafted tokens", "right", "begun anew", "same text", "drift x 1000")
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -377,7 +388,7 @@ def table(record: Mapping[str, Any]) -> str:
     for way in record["ways"]:
         right = "-" if way["right"] is None else f"{way['right']:.0%}"
         lines.append(f"| {way['name']} | {way['score']:.1%} | {way['loss']:+.1f} ({way['loss_bound']:+.1f}) | {way['steps']:.2f} | "
-                     f"{way['cost']:.2f} | {way['ratio']:.2f} | {way['hard']:.2f} | {way['drafted']:.1f} | {right} | "
+                     f"{way['cost']:.2f} | {way['ratio']:.2f} | {way['longest']:.2f} | {way['drafted']:.1f} | {right} | "
                      f"{way['retries']:.1%} | {way['same']:.0%} | {1000 * way['drift']:.1f} |")
     if "ar" in record:
         lines += ["", "| left to right | temperature | score | tokens an answer | forwards | rows |", "|---|---|---|---|---|---|"]

@@ -509,6 +509,8 @@ def estimate(
                                               "26B shape.")] = None,
     measured: Annotated[bool, typer.Option("--measure", help="Measure this machine's memory rate and matrix rate first.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Count self-conditioning over the full vocabulary.")] = False,
+    drafting: Annotated[Path | None, typer.Option(help="A record of `draft evaluate`: project what such a drafter would do "
+                                                  "here.")] = None,
     training: Annotated[bool, typer.Option("--training", help="What each way of fine-tuning takes with examples of --context "
                                            "tokens, and on which Mac it fits.")] = False,
     batch_size: Annotated[int, typer.Option(help="With --training: examples a batch.")] = 1,
@@ -521,6 +523,8 @@ def estimate(
     from mlx_diffgemma.estimate import estimate as count
     from mlx_diffgemma.recipes import recipe_named
 
+    if drafting is not None and (training or dense):
+        raise UserError("--drafting projects canvases with sparse self-conditioning; leave --training and --dense out.")
     if training and (chip is not None or measured or dense or recipe != "4bit"):
         raise UserError("--training counts all recipes and needs no chip; leave --chip, --measure, --recipe and --dense out.")
     if batch_size != 1 and not training:
@@ -536,8 +540,13 @@ def estimate(
         raise UserError(f"This machine is not in the table; name one with --chip ({', '.join(CHIPS)}), or --measure this one.")
     config = ModelConfig.from_folder(hub.small_files(model)) if model else released_config()
     found = count(config, recipe_named(recipe), which, context, sparse=not dense)
+    projected = None
+    if drafting is not None:
+        from drafter.projection import project, read_record
+
+        projected = project(config, recipe_named(recipe), which, context, read_record(drafting))
     if as_json:
-        print(json.dumps(found.record()))
+        print(json.dumps(found.record() | ({"projection": asdict(projected)} if projected else {})))
         return
     output.print(f"{which.name} ({which.source})\n{_count(which.bandwidth, 'B/s')}, of which {BANDWIDTH_SHARE:.0%} count; "
                  f"{which.flops / 1e12:.3g} TFLOP/s, of which {which.flops_share:.0%} count\n"
@@ -557,6 +566,13 @@ def estimate(
                  + (f"; against {which.causal:g} tok/s as reported, at {found.reported_break_even:.1f} steps"
                     if found.reported_break_even is not None else "")
                  + f"\nmemory: {_count(found.memory, 'B')}; this machine allows {_count(memory_limit(), 'B')}", soft_wrap=True)
+    if projected:
+        table = Table("steps a canvas", *map(str, projected.plain), title="projection, not measured: tok/s at most")
+        table.add_row("without a drafter", *(f"{rate:.0f}" for rate in projected.plain.values()))
+        table.add_row("drafted, as all canvases of the record", *(f"{rate:.0f}" for rate in projected.drafted_as_all.values()))
+        table.add_row("drafted, as its longest", *(f"{rate:.0f}" for rate in projected.drafted_as_longest.values()))
+        output.print(table)
+        output.print(f"left to right {projected.causal:.0f} tok/s, drafted {projected.causal_drafted:.0f}", soft_wrap=True)
 
 
 def _print_training(config: ModelConfig, sequence: int, batch_size: int, as_json: bool) -> None:

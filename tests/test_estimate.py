@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from drafter.projection import project
 from mlx_diffgemma.config import released_config
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.estimate import CHIPS, chip_named, estimate, measure
@@ -81,3 +82,51 @@ def test_the_command(monkeypatch, capsys):
         code, _, err = run(monkeypatch, capsys, "estimate", *words)
         assert code == 2
         assert message in err
+
+
+class TestDrafting:
+    """Projections from a record of `draft evaluate`."""
+
+    @staticmethod
+    def record(**drafter):
+        reference = {"name": "reference", "steps": 4.0, "commits": 0.5}
+        own = {"name": "drafter", "steps": 4.0, "longest_steps": 1.0, "passes": 0.0, "judged_passes": 0.0, "judged_rows": 0.0,
+               "commits": 0.5} | drafter
+        causal = {"temperature": 0.0, "tokens": 40.0, "forwards": 40.0, "rows": 40.0}
+        return {"ways": [reference, own], "ar": [causal | {"name": "plain"}, causal | {"name": "drafted", "forwards": 20.0}]}
+
+    @staticmethod
+    def of(record, chip="M3 Max"):
+        return project(CONFIG, RECIPES["4bit"], CHIPS[chip], 512, record)
+
+    def test_a_drafter_that_does_nothing_changes_nothing(self):
+        found = self.of(self.record())
+        assert found.drafted_as_all == found.drafted_as_longest == found.plain
+        assert found.causal == pytest.approx(estimate(CONFIG, RECIPES["4bit"], CHIPS["M3 Max"], 512).causal_rate, rel=0.05)
+
+    def test_what_it_saves_and_costs(self):
+        step = estimate(CONFIG, RECIPES["4bit"], CHIPS["M3 Max"], 512).step_seconds
+        half = self.of(self.record(steps=2.0, longest_steps=0.25, commits=0.0))
+        assert half.drafted_as_all[26] == pytest.approx(256 / (13 * step))
+        assert half.drafted_as_longest[26] == pytest.approx(256 / (6.5 * step))
+        passes = self.of(self.record(steps=2.0, passes=2.0, commits=0.0))
+        assert 1 / passes.drafted_as_all[26] - 1 / half.drafted_as_all[26] == pytest.approx(2 * 0.16 * step / 256, rel=0.1)
+        judged = self.of(self.record(steps=2.0, judged_passes=1.0, judged_rows=1.0, commits=0.0))
+        assert 1 / judged.drafted_as_all[26] - 1 / half.drafted_as_all[26] == pytest.approx(step / 256, rel=0.05)
+        short = self.of(self.record(steps=2.0, judged_passes=1.0, judged_rows=1 / 256, commits=0.0))
+        floor = 1 / short.drafted_as_all[26] - 1 / half.drafted_as_all[26]
+        assert floor == pytest.approx(1 / half.causal / 256, rel=0.05), "a pass over one row takes as long as a token left to right"
+        assert 1.2 < half.causal_drafted / half.causal < 2.0
+
+    def test_command(self, monkeypatch, capsys, tmp_path):
+        path = tmp_path / "drafting.json"
+        path.write_text(json.dumps(self.record(steps=2.0)))
+        code, out, _ = run(monkeypatch, capsys, "estimate", "--chip", "M3 Max", "--drafting", str(path))
+        assert (code, "projection, not measured" in out, "as its longest" in out) == (0, True, True)
+        code, out, _ = run(monkeypatch, capsys, "estimate", "--chip", "M3 Max", "--drafting", str(path), "--json")
+        assert json.loads(out)["projection"]["drafted_as_all"]["26"] > json.loads(out)["projection"]["plain"]["26"]
+        path.write_text("{}")
+        for options, message in ((["--drafting", str(path)], "no record of"), (["--drafting", str(tmp_path / "x.json")], "x.json"),
+                                 (["--drafting", str(path), "--dense"], "leave --training and --dense out")):
+            code, out, err = run(monkeypatch, capsys, "estimate", "--chip", "M3 Max", *options)
+            assert (code, out, message in err) == (2, "", True), err

@@ -58,7 +58,9 @@ def test_the_figures_of_a_way():
     assert found.rows == 4 * found.forwards
     assert found.cost == pytest.approx((16 + 2 * 0.5 + 2 * 0.25) / 6)
     assert found.ratio == pytest.approx(found.cost / ((32 + 3 * 0.5) / 7))
-    assert found.hard == pytest.approx(((11 + 2 * 0.5) / 4) / ((22 + 3 * 0.5) / 5)), "the second question takes most"
+    assert found.longest == pytest.approx(((11 + 2 * 0.5) / 4) / ((22 + 3 * 0.5) / 5)), "the second question takes most"
+    assert found.longest_steps == pytest.approx((11 / 4) / (22 / 5))
+    assert (found.passes, found.judged_passes, found.commits) == (2 / 6, 0, 2 / 6)
     assert found.loss == pytest.approx(25.0)
     assert 25.0 <= found.loss_bound <= 50.0
     assert (found.drafted, found.right, found.retries, found.same) == (1.0, 0.5, pytest.approx(1 / 6), 0.75)
