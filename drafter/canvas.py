@@ -35,6 +35,7 @@ from mlx_diffgemma.sampler import Before, SamplerStep
 from mlx_diffgemma.session import Session, sampled_together
 
 OWN_STEPS = 2**32  # the drafter draws under step numbers that no policy reaches
+SURE = 0.9  # a draft whose text is right with this probability, by its confidences, takes no further pass
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DraftRules:
     """How drafts are made and used.
 
     - ``gate``: the confidence from which a guess enters the canvas.  Above 1 none does.
-    - ``passes``: of the drafter, each from what the one before left; the last one tells what it guesses and how surely.
+    - ``passes``: of the drafter at most, each from what the one before left; it takes no more when it is sure of all of the text.
     - ``handoff``: the drafter's most probable tokens are the first step's self-conditioning signal.
     - ``refine``: the drafter guesses again after each of the target's steps, at the positions that are not accepted.
     - ``judge``: the surprise in nats from which on a token of a drafted canvas is not believed, None: there is no judge.  A
@@ -122,52 +123,60 @@ class CanvasDraft(Reader):
         return self.rules.refine
 
     def seed(self, sessions: Sequence[Session]) -> list[Draft]:
-        noise, segments = mx.concatenate([_canvas(session) for session in sessions]), _segments(sessions)
-        x, belief = self.borrowed.embed(noise), None
-        left = mx.full(noise.shape, -1, dtype=mx.int32)  # the places in the head of what is accepted so far
-        for number in range(self.rules.passes - 1):
-            logits = self.borrowed.logits(self.drafter(x, segments))
-            renoise, left = self._sample(sessions, logits, number, left)
-            last = number == self.rules.passes - 2
+        found: dict[int, Draft] = {}
+        going, x = list(sessions), self.borrowed.embed(mx.concatenate([_canvas(session) for session in sessions]))
+        left = mx.full((x.shape[0],), -1, dtype=mx.int32)  # the places in the head of what is accepted so far
+        for number in range(self.rules.passes):
+            segments, last = _segments(going), number == self.rules.passes - 1
+            logits, confidence = self._pass(x, segments)
+            places, belief = mx.argmax(logits, axis=-1), self.borrowed.belief(logits)
+            mx.eval(places, confidence, belief)
+            on = []
+            for session, s in zip(going, segments, strict=True):
+                own = slice(s.start, s.stop)
+                draft = self._draft(session, places[own], confidence[own], belief[own], number + 1)
+                if last or self._right(session, draft.ids, confidence[own]) >= SURE:
+                    found[id(session)] = draft
+                else:
+                    on.append((session, own))
+            if not on:
+                break
+            rows = mx.concatenate([mx.arange(own.start, own.stop) for _, own in on])
+            going, logits, belief, left = [session for session, _ in on], logits[rows], belief[rows], left[rows]
+            renoise, left = self._sample(going, logits, number, left)
             # The last pass looks at the most probable canvas: what holds together there is sure.
-            places = mx.argmax(logits, axis=-1) if last else left
-            ids = mx.where(places < 0, renoise, self.borrowed.tokens(places))
-            belief = self.borrowed.belief(logits)
-            x = self.drafter.condition(self.borrowed.embed(ids), belief)
-        guess, confidence, belief = self._guess(x, segments)
-        sure = confidence >= self.rules.gate
-        ids = mx.where(sure, guess, noise)
-        mx.eval(ids, sure, belief, confidence)
-        drafts = []
-        for session, s in zip(sessions, segments, strict=True):
-            own = slice(s.start, s.stop)
-            drafts.append(Draft(ids[own], belief[own] if self.rules.handoff else None, sure[own], self.rules.passes,
-                                self._trusted(session, ids[own], confidence[own])))
-        return drafts
+            kept = places[rows] if number == self.rules.passes - 2 else left
+            x = self.drafter.condition(self.borrowed.embed(mx.where(kept < 0, renoise, self.borrowed.tokens(kept))), belief)
+        return [found[id(session)] for session in sessions]
 
-    def _trusted(self, session: Session, ids: mx.array, confidence: mx.array) -> bool:
-        rows = len(text_of(ids, session.eos_ids))
-        if self.rules.trust is None or not (confidence[:rows] >= self.rules.gate).all().item():
-            return False
-        return mx.log(confidence[:rows]).sum().item() >= math.log(self.rules.trust * rows / session.length)
+    def _draft(self, session: Session, places: mx.array, confidence: mx.array, belief: mx.array, passes: int) -> Draft:
+        """What a pass comes to for one canvas; arguments [rows]."""
+        sure = confidence >= self.rules.gate
+        ids = mx.where(sure, self.borrowed.tokens(places), _canvas(session))
+        rows, whole = len(text_of(ids, session.eos_ids)), False
+        if self.rules.trust is not None and sure[:rows].all().item():
+            whole = self._right(session, ids, confidence) >= self.rules.trust * rows / session.length
+        return Draft(ids, belief if self.rules.handoff else None, sure, passes, whole)
+
+    def _right(self, session: Session, ids: mx.array, confidence: mx.array) -> float:
+        """The probability that all of the text in ``ids`` is right, were its places independent."""
+        return math.exp(mx.log(confidence[: len(text_of(ids, session.eos_ids))]).sum().item())
 
     def refine(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> list[Draft]:
         segments = _segments(sessions)
         ids = mx.concatenate([_canvas(session) for session in sessions])
         accepted = mx.concatenate([session.accepted for session in sessions])
         together = {layer: mx.concatenate([own[layer] for own in taps]) for layer in self.taps}
-        guess, confidence, _ = self._guess(self.drafter.refine(self.borrowed.embed(ids), together), segments)
+        logits, confidence = self._pass(self.drafter.refine(self.borrowed.embed(ids), together), segments)
         sure = (confidence >= self.rules.gate) & ~accepted
-        ids = mx.where(sure, guess, ids)
+        ids = mx.where(sure, self.borrowed.tokens(mx.argmax(logits, axis=-1)), ids)
         mx.eval(ids, sure)
         return [Draft(ids[s.start : s.stop], None, sure[s.start : s.stop], 1) for s in segments]
 
-    def _guess(self, x: mx.array, segments: Sequence[Segment]) -> tuple[mx.array, mx.array, mx.array]:
-        """Of a pass: the most probable ids, how sure they are, and what it believes."""
+    def _pass(self, x: mx.array, segments: Sequence[Segment]) -> tuple[mx.array, mx.array]:
+        """(logits [rows, tokens], confidence of the most probable ones [rows])."""
         hidden = self.drafter(x, segments)
-        logits = self.borrowed.logits(hidden)
-        confidence = mx.sigmoid(self.drafter.confidence(hidden)[:, 0].astype(mx.float32))
-        return self.borrowed.tokens(mx.argmax(logits, axis=-1)), confidence, self.borrowed.belief(logits)
+        return self.borrowed.logits(hidden), mx.sigmoid(self.drafter.confidence(hidden)[:, 0].astype(mx.float32))
 
     def _sample(self, sessions: Sequence[Session], logits: mx.array, number: int, left: mx.array) -> tuple[mx.array, mx.array]:
         """One step of the sampler underneath on the ``logits`` [rows, tokens] of pass ``number``: (ids to put where nothing is

@@ -46,7 +46,7 @@ class DraftTrainingOptions:
     iters: int = 3000
     batch_size: int = 32
     learning_rate: float = 1e-3
-    canvases: float = 0.5
+    canvases: float = 0.75
     pure: float = 0.3
     logged: float = 0.2
     refined: float = 0.25

@@ -139,6 +139,8 @@ class ModelConfig:
         model_type = raw.get("model_type")
         if model_type != MODEL_TYPE:
             advice = " For autoregressive Gemma models use mlx-lm." if str(model_type).startswith("gemma") else ""
+            if "dflash_config" in raw:
+                advice = " It is a drafter: give it as --draft-model, beside its model."
             raise UserError(f"Not a DiffusionGemma checkpoint: config.json has model_type {model_type!r}, "
                             f"expected {MODEL_TYPE!r}.{advice}")
         if not isinstance(raw.get("text_config"), Mapping):

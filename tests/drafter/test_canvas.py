@@ -193,8 +193,8 @@ def test_the_drafters_own_passes(nano_pair):
     """Sampler and schedule are those of the policy underneath, over the tokens it can draft; its draws are its own."""
     model, _ = nano_pair
     drafter = random_drafter(model, head_size=200)
-    drafter.norm.weight, drafter.confidence.bias = -2 * drafter.norm.weight, mx.array([50.0])
-    policy = drafter.canvas(model, base_of(model), DraftRules(passes=4))
+    drafter.norm.weight, drafter.confidence.bias = -2 * drafter.norm.weight, mx.array([2.0])
+    policy = drafter.canvas(model, base_of(model), DraftRules(passes=4, gate=1e-6))
     own, head = policy.drafter, np.array(drafter.head_ids)
     session = Session(model, nano_prompts(1)[0], policy, Draws(3, 1024), (1,), 64)
     own.read([session], [{layer: mx.random.normal((5, 128), key=mx.random.key(layer)) for layer in own.taps}])
@@ -215,6 +215,8 @@ def test_the_drafters_own_passes(nano_pair):
     wanted = head[np.array(mx.argmax(own.borrowed.logits(drafter(x, [Segment(0, 64, session.draft, canvas=True)])), axis=-1))]
     assert np.array(draft.ids).tolist() == wanted.tolist()
     assert draft.passes == 4
+    drafter.confidence.bias = mx.array([50.0])
+    assert own.seed([session])[0].passes == 1, "sure of all of it, it takes no more"
 
 
 def test_refining_leaves_what_is_accepted(nano_pair):
