@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -101,6 +101,14 @@ class VetoPolicy(DraftPolicy):
 
     def confident(self, standing: Standing) -> bool:
         return standing.steps > 0
+
+
+@dataclass(frozen=True)
+class JudgedPolicy(DraftPolicy):
+    """The judge decides without a draft as well: what the drafts of a drafter gain is what they gain beyond this."""
+
+    def consults(self, standing: Standing) -> bool:
+        return super().consults(replace(standing, drafted=not standing.retry))
 
 
 @dataclass(frozen=True)

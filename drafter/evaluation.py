@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from drafter.baselines import FixedDraft, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
+from drafter.baselines import FixedDraft, JudgedPolicy, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
 from drafter.canvas import DraftPolicy, DraftRules
 from drafter.model import Borrowed, Drafter
 from drafter.run import share
@@ -101,7 +101,8 @@ class WayResult:
     ``loss`` of mean score against the reference, in points, with the upper end of its 95 % interval.  ``drafted`` tokens of a
     canvas's text, of which ``right`` were committed; ``judged`` is the share of canvases that the causal mode certified,
     ``retries`` that of those begun anew.  ``same``: texts as the reference's.  ``drift`` is the squared distance between the
-    distributions of the tokens at each place and ``text_drift`` that between those of whole texts (see ``drift``).
+    distributions of the tokens at each place and ``text_drift`` that between those of whole texts (see ``drift``); ``variety`` is
+    the chance that two seeds give different tokens at a place.
     """
 
     name: str
@@ -126,6 +127,7 @@ class WayResult:
     same: float
     drift: float
     text_drift: float
+    variety: float
 
 
 def answer(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], policy: Policy, seed: int,
@@ -228,17 +230,24 @@ def drift(own: Sequence[Sequence[Answered]], reference: Sequence[Sequence[Answer
     An unbiased estimate of sum (p - q)^2: what a token at a place, say, is under the one and under the other.  It is around 0
     where the two ways are one.  Source: the energy distance (Székely and Rizzo 2013) under the discrete metric.
     """
-    seeds, found = range(len(own)), []
+    found = []
     for question in range(len(own[0])):
-        mine, theirs = [of(run[question]) for run in own], [of(run[question]) for run in reference]
-        length = max(map(len, mine + theirs))
-        x, y = (np.array([[*map(hash, one), *[-1] * (length - len(one))] for one in ways]) for ways in (mine, theirs))
-
-        def differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return np.mean([a[i] != b[j] for i in seeds for j in seeds if i != j], axis=0)
-
-        found.append(float(np.mean(2 * differ(x, y) - differ(x, x) - differ(y, y))))
+        length = max(len(of(run[question])) for run in (*own, *reference))
+        across, inside, outside = (_differ(a, b, question, of, length) for a, b in ((own, reference), (own, own),
+                                                                                    (reference, reference)))
+        found.append(float(np.mean(2 * across - inside - outside)))
     return float(np.mean(found))
+
+
+def _differ(a: Sequence[Sequence[Answered]], b: Sequence[Sequence[Answered]], question: int,
+            of: Callable[[Answered], Sequence[Any]], length: int = 0) -> np.ndarray:
+    """[entries] how often an answer under one seed and one under another differ; short ones are filled up."""
+    x, y = ([list(map(hash, of(run[question]))) for run in runs] for runs in (a, b))
+    length = length or max(map(len, x + y))
+    left, right = (np.array([[*one, *[-1] * (length - len(one))] for one in ways]) for ways in (x, y))
+    pairs = [left[i] != right[j] for i in range(len(a)) for j in range(len(b)) if i != j]
+    different: np.ndarray = np.mean(pairs, axis=0)
+    return different
 
 
 def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter: Drafter, tasks: Sequence[Task], limit: int = 20,
@@ -284,13 +293,14 @@ def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter
             run(f"drafter, refine {'off' if rules.refine else 'on'}", drafted(refine=not rules.refine))
         run(f"drafter, handoff {'off' if rules.handoff else 'on'}", drafted(handoff=not rules.handoff))
         run("drafter, no judge", drafted(judge=None))
-        run("drafter, no gate", drafted(gate=LOOSE))
+        run("drafter, gate 0.9", drafted(gate=0.9))
         run("drafter, looser stop", drafted(under=loose))
     if "baselines" in kinds:
         commits = UnverifiedPolicy(**{f.name: getattr(base, f.name) for f in fields(base)})
         run("drafter, not verified", drafted(under=commits, gate=LOOSE, judge=None, refine=False), free_steps=True)
         veto = drafter.canvas(model, base, replace(rules, gate=LOOSE))
         run("drafter, judge alone", lambda _: VetoPolicy(veto.base, veto.drafter, veto.watchdog, veto.surprise or DraftRules.judge))
+        run("no draft, judge", lambda _: JudgedPolicy(base, FixedDraft({}), rules.watchdog, rules.judge or DraftRules.judge))
         run("n-gram draft", lambda _: DraftPolicy(base, NgramDraft(), rules.watchdog, rules.judge))
     if "wrong" in kinds:
         rng, length = np.random.default_rng(0), model.config.canvas_length
@@ -375,11 +385,12 @@ def _result(name: str, own: Sequence[Sequence[Answered]], reference: Sequence[Se
         right=sum(a.total("accepted") for a in flat) / proposed if proposed else None,
         judged=float(np.mean(["causal" in one for one in certified])), retries=_a_canvas(flat, lambda a: a.total("retries")),
         same=float(np.mean([a.text == b.text for a, b in zip(flat, before, strict=True)])),
-        drift=drift(own, reference, lambda a: a.text), text_drift=drift(own, reference, lambda a: [a.text]))
+        drift=drift(own, reference, lambda a: a.text), text_drift=drift(own, reference, lambda a: [a.text]),
+        variety=float(np.mean([_differ(own, own, i, lambda a: a.text).mean() for i in range(len(own[0]))])))
 
 
 COLUMNS = ("way", "score", "loss, points (at most, 95 %)", "steps a canvas", "all costs", "of the reference's",
-           "the longest third's", "drafted tokens", "right", "begun anew", "same text", "drift x 1000")
+           "the longest third's", "drafted tokens", "right", "begun anew", "same text", "drift x 1000", "variety")
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -389,7 +400,7 @@ def table(record: Mapping[str, Any]) -> str:
         right = "-" if way["right"] is None else f"{way['right']:.0%}"
         lines.append(f"| {way['name']} | {way['score']:.1%} | {way['loss']:+.1f} ({way['loss_bound']:+.1f}) | {way['steps']:.2f} | "
                      f"{way['cost']:.2f} | {way['ratio']:.2f} | {way['longest']:.2f} | {way['drafted']:.1f} | {right} | "
-                     f"{way['retries']:.1%} | {way['same']:.0%} | {1000 * way['drift']:.1f} |")
+                     f"{way['retries']:.1%} | {way['same']:.0%} | {1000 * way['drift']:.1f} | {way['variety']:.3f} |")
     if "ar" in record:
         lines += ["", "| left to right | temperature | score | tokens an answer | forwards | rows |", "|---|---|---|---|---|---|"]
         lines += [f"| {way['name']} | {way['temperature']:g} | {way['score']:.1%} | {way['tokens']:.1f} | {way['forwards']:.1f} | "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from drafter import save_drafter
-from drafter.baselines import NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
+from drafter.baselines import FixedDraft, JudgedPolicy, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
 from drafter.canvas import DraftRules
 from drafter.evaluation import Answered, Shares, _result, answer, answer_causally, drift, oracle
 from drafter.run import DraftShape, share
@@ -73,13 +73,17 @@ def test_drift():
     rng = np.random.default_rng(0)
 
     def runs(p):
-        return [[Answered(0.0, (Canvas(np.array([rng.random() < p, 7]), np.zeros(2), 1, 2, True, True),), ()) for _ in range(300)]
-                for _ in range(8)]
+        def canvas():
+            return Canvas(np.array([rng.random() < p, 7]), np.zeros(2), 1, 2, True, True)
+
+        return [[Answered(0.0, (canvas(),), (np.zeros(2),)) for _ in range(300)] for _ in range(8)]
 
     for p, q in ((0.5, 0.5), (0.2, 0.9), (0.0, 1.0), (0.3, 0.4)):
         wanted = 2 * (p - q) ** 2 / 2  # two tokens differ, at one place of two
         assert drift(runs(p), runs(q), lambda a: a.text) == pytest.approx(wanted, abs=0.02)
     assert drift(runs(0.0), runs(1.0), lambda a: [a.text]) == 2.0
+    found = _result("x", runs(0.3), runs(0.3), SHARES, False)
+    assert found.variety == pytest.approx(2 * 0.3 * 0.7 / 2, abs=0.02)
 
 
 def test_answers_are_scored_and_kept_whole(nano_pair):
@@ -136,6 +140,15 @@ class TestBaselines:
         assert all(step.surprise is not None for of in own for step in of if step.draft is not None)
         _, both = run(model, prompts, plain)
         assert sum(map(len, own)) <= sum(map(len, both))
+
+    def test_judged_without_a_draft(self, nano_pair):
+        model, _ = nano_pair
+        prompts = nano_prompts(4)
+        _, steps = run(model, prompts, base_of(model))
+        _, own = run(model, prompts, JudgedPolicy(base_of(model), FixedDraft({}), 8, 2.0))
+        assert all(step.draft is None for of in own for step in of)
+        assert any("causal" in (step.certificate or "") for of in own for step in of)
+        assert sum(map(len, own)) < sum(map(len, steps))
 
     def test_disturbed(self, nano_pair):
         drafter = random_drafter(nano_pair[0], head_size=200)
