@@ -68,7 +68,7 @@ class TestRightAndWrong:
 
     @staticmethod
     def answer(score, steps, group="", partial=None):
-        part = GenerationResponse("", 0, None, False, 0, 0.0, 0, 0.0, 0.0, tokens=(1, 2), steps=steps)
+        part = GenerationResponse("", 0, None, False, 0, 0.0, 0, 0.0, 0.0, tokens=(1, 2), steps=steps, certificate="confident")
         return _Answer(Question.from_prompt("", Mark, group), Mark(score, partial), replace(part, parts=(part,)))
 
     def test_steps_and_groups(self):
