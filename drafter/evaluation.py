@@ -41,6 +41,7 @@ OTHER = 500_009  # between the seeds of two runs that should have nothing in com
 RESAMPLES = 2000
 LOOSE = 1e-9  # a gate that lets everything through
 WRONG = ("random tokens", "all end tokens", "another's answer", "wrong everywhere", "right, from other seeds")
+BELIEVED = ("all end tokens", "another's answer")  # also without a judge, to see what it is for
 KINDS = ("drafter", "baselines", "wrong", "ar", "oracle")
 BATCH = 16
 
@@ -283,8 +284,6 @@ def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter
 
     run("reference", lambda _: base)
     reference = runs["reference"]
-    run("reference, other seeds", lambda _: base, OTHER)
-    run("looser stop (stability 0)", lambda _: loose)
     run("drafter", drafted())
     for name, other in (drafters or {}).items():
         run(name, drafted(own=other))
@@ -296,6 +295,8 @@ def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter
         run("drafter, gate 0.9", drafted(gate=0.9))
         run("drafter, looser stop", drafted(under=loose))
     if "baselines" in kinds:
+        run("reference, other seeds", lambda _: base, OTHER)
+        run("looser stop (stability 0)", lambda _: loose)
         commits = UnverifiedPolicy(**{f.name: getattr(base, f.name) for f in fields(base)})
         run("drafter, not verified", drafted(under=commits, gate=LOOSE, judge=None, refine=False), free_steps=True)
         veto = drafter.canvas(model, base, replace(rules, gate=LOOSE))
@@ -304,6 +305,7 @@ def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter
         run("n-gram draft", lambda _: DraftPolicy(base, NgramDraft(), rules.watchdog, rules.judge))
     if "wrong" in kinds:
         rng, length = np.random.default_rng(0), model.config.canvas_length
+        watchdog, surprise = rules.watchdog, rules.judge
         end, vocabulary = model.config.generation.eos_token_ids[0], model.config.text.vocab_size
 
         def make(name: str, number: int, i: int, index: int) -> np.ndarray:
@@ -319,12 +321,14 @@ def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter
         run("a random drafter", drafted(own=disturbed(drafter, 10.0)))
         run("the drafter, disturbed", drafted(own=disturbed(drafter, 0.3)))
         for name in WRONG:
-            def fixed(number: int, name: str = name) -> Policy:
-                return DraftPolicy(base, FixedDraft({(firsts[number] + i, index): make(name, number, i, index)
-                                                     for i in range(len(questions)) for index in range(8)}),
-                                   rules.watchdog, rules.judge)
+            def fixed(number: int, name: str = name, judge: bool = True) -> Policy:
+                known = {(firsts[number] + i, index): make(name, number, i, index) for i in range(len(questions))
+                         for index in range(8)}
+                return DraftPolicy(base, FixedDraft(known), watchdog, surprise if judge else None)
 
             run(name, fixed)
+            if name in BELIEVED:
+                run(f"{name}, no judge", lambda number, fixed=fixed: fixed(number, judge=False))  # type: ignore[misc]
     record: dict[str, Any] = {"questions": len(questions), "seeds": list(seeds), "shares": asdict(shares), "rules": asdict(rules),
                               "ways": [asdict(result) for result in results]}
     if "ar" in kinds:

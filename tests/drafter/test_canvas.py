@@ -16,6 +16,7 @@ from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.run import evaluate
 from mlx_diffgemma.evaluation.tasks import tasks_named
+from mlx_diffgemma.judge import Verdict
 from mlx_diffgemma.model import Segment
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.prompt_cache import PromptCache
@@ -292,7 +293,8 @@ class TestJudge:
         first = session.canvases[0]
         assert (first.certificate in ("causal", "stable-and-confident-and-causal"), first.judged_rows) == (True, 64 * first.judged)
         cache = Cache(model.config.text)
-        model.encode([mx.array(session.ids[: session.cache.length])], [cache])
+        output = model.encode([mx.array(session.ids[: session.cache.length])], [cache], logits="last")
+        assert mx.allclose(session.next_logits, output.logits[0][-1], atol=1e-3)
         assert session.cache.length == len(ids) + 64
         for layer in range(len(model.layers)):
             for a, b in zip(session.cache.view(layer), cache.view(layer)):
@@ -320,6 +322,16 @@ class TestJudge:
             assert step.retry <= 2
             assert (step.draft is None) or step.retry == 1, "what stood before the first surprise gets one more attempt"
             assert step.draft is not None or step.surprise is None, "the reference is not judged"
+
+    def test_a_judge_that_nothing_pleases_gives_way(self, nano_pair, reference):
+        model, _ = nano_pair
+        prompts, _, steps = reference
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Verdict, "surprises", property(lambda self: mx.where(mx.arange(len(self.ids)) < 1, 0.0, 9.0)))
+            found, own = run(model, prompts, drafted(base_of(model), committed(steps), judge=2.0))
+        assert any(canvas.retries == 2 for session in found for canvas in session.canvases)
+        for step in (step for of in own for step in of if step.retry):
+            assert (step.retry <= 2, step.retry == 1 or step.draft is None) == (True, True)
 
     def test_a_batch_is_as_alone(self, nano_pair, reference):
         model, _ = nano_pair
@@ -390,6 +402,8 @@ class TestAtOnce:
             loop.advance()
         assert seen[0] == right + noise[number:]
         assert again.cache.length == len(prompts[0]), "what was asked about a wrong text is not kept"
+        with pytest.raises(ValueError, match="fewer than 1"):
+            again.cache.accept(1)
 
     def test_answers_without_a_step(self, nano_pair, reference):
         model, tokenizer = nano_pair

@@ -186,12 +186,12 @@ def test_the_command(monkeypatch, capsys, nano_pair, two_shares, tmp_path):
     assert re.search(r"\| plain \| 0 \| 100.0% \| 2.0 \| 2.0 \| 2.0 ", out), out
     record = json.loads((tmp_path / "out" / "drafting.json").read_text())
     ways = [way["name"] for way in record["ways"]]
-    assert {"reference", "all end tokens", "another's answer", "drafter, refine on", "n-gram draft", "drafter, not verified",
-            str(tmp_path / "drafter")} < set(ways)
+    assert {"reference", "all end tokens", "another's answer, no judge", "drafter, refine on", "n-gram draft",
+            "drafter, not verified", str(tmp_path / "drafter")} < set(ways)
     assert (record["model"], record["seeds"], len(record["oracle"]), len(record["ar"])) == ("nano-1", [0, 1], 6, 4)
     assert record["rules"] == vars(DraftRules(gate=0.8))
     code, out, _ = run_command(monkeypatch, capsys, *options, "--num-seeds", "2", "--parts", "", "--json")
-    assert [way["name"] for way in json.loads(out)["ways"]] == ways[:4]
+    assert [way["name"] for way in json.loads(out)["ways"]] == ["reference", "drafter"] == ways[:2]
     for wrong, message in ((["--num-seeds", "1"], "two seeds"), (["--tasks", "none"], "Unknown task"),
                            (["--parts", "all"], "Unknown part 'all'"), (["--draft-rules", "gate=x"], "cannot be 'x'")):
         code, out, err = run_command(monkeypatch, capsys, *options, *wrong)
