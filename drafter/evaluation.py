@@ -413,19 +413,24 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """The oracle curve.  Needs matplotlib."""
+    """The oracle curve, and what each way costs and loses.  Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, (axis, ways) = plt.subplots(1, 2, figsize=(12, 4.5))
     for kind in dict.fromkeys(point["wrong"] for point in record["oracle"]):
         own = [point for point in record["oracle"] if point["wrong"] == kind]
         axis.plot([point["right"] for point in own], [point["steps"] for point in own], "o-", label=f"the rest {kind}")
     axis.axhline(record["ways"][0]["steps"], color="grey", linestyle="--", label="reference")
     axis.set(xlabel="share of right positions in the draft", ylabel="denoising steps a canvas", ylim=(0, None))
     axis.legend()
+    for place, way in enumerate(reversed(record["ways"])):
+        ways.barh(place, way["ratio"], color="tab:blue" if way["loss_bound"] < 2 else "tab:red")
+    ways.set(yticks=range(len(record["ways"])), yticklabels=[way["name"] for way in reversed(record["ways"])],
+             xlabel="cost of the reference's (red: may lose 2 points or more)")
+    ways.axvline(1, color="grey", linestyle="--")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

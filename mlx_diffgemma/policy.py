@@ -8,6 +8,7 @@ algorithm of transformers; the policies of :mod:`mlx_diffgemma.rules` change it 
 | reference | yes | yes | no (ar mode takes no policy) |
 | rules | yes | yes | no |
 | confidence-threshold | yes | yes | no |
+| drafted (:mod:`drafter.canvas`, around any of these) | yes | yes | no (drafts there are another protocol) |
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mlx_diffgemma.evaluation.run import evaluate
 from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.judge import Verdict
 from mlx_diffgemma.model import Segment
-from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.policy import ReferencePolicy, Standing
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import RulesPolicy
 from mlx_diffgemma.sampler import Before
@@ -322,6 +322,15 @@ class TestJudge:
             assert step.retry <= 2
             assert (step.draft is None) or step.retry == 1, "what stood before the first surprise gets one more attempt"
             assert step.draft is not None or step.surprise is None, "the reference is not judged"
+
+    def test_the_certificate_says_who_agreed(self, nano_pair):
+        policy = drafted(base_of(nano_pair[0]), {}, judge=2.0)
+        for stop, surprise, name in ((True, None, "stable-and-confident"), (True, 0.1, "stable-and-confident-and-causal"),
+                                     (False, 0.1, "causal")):
+            standing = Standing(0, 0, LENGTH, stop, (0.0,), (9,), True, surprise=surprise)
+            assert (policy.judge(standing), policy.certificate(standing)) == ("converged" if stop or surprise else None, name)
+        standing = Standing(0, 0, LENGTH, True, (0.0,), (9,), True, surprise=2.1)
+        assert (policy.judge(standing), policy.rejects(standing, "judge")) == ("judge", True)
 
     def test_a_judge_that_nothing_pleases_gives_way(self, nano_pair, reference):
         model, _ = nano_pair
