@@ -8,8 +8,8 @@ numbers: as easy as 1, 2, 3") under
     counter = (position in the answer + 1, step, canvas index, retry index)
 
 so a number depends on nothing but these five (pass n of a drafter is step 2^32 + n): not on the batch, the canvas length, the
-display, the device or the library version.  Word 0 gives ``u`` (its upper 24 bits), word 1 the renoising id, word 2 the starting id; an id is the
-upper 32 bits of the word times the vocabulary size, divided by 2^32.
+display, the device or the library version.  Word 0 gives ``u`` (its upper 24 bits), word 1 the renoising id, word 2 the starting
+id; an id is the upper 32 bits of the word times the vocabulary size, divided by 2^32.
 
     >>> draws = Draws(seed=0, vocab_size=262_144)
     >>> draws.step(canvas_index=0, retry=0, step=0, start=0, length=256).u
