@@ -253,7 +253,8 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
                 waiting[row].next_logits = output.logits[row][-1]
         for session, size in zip(waiting, sizes, strict=True):
             session.pending = session.pending[size:]
-        mx.eval([array for s in waiting for array in s.cache.arrays])
+        mx.eval([array for s in waiting for array in s.cache.arrays],
+                [waiting[row].next_logits for rows in drafted.values() for row in rows])
         mx.clear_cache()
         done += sum(sizes)
         if progress:
