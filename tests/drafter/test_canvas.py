@@ -332,6 +332,12 @@ class TestJudge:
         standing = Standing(0, 0, LENGTH, True, (0.0,), (9,), True, surprise=2.1)
         assert (policy.judge(standing), policy.rejects(standing, "judge")) == ("judge", True)
 
+    def test_drafted_attempts_are_not_those_the_rules_count(self, nano_pair):
+        policy = drafted(RulesPolicy.from_config(nano_pair[0].config.generation, reroll_empty=1), {})
+        for retry, drafts, again in ((1, 1, True), (2, 2, True), (2, 1, False), (1, 0, False)):
+            standing = Standing(0, retry, LENGTH, True, (0.0,), (0,), drafts=drafts)
+            assert policy.rejects(standing, "converged") == again
+
     def test_a_judge_that_nothing_pleases_gives_way(self, nano_pair, reference):
         model, _ = nano_pair
         prompts, _, steps = reference

@@ -248,6 +248,10 @@ class TestCommand:
         again = ["draft", "train", *options, "--draft-model", str(tmp_path / "a"), "--draft-path", str(tmp_path / "b")]
         code, _, err = run_command(monkeypatch, capsys, *again)
         assert (code, "8 canvases to train on, 2 to validate on" in err, "estimated: " in err) == (0, True, True), err
+        shards = [tmp_path / name / "trajectories" / "trajectories-00000.safetensors" for name in "ab"]
+        logs = [mx.load(str(shard), return_metadata=True)[1] for shard in shards]
+        assert logs[0]["target"] == logs[1]["target"]
+        assert logs[0]["asked"] != logs[1]["asked"], "the second one's canvases began from drafts"
         first, second = (load_drafter(str(tmp_path / name), nano_pair[0]) for name in "ab")
         assert first.head_ids.tolist() == second.head_ids.tolist()
         assert not mx.array_equal(first.fc.weight, second.fc.weight)
