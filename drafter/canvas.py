@@ -1,14 +1,15 @@
 """Drafted canvases: the drafter denoises a canvas before the target does, which begins from what came out and checks it.
 
-The drafter takes some passes of its own with the sampler of the policy underneath.  Its guesses enter the canvas only where its
-own confidence says that they will be committed; every other position stays the noise it would have been, because the target
-believes what stands on its canvas where it cannot check it.  From there sampler, schedule and stop rule are those of the policy
-underneath.  Between the target's steps the drafter may guess again, from what the step made of the canvas.
+The drafter takes some passes of its own: the first ones with the sampler of the policy underneath, the last one looks at the most
+probable canvas.  Its guesses enter the canvas where its confidence passes a gate, the other positions stay the noise they would
+have been.  From there sampler, schedule and stop rule are those of the policy underneath.  Between the target's steps the drafter
+may guess again, from what the step made of the canvas.
 
-Whether the target only believed is seen by its causal mode, which tells how probable each token is without having seen it, and
-whose pass over a finished canvas has to run anyway: the *judge*.  A drafted canvas is committed when no token of it surprises
+The target believes what stands on its canvas where it cannot check it, and its stop rule does not see that; nor does the gate,
+which has the drafter's own word only.  The causal mode does, as it tells how probable each token is without having seen it, and
+its pass over a finished canvas has to run anyway: it is the *judge*.  A drafted canvas is committed when no token of it surprises
 that mode, and it may be committed by that a step earlier than the stop rule allows, or before any step where the drafter is sure
-of all of it.  What fails begins anew from noise.
+of all of it.  What fails begins anew, first from what stands before the surprise, then from noise.
 
 The start differs from the reference's, and with it, now and then, the text: a named departure.
 """
@@ -46,11 +47,11 @@ class DraftRules:
     - ``passes``: of the drafter at most, each from what the one before left; it takes no more when it is sure of all of the text.
     - ``handoff``: the drafter's most probable tokens are the first step's self-conditioning signal.
     - ``refine``: the drafter guesses again after each of the target's steps, at the positions that are not accepted.
-    - ``judge``: the surprise in nats from which on a token of a drafted canvas is not believed, None: there is no judge.  A
+    - ``judge``: the surprise in nats above which a token of a drafted canvas is not believed, None: there is no judge.  A
       token surprises by what its causal log-probability lies below the expected one, the negative entropy.
-    - ``trust``: the judge is asked before any step of the target where all of the text is right with this probability, by the
-      confidences, or with a part of it as small as the text's part of the canvas, as the pass costs that much less.  A draft
-      that does not surprise it is committed; of another one what stands before the first surprise is left.  "off": never.
+    - ``trust``: the judge is asked before any step of the target where all of the text is right, by the confidences, with at least
+      this probability times the text's share of the canvas, which is what the pass costs.  A draft that does not surprise it is
+      committed; of another one what stands before the first surprise is left.  None: it is not asked before a step.
     - ``watchdog``: a drafted canvas that has not ended after this many steps begins anew from noise.
     """
 
@@ -74,8 +75,7 @@ class DraftRules:
     def parse(cls, text: str) -> DraftRules:
         """From ``gate=0.95,passes=3,judge=off``.  Errors: UserError for a rule or value that is none."""
         kinds: dict[str, Any] = {"gate": float, "passes": int, "handoff": _switch, "refine": _switch,
-                                 "judge": _number_or_off, "trust": _number_or_off,
-                                 "watchdog": int}
+                                 "judge": _number_or_off, "trust": _number_or_off, "watchdog": int}
         given: dict[str, Any] = {}
         for part in filter(None, text.split(",")):
             name, _, value = (piece.strip() for piece in part.partition("="))
@@ -181,16 +181,12 @@ class CanvasDraft(Reader):
     def _sample(self, sessions: Sequence[Session], logits: mx.array, number: int, left: mx.array) -> tuple[mx.array, mx.array]:
         """One step of the sampler underneath on the ``logits`` [rows, tokens] of pass ``number``: (ids to put where nothing is
         accepted, the places in the head of what is, -1 elsewhere)."""
-        rows, start = {}, 0
-        for session in sessions:
-            rows[id(session)] = start
-            start += _canvas(session).size
-        renoise, found = [mx.array(0)] * len(sessions), [mx.array(0)] * len(sessions)
-        places = {id(session): place for place, session in enumerate(sessions)}
+        rows = {id(session): slice(s.start, s.stop) for session, s in zip(sessions, _segments(sessions), strict=True)}
+        renoise, found = dict[int, mx.array](), dict[int, mx.array]()
         for group in sampled_together(sessions):
             length, policies = _canvas(group[0]).size, [session.policy.sampling for session in group]
             draws = [s.draws.step(s.canvas_index, s.retry, OWN_STEPS + number, s.start, length) for s in group]
-            own = [slice(rows[id(session)], rows[id(session)] + length) for session in group]
+            own = [rows[id(session)] for session in group]
             before = Before(mx.stack([left[part] for part in own]), mx.stack([left[part] >= 0 for part in own]),
                             mx.zeros((len(group), 0, length), dtype=mx.int32))
             steps = [number * policy.max_steps // self.rules.passes for policy in policies]
@@ -198,8 +194,9 @@ class CanvasDraft(Reader):
                                       np.stack([d.u for d in draws]), np.full((len(group), length), -1, dtype=np.int32), before,
                                       mx.array([-1]))
             for row, session in enumerate(group):
-                renoise[places[id(session)]], found[places[id(session)]] = mx.array(draws[row].renoise), made.canvas[row]
-        return mx.concatenate(renoise), mx.concatenate(found)
+                renoise[id(session)], found[id(session)] = mx.array(draws[row].renoise), made.canvas[row]
+        return (mx.concatenate([renoise[id(session)] for session in sessions]),
+                mx.concatenate([found[id(session)] for session in sessions]))
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,7 @@ class DraftPolicy:
     base: Policy
     drafter: CanvasDrafter
     watchdog: int
-    surprise: float | None = None
+    surprise_limit: float | None = None
 
     @property
     def name(self) -> str:
@@ -249,18 +246,18 @@ class DraftPolicy:
 
     def consults(self, standing: Standing) -> bool:
         ends = self.confident(standing) or self.base.judge(standing) is not None
-        return ends and standing.drafted and self.surprise is not None
+        return ends and standing.drafted and self.surprise_limit is not None
 
     def judge(self, standing: Standing) -> str | None:
         reason = self.base.judge(standing)
-        if self.surprise is not None and standing.surprise is not None:
-            if standing.surprise <= self.surprise:
+        if self.surprise_limit is not None and standing.surprise is not None:
+            if standing.surprise <= self.surprise_limit:
                 return reason or ("converged" if self.confident(standing) else None)
             reason = "judge" if reason else None
         return "watchdog" if reason is None and standing.drafted and standing.steps >= self.watchdog else reason
 
     def certificate(self, standing: Standing) -> str:
-        if self.surprise is None or standing.surprise is None:
+        if self.surprise_limit is None or standing.surprise is None:
             return self.base.certificate(standing)
         return f"{self.base.certificate(standing)}-and-causal" if self.base.judge(standing) == "converged" else "causal"
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from drafter.canvas import DraftRules
-from drafter.evaluation import KINDS, evaluate_drafter, plot, table
+from drafter.evaluation import KINDS, evaluate_drafter
 from drafter.loading import load_drafter, tokenizer_fingerprint
+from drafter.report import plot, table
 from drafter.run import LOG, DraftRun, DraftShape, read_prompts, share
 from drafter.training import DraftReport, DraftTrainingOptions
 from mlx_diffgemma import nano

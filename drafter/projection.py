@@ -5,7 +5,7 @@ many passes of drafter and judge that took, how many tokens a forward gives left
 :mod:`mlx_diffgemma.estimate` what does: the multiply-adds and bytes of each pass at the ceilings of the chip.  That another model's
 drafter guesses as well is an assumption; both shares that were measured are given, of all canvases and of the longest ones.
 
-    >>> project(config, RECIPES["4bit"], CHIPS["M3 Max"], 512, record).drafted[26]
+    >>> project(config, RECIPES["4bit"], CHIPS["M3 Max"], 512, record).drafted_as_all[26]
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Projection:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Errors: UserError for a file that is no record of ``draft evaluate`` with its part "ar"."""
+    """Errors: UserError for a file that is not there, or no record of ``draft evaluate`` with its part "ar"."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; `mlx-diffgemma draft evaluate --output-dir` writes one.")
     record = read_json(path)
     if not isinstance(record.get("ways"), list) or not isinstance(record.get("ar"), list):
         raise UserError(f"{path} is no record of `mlx-diffgemma draft evaluate` with the part ar; give its drafting.json.")
@@ -86,4 +88,5 @@ def _read(config: ModelConfig, recipe: Recipe, rows: float, cache: float) -> flo
 
 
 def _parameters(config: DrafterConfig) -> int:
+    """Of its own that a pass reads; the rows of the target's head, which are stored as that is, are not among them."""
     return macs(config) - config.hidden_size * (config.head_size or config.vocab_size)

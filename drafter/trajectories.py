@@ -26,7 +26,7 @@ from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy
-from mlx_diffgemma.session import CanvasStep, Loop, Session
+from mlx_diffgemma.session import CanvasStep, Session, run
 from mlx_diffgemma.storage import read_header
 from mlx_diffgemma.tuning.adapters import model_fingerprint
 from mlx_diffgemma.tuning.state import write_safely
@@ -73,13 +73,8 @@ def _record(model: DiffusionGemma, sessions: Sequence[Session], batch_size: int)
     prompts = [list(session.ids) for session in sessions]
     rows = {id(session): row for row, session in enumerate(sessions)}
     steps: list[list[CanvasStep]] = [[] for _ in sessions]
-    waiting, loop = list(sessions), Loop(model)
-    while waiting or loop.active:
-        loop.sessions = loop.active
-        while waiting and len(loop.sessions) < batch_size:
-            loop.sessions.append(waiting.pop(0))
-        for session, step in loop.advance():
-            steps[rows[id(session)]].append(step)
+    for session, step in run(model, sessions, batch_size):
+        steps[rows[id(session)]].append(step)
     committed, owner, states, canvas = list[np.ndarray](), list[int](), list[np.ndarray](), list[int]()
     for row, own in enumerate(steps):
         for step in own:

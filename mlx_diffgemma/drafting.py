@@ -1,6 +1,7 @@
 """What generation asks of a drafter; the package ``drafter`` has the one we train, anything of this shape will do.
 
-Whatever a drafter proposes, the target decides: a bad one costs time, never a token.
+Whatever a drafter proposes, the target decides.  Left to right a bad one costs time, never a token; a canvas that began from a
+draft may end in another text than one that did not.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy, check_coverage, check_sampling
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
-from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session
+from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session, run
 from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
 from mlx_diffgemma.tuning.adapters import load_adapter
 from mlx_diffgemma.weights import check_supported, load_model
@@ -561,25 +561,23 @@ def _causal_loop(model: DiffusionGemma, requests: Sequence[_Request], options: G
 
 def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy: Policy, options: GenerationOptions,
                     batch_size: int) -> Iterator[tuple[int, GenerationResponse]]:
-    waiting = list(range(len(requests)))[::-1]
     owner: dict[int, int] = {}  # id of a session to the index of its request
-    loop = Loop(model, [], options.prefill_step_size)
-    while waiting or loop.active:
-        loop.sessions = loop.active
-        while waiting and len(loop.sessions) < batch_size:
-            index = waiting.pop()
-            session = _session(model, requests[index], policy)
+
+    def sessions() -> Iterator[Session]:
+        for index, request in enumerate(requests):
+            session = _session(model, request, policy)
             owner[id(session)] = index
-            requests[index].begin()
-            loop.sessions.append(session)
-        for session, step in loop.advance():
-            if step.committed:
-                index = owner[id(session)]
-                requests[index].prefill_seconds = session.prefill_seconds
-                requests[index].add_canvas(session.canvases[-1], session.finished)
-                if session.finished:
-                    del owner[id(session)]
-                    yield index, requests[index].whole()
+            request.begin()
+            yield session
+
+    for session, step in run(model, sessions(), batch_size, options.prefill_step_size):
+        if step.committed:
+            index = owner[id(session)]
+            requests[index].prefill_seconds = session.prefill_seconds
+            requests[index].add_canvas(session.canvases[-1], session.finished)
+            if session.finished:
+                del owner[id(session)]
+                yield index, requests[index].whole()
 
 
 def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], options: GenerationOptions, batch_size: int,

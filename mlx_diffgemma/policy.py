@@ -78,8 +78,8 @@ class Policy(Protocol):
         """What guesses the first attempt at each canvas; None: it begins with what ``seed`` gives."""
 
     @property
-    def surprise(self) -> float | None:
-        """From which surprise in nats on (see ``Standing``) a token is not believed; None: the causal mode is never asked."""
+    def surprise_limit(self) -> float | None:
+        """Above which surprise in nats (see ``Standing``) a token is not believed; None: the causal mode is never asked."""
 
     @property
     def sampling(self) -> Policy:
@@ -170,7 +170,7 @@ class ReferencePolicy:
         return None
 
     @property
-    def surprise(self) -> float | None:
+    def surprise_limit(self) -> float | None:
         return None
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -167,8 +167,8 @@ class Session:
     def go_on_from_prefix(self) -> None:
         """Of the text that the causal mode was asked about only what stands before its first surprise is left."""
         assert self.verdict is not None
-        assert self.policy.surprise is not None
-        surprised = np.flatnonzero(np.array(self.verdict.surprises) > self.policy.surprise)
+        assert self.policy.surprise_limit is not None
+        surprised = np.flatnonzero(np.array(self.verdict.surprises) > self.policy.surprise_limit)
         good = self.verdict.ids[: surprised[0]] if surprised.size else self.verdict.ids
         noise = self.policy.seed(self.draws, self.canvas_index, self.retry, self.start, self.length)
         self.canvas, self.guess, self.signal = mx.array(np.concatenate((good, noise[len(good) :])).astype(np.int32)), None, None
@@ -331,7 +331,7 @@ class Loop:
             ids = text_of(_canvas(session), session.eos_ids)
             # As after a step that was certain of everything.
             session.standing = Standing(session.canvas_index, session.retry, session.length, False, (0.0,), (len(ids) - 1,), True)
-            if session.policy.surprise is not None:
+            if session.policy.surprise_limit is not None:
                 asked.append((session, ids))
         if not asked:
             return []
@@ -449,6 +449,18 @@ class Loop:
         attempts = session.rejected if standing.ends[-1] == 0 else [found, *session.rejected]
         best = min(attempts, key=lambda attempt: attempt.mean_entropy)
         return replace(best, retry=found.retry, step=found.step, reason=reason, rejected=False)
+
+
+def run(model: DiffusionGemma, sessions: Iterable[Session], batch_size: int, prefill_step_size: int = PREFILL_STEP_SIZE,
+        ) -> Iterator[tuple[Session, CanvasStep]]:
+    """Take ``sessions`` to their ends, at most ``batch_size`` side by side: the next one joins as soon as one has finished."""
+    waiting, loop = iter(sessions), Loop(model, (), prefill_step_size)
+    while True:
+        loop.sessions = loop.active
+        loop.sessions += itertools.islice(waiting, batch_size - len(loop.sessions))
+        if not loop.sessions:
+            return
+        yield from loop.advance()
 
 
 def _drafted(sessions: Sequence[Session]) -> dict[CanvasDrafter, list[int]]:

@@ -10,7 +10,8 @@ import pytest
 from drafter import save_drafter
 from drafter.baselines import FixedDraft, JudgedPolicy, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
 from drafter.canvas import DraftRules
-from drafter.evaluation import Answered, Shares, _result, answer, answer_causally, drift, oracle
+from drafter.evaluation import answer, answer_causally, oracle
+from drafter.measures import Answered, Shares, drift, way_result
 from drafter.run import DraftShape, share
 from mlx_diffgemma.config import released_config
 from mlx_diffgemma.draws import Draws
@@ -24,10 +25,10 @@ from tests.test_cli import run as run_command
 
 def test_shares_of_the_released_model():
     """docs: of a denoising step whose self-conditioning is dense a commit is 0.67, with the head 0.83."""
-    drafter = type("Shape", (), {"config": DraftShape().config(released_config())})
+    drafter = DraftShape().config(released_config())
     shares = Shares.of(drafter, released_config())
     assert (shares.commit, shares.judge) == (pytest.approx(0.67, abs=0.005), pytest.approx(0.83, abs=0.01))
-    assert shares.draft == share(drafter.config, released_config()) == pytest.approx(0.136, abs=0.002)
+    assert shares.draft == share(drafter, released_config()) == pytest.approx(0.136, abs=0.002)
 
 
 def one(score, steps, canvases=1, ids=(1, 2), certificate="stable-and-confident", **counts):
@@ -52,7 +53,7 @@ def test_the_cost_of_an_answer():
 def test_the_figures_of_a_way():
     reference = [[one(1.0, 4), one(1.0, 12, 3)], [one(0.0, 6), one(1.0, 10, 2)]]
     own = [[one(1.0, 2, proposed=6, accepted=3, passes=2), one(0.0, 6, 2, ids=(3, 4))], [one(0.0, 3, retries=1), one(1.0, 5, 2)]]
-    found = _result("x", own, reference, SHARES, False)
+    found = way_result("x", own, reference, SHARES, False)
     assert (found.score, found.steps) == (0.5, 16 / 6)
     assert found.forwards == (16 + 2) / 6
     assert found.rows == 4 * found.forwards
@@ -64,7 +65,7 @@ def test_the_figures_of_a_way():
     assert found.loss == pytest.approx(25.0)
     assert 25.0 <= found.loss_bound <= 50.0
     assert (found.drafted, found.right, found.retries, found.same) == (1.0, 0.5, pytest.approx(1 / 6), 0.75)
-    itself = _result("reference", reference, reference, SHARES, False)
+    itself = way_result("reference", reference, reference, SHARES, False)
     assert (itself.ratio, itself.loss, itself.loss_bound, itself.same, itself.right) == (1.0, 0.0, 0.0, 1.0, None)
 
 
@@ -82,7 +83,7 @@ def test_drift():
         wanted = 2 * (p - q) ** 2 / 2  # two tokens differ, at one place of two
         assert drift(runs(p), runs(q), lambda a: a.text) == pytest.approx(wanted, abs=0.02)
     assert drift(runs(0.0), runs(1.0), lambda a: [a.text]) == 2.0
-    found = _result("x", runs(0.3), runs(0.3), SHARES, False)
+    found = way_result("x", runs(0.3), runs(0.3), SHARES, False)
     assert found.variety == pytest.approx(2 * 0.3 * 0.7 / 2, abs=0.02)
 
 

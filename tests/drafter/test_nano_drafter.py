@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from drafter import DrafterConfig, load_drafter
-from drafter.evaluation import Shares, answer
+from drafter.evaluation import answer
 from drafter.loading import tokenizer_fingerprint
+from drafter.measures import Shares
 from drafter.run import share
 from mlx_diffgemma import load, nano, stream_generate
 from mlx_diffgemma.errors import UserError
@@ -87,7 +88,7 @@ def test_it_saves_and_loses_nothing(nano_pair):
     model, tokenizer = nano_pair
     questions = [question for task in tasks_named("nano") for question in task.questions(6)]
     drafter = load_drafter(nano.DRAFTER, model)
-    shares = Shares.of(drafter, model.config)
+    shares = Shares.of(drafter.config, model.config)
     plain = answer(model, tokenizer, questions, base_of(model), 0, 256)
     drafted = answer(model, tokenizer, questions, drafter.canvas(model, base_of(model)), 0, 256)
     assert sum(map(shares.spent, drafted)) < 0.75 * sum(map(shares.spent, plain))
