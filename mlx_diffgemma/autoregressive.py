@@ -23,6 +23,7 @@ from mlx_diffgemma.drafting import CausalDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.prompt import PlacedImage, next_chunk, read_rows
 from mlx_diffgemma.sampler import draw_next
 
 CLEAR_EVERY = 256  # forwards between two clearings of MLX's cache of freed buffers
@@ -49,7 +50,7 @@ class CausalToken(NamedTuple):
 
 @dataclass
 class CausalSession:
-    """One answer, token by token; ``pending`` are ids the cache does not hold yet.
+    """One answer, token by token; ``pending`` are ids the cache does not hold yet, and ``images`` stand in the prompt.
 
     ``draft`` is the drafter's, ``block`` how many tokens it is asked for next; ``proposed`` and ``accepted`` count its tokens.
     """
@@ -60,6 +61,7 @@ class CausalSession:
     draws: DrawSource
     eos_ids: frozenset[int]
     max_tokens: int
+    images: Sequence[PlacedImage] = ()
     tokens: list[int] = field(default_factory=list)
     draft: Any = None
     block: int = 0
@@ -113,11 +115,12 @@ class CausalLoop:
         """Encode all of each prompt but its last chunk, which the first ``advance`` reads."""
         size = self.prefill_step_size
         for session in self.active:
-            while len(session.pending) > size + 1:
-                output = self.model.encode([mx.array(session.pending[:size])], [session.cache], taps=self._taps)
+            while (count := next_chunk(len(session.pending), session.cache.length, session.images, size)) < len(session.pending):
+                rows, blocks = read_rows(self.model, session.pending[:count], session.cache.length, session.images)
+                output = self.model.encode([rows], [session.cache], taps=self._taps, blocks=[blocks])
                 if self.drafter:
                     self.drafter.read([session], [{layer: rows[0] for layer, rows in output.taps.items()}])
-                session.pending = session.pending[size:]
+                session.pending = session.pending[count:]
                 mx.eval(session.cache.arrays)
                 mx.clear_cache()
 
@@ -132,9 +135,10 @@ class CausalLoop:
             return []
         proposals = self._propose(rows)
         drafted = any(proposals)
-        output = self.model.encode(
-            [mx.array(s.pending + guess) for s, guess in zip(rows, proposals, strict=True)], [s.cache for s in rows],
-            logits="all" if drafted else "last", taps=self._taps, write="hold" if drafted else "append")
+        read = [read_rows(self.model, s.pending + guess, s.cache.length, s.images)
+                for s, guess in zip(rows, proposals, strict=True)]
+        output = self.model.encode([x for x, _ in read], [s.cache for s in rows], logits="all" if drafted else "last",
+                                   taps=self._taps, write="hold" if drafted else "append", blocks=[blocks for _, blocks in read])
         counts = [1 + len(guess) for guess in proposals]
         logits = mx.concatenate(output.logits or [])
         drawn = draw_positions(logits, rows, counts)
@@ -144,7 +148,7 @@ class CausalLoop:
         if not finite.item():
             raise NonFiniteLogitsError("The model returned NaN or infinity: the checkpoint is damaged or the dtype too "
                                        "narrow; try --dtype float32.")
-        found, read, first, every = [], [], 0, drawn.tolist()
+        found, taken_in, first, every = [], [], 0, drawn.tolist()
         for row, (session, guess) in enumerate(zip(rows, proposals, strict=True)):
             tokens = every[first : first + counts[row]]
             taken = session.take(tokens, guess)
@@ -154,9 +158,9 @@ class CausalLoop:
             if drafted:
                 session.cache.accept(taken)  # the last token before, and all new ones but the last
                 mx.eval(session.cache.arrays)
-            read.append({layer: states[row][: taken if drafted else None] for layer, states in output.taps.items()})
+            taken_in.append({layer: states[row][: taken if drafted else None] for layer, states in output.taps.items()})
         if self.drafter:
-            self.drafter.read(rows, read)
+            self.drafter.read(rows, taken_in)
         self.steps += 1
         if self.steps % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -183,6 +187,8 @@ def draw_positions(logits: mx.array, sessions: Sequence[CausalSession], counts: 
 
 
 def causal_sessions(model: DiffusionGemma, prompts: Sequence[Sequence[int]], policy: CausalPolicy,
-                    draws: Sequence[DrawSource], eos_ids: Iterable[int], max_tokens: Sequence[int]) -> list[CausalSession]:
-    return [CausalSession(list(ids), Cache(model.config.text), policy, source, frozenset(eos_ids), limit)
-            for ids, source, limit in zip(prompts, draws, max_tokens, strict=True)]
+                    draws: Sequence[DrawSource], eos_ids: Iterable[int], max_tokens: Sequence[int],
+                    images: Sequence[Sequence[PlacedImage]] = ()) -> list[CausalSession]:
+    return [CausalSession(list(ids), Cache(model.config.text), policy, source, frozenset(eos_ids), limit,
+                          tuple(images[row]) if images else ())
+            for row, (ids, source, limit) in enumerate(zip(prompts, draws, max_tokens, strict=True))]

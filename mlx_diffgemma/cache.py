@@ -180,13 +180,16 @@ class Cache:
         tensors = {f"{layer}.{name}": mx.contiguous(array) for layer, entries in enumerate(self._entries) if entries is not None
                    for name, array in zip(("keys", "values"), _cut(entries, 0, self._stored[layer]), strict=True)}
         header = {**(metadata or {}), "format": FORMAT, "length": str(self.length), "keep_all": str(self.keep_all)}
-        mx.save_safetensors(str(path), tensors, header)
+        # MLX writes to no other ending; the name is the caller's choice.
+        written = Path(path).with_name(f"{Path(path).name}.safetensors")
+        mx.save_safetensors(str(written), tensors, header)
+        written.replace(path)
 
     @classmethod
     def load(cls, path: Path | str, config: TextConfig) -> tuple[Cache, dict[str, str]]:
         """Errors: UserError when the file is damaged or of another model shape."""
         try:
-            tensors, header = mx.load(str(path), return_metadata=True)
+            tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path} is not a cache file ({error}); make it anew.") from None
         if header.get("format") != FORMAT:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.generate import GenerationResponse, OnStep, stream_generate
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.prompt import Medium, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
-from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.tokenizer import chat_ids, user_message
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,33 @@ class Chat:
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.images: list[Medium] = []  # of all turns in the order of their markers, opened once
         self.cache = PromptCache(self.model)
         self.stats = ChatStats()
 
-    def send(self, text: str, on_step: OnStep | None = None) -> Generator[GenerationResponse, None, None]:
-        """The answer to ``text``, canvas by canvas.
+    def send(self, text: str, on_step: OnStep | None = None, images: Sequence[Medium] = (),
+             ) -> Generator[GenerationResponse, None, None]:
+        """The answer to ``text``, which may come with ``images``, canvas by canvas.
 
         When the caller stops early, what was yielded by then becomes the history; when nothing was, the turn is as if it had
         not been.  Errors: UserError as ``stream_generate``, above all for a history that fills the context.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked = [*self.messages, user_message(text, len(images))]
+        seen = [*self.images, *prepare_media(images, self.model.config, self.options.get("image_tokens"))]
         ids = chat_ids(self.tokenizer, [*system, *asked], think=self.think)
         options = self.options | ({"seed": self.options["seed"] + self.stats.turns} if self.options.get("seed") is not None else {})
         responses: list[GenerationResponse] = []
         try:
-            for response in stream_generate(self.model, self.tokenizer, ids, on_step=on_step, prompt_cache=self.cache, **options):
+            for response in stream_generate(self.model, self.tokenizer, ids, on_step=on_step, prompt_cache=self.cache, images=seen,
+                                            **options):
                 responses.append(response)
                 yield response
         finally:
             if responses:
                 answer = "".join(response.text for response in responses)
-                self.messages = [*asked, {"role": "assistant", "content": answer}]
+                self.messages, self.images = [*asked, {"role": "assistant", "content": answer}], seen
                 self._count(responses)
 
     def _count(self, responses: list[GenerationResponse]) -> None:

@@ -35,12 +35,14 @@ from mlx_diffgemma.generate import (
     stream_generate,
     summary,
 )
+from mlx_diffgemma.images import open_image
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.recipes import MODES, RECIPES
 from mlx_diffgemma.rules import LENGTHS, PRESETS, SAMPLERS
 from mlx_diffgemma.session import CanvasStep
-from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
+from mlx_diffgemma.tokenizer import chat_ids, encode_prompt, user_message
 from mlx_diffgemma.tuning.commands import lora
+from mlx_diffgemma.video import Video, VideoWarning
 
 if TYPE_CHECKING:
     from mlx_diffgemma.chat import Chat
@@ -55,7 +57,7 @@ app = typer.Typer(name="mlx-diffgemma", no_args_is_help=True, add_completion=Fal
                   help="DiffusionGemma on Apple silicon with MLX.", rich_markup_mode=None)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
-SHOWN = (GenerationWarning, CheckpointWarning)  # warnings meant for the user
+SHOWN = (GenerationWarning, CheckpointWarning, VideoWarning)  # warnings meant for the user
 
 Model = Annotated[str, typer.Option("--model", help=f"'{nano.NAME}' (built in), a checkpoint folder, or a Hub id.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")]
@@ -101,6 +103,10 @@ Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, fol
                                            "docs/drafting.md.")]
 Rules = Annotated[str | None, typer.Option("--draft-rules", help="How canvases are drafted: gate=0.9,passes=2,refine=on,judge=off "
                                            "and the like. See docs/drafting.md.")]
+Images = Annotated[list[str], typer.Option("--image", help="An image before the prompt, file or URL; may be given again. Needs the "
+                                           "extra vision, and a checkpoint that has eyes: 'nano-vision' is built in.")]
+Videos = Annotated[list[str], typer.Option("--video", help="A video file before the prompt, one frame a second of it; may be given "
+                                           "again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -144,6 +150,12 @@ def generate_command(
     mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
     draft_model: Draft = None,
     draft_rules: Rules = None,
+    image: Images = [],  # noqa: B006 (typer copies it)
+    video: Videos = [],  # noqa: B006
+    image_tokens: Annotated[int | None, typer.Option(help="Soft tokens an image may take: 70, 140, 280, 560 or 1120; more see "
+                                                     "finer. Default: the checkpoint's number, 70 for a frame of a video.",
+                                                     )] = DEFAULTS.image_tokens,
+    fps: Annotated[float, typer.Option(help="Frames a second that are taken of a video, at most 60 in all.")] = Video.fps,
     num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens the drafter may guess at once. Default: as many as "
                                                          "its blocks hold.")] = DEFAULTS.num_draft_tokens,
     prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
@@ -160,6 +172,7 @@ def generate_command(
         raise UserError("The prompt is empty; give at least one character.")
     if ignore_chat_template and (system_prompt or think or variables):
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
+    media: list[Any] = [open_image(source, allow_urls=True) for source in image] + [Video(path, fps) for path in video]
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
         drafter = _drafter(draft_model, draft_rules, mode, network, tokenizer)
@@ -167,7 +180,7 @@ def generate_command(
         ids = encode_prompt(tokenizer, text)
     else:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        ids = chat_ids(tokenizer, [*system, {"role": "user", "content": text}], think=think, **variables)
+        ids = chat_ids(tokenizer, [*system, user_message(text, len(media))], think=think, **variables)
     cache = _prompt_cache(prompt_cache_file, network, tokenizer)
     prefix = tokenizer.encode(prefill_response, add_special_tokens=False) if prefill_response else []
     live = None
@@ -176,7 +189,7 @@ def generate_command(
 
         live = LiveCanvas(tokenizer, network.config.generation.eos_token_ids, output)
     _print_answer(stream_generate(network, tokenizer, ids + prefix, prefix=prefix, on_step=live.show if live else None,
-                                  prompt_cache=cache, draft_model=drafter, **options), live, as_json, verbose)
+                                  prompt_cache=cache, draft_model=drafter, images=media, **options), live, as_json, verbose)
     if cache and prompt_cache_file:
         cache.save(prompt_cache_file, tokenizer)
         if verbose:
@@ -247,7 +260,8 @@ def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any
     }
 
 
-CHAT_HELP = "/reset forgets the conversation, /system TEXT sets the system message, /stats shows figures, /exit or Ctrl-D ends."
+CHAT_HELP = ("/image FILE adds an image to what you say next, /reset forgets the conversation, /system TEXT sets the system "
+             "message, /stats shows figures, /exit or Ctrl-D ends.")
 
 
 @app.command()
@@ -279,6 +293,7 @@ def chat(
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
     GenerationOptions.from_keywords(options).policy(network)  # refuse what does not fit this checkpoint now, not at each turn
     talk = Chat(network, tokenizer, system_prompt, think, **options)
+    waiting: list[Any] = []  # images for the next turn
     at_terminal = sys.stdin.isatty() and output.is_terminal
     if at_terminal:
         errors.print(CHAT_HELP, style="dim")
@@ -290,6 +305,13 @@ def chat(
             return
         if command == "/reset":
             talk.reset()
+            waiting.clear()
+        elif command == "/image":
+            try:
+                waiting.append(open_image(rest.strip(), allow_urls=True))
+                errors.print(f"{len(waiting)} image(s) come with what you say next", style="dim")
+            except UserError as error:
+                errors.print(f"error: {error}", markup=False)
         elif command == "/system":
             talk.system = rest.strip() or None
             now = f"set to {talk.system!r}" if talk.system else "gone"
@@ -299,7 +321,8 @@ def chat(
         elif command.startswith("/"):
             errors.print(CHAT_HELP, style="dim", markup=False)
         else:
-            _take_turn(talk, line.strip(), at_terminal)
+            _take_turn(talk, line.strip(), waiting, at_terminal)
+            waiting = []
 
 
 def _read_line(prompt: str) -> str | None:
@@ -309,7 +332,7 @@ def _read_line(prompt: str) -> str | None:
         return None
 
 
-def _take_turn(talk: Chat, text: str, at_terminal: bool) -> None:
+def _take_turn(talk: Chat, text: str, images: list[Any], at_terminal: bool) -> None:
     """One turn; Ctrl-C ends the answer, not the conversation."""
     from mlx_diffgemma.live import LiveCanvas
 
@@ -328,7 +351,7 @@ def _take_turn(talk: Chat, text: str, at_terminal: bool) -> None:
             live.__exit__(None, None, None)
             live = None
 
-    responses = talk.send(text, show if at_terminal else None)
+    responses = talk.send(text, show if at_terminal else None, images)
     try:
         for response in responses:
             hide()

@@ -82,6 +82,61 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower.  ``pooling_kernel_size`` is the side of the square of patches that one soft token stands for."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    patch_size: int
+    pooling_kernel_size: int
+    position_embedding_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    standardize: bool
+    clipped: bool
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> VisionConfig:
+        """With the defaults of Gemma4VisionConfig.  Errors: UserError for a tower of another kind."""
+        rope = raw.get("rope_parameters") or {}
+        for key, value, supported in (
+                ("model_type", raw.get("model_type", "gemma4_vision"), ("gemma4_vision",)),
+                ("hidden_activation", raw.get("hidden_activation", "gelu_pytorch_tanh"), ("gelu_pytorch_tanh",)),
+                ("rope_parameters.rope_type", rope.get("rope_type", "axial"), ("axial", "default"))):
+            if value not in supported:
+                raise UserError(f"config.json: vision_config.{key} is {value!r}, only {supported[0]!r} is supported.")
+        heads = raw.get("num_attention_heads", 12)
+        numbers = {key: raw.get(key, default) for key, default in (
+            ("hidden_size", 768), ("intermediate_size", 3072), ("num_hidden_layers", 16), ("num_attention_heads", 12),
+            ("num_key_value_heads", heads), ("head_dim", 64), ("patch_size", 16), ("pooling_kernel_size", 3),
+            ("position_embedding_size", 10_240))}
+        if numbers["head_dim"] % 4 or heads % numbers["num_key_value_heads"]:
+            raise UserError(f"config.json: the vision tower has heads of {numbers['head_dim']} for {heads} over "
+                            f"{numbers['num_key_value_heads']}; the size must divide by 4, and the numbers by each other.")
+        return cls(**numbers, rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6), rope_theta=float(rope.get("rope_theta", 100.0)),
+                   standardize=bool(raw.get("standardize")), clipped=bool(raw.get("use_clipped_linears")))
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What stands for an image in the prompt: a begin token, ``image`` once for every soft token, an end token.
+
+    ``budget`` is how many soft tokens an image may take unless another number is asked for; ``both_ways``: those of one image see
+    each other in both directions.
+    """
+
+    begin: int
+    image: int
+    end: int
+    budget: int
+    both_ways: bool
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """Sampling numbers of the reference algorithm; these are the defaults where a checkpoint names none.
 
@@ -127,8 +182,8 @@ class ModelConfig:
 
     text: TextConfig
     canvas_length: int
-    vision: Mapping[str, Any] | None = None
-    image_token_id: int | None = None
+    vision: VisionConfig | None = None
+    image_tokens: ImageTokens | None = None
     quantization: Mapping[str, Any] | None = None
     generation: GenerationConfig = GenerationConfig()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -149,7 +204,8 @@ class ModelConfig:
             raise UserError("config.json: tie_word_embeddings is false; only tied checkpoints exist and are supported.")
         try:
             return cls(text=TextConfig.from_dict(raw["text_config"]), canvas_length=int(raw.get("canvas_length") or 256),
-                       vision=raw.get("vision_config"), image_token_id=raw.get("image_token_id"),
+                       vision=VisionConfig.from_dict(raw["vision_config"]) if raw.get("vision_config") else None,
+                       image_tokens=_image_tokens(raw),
                        quantization=raw.get("quantization") or raw.get("quantization_config"), raw=raw)
         except UserError:
             raise
@@ -193,6 +249,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download the file again.")
     return content
+
+
+def _image_tokens(raw: Mapping[str, Any]) -> ImageTokens | None:
+    ids = [raw.get(f"{name}_token_id") for name in ("boi", "image", "eoi")]
+    if None in ids:
+        return None
+    begin, image, end = map(int, ids)  # type: ignore[arg-type]
+    return ImageTokens(begin, image, end, int(raw.get("vision_soft_tokens_per_image") or 280),
+                       raw["text_config"].get("use_bidirectional_attention") == "vision")
 
 
 def _positive(raw: Mapping[str, Any], key: str) -> int:

@@ -33,7 +33,7 @@ from mlx_diffgemma.device import compute_dtype, dtype_named
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.layouts import SLICE, Arrangement, Tensor, arrange, row_slices
 from mlx_diffgemma.model_card import model_card
-from mlx_diffgemma.recipes import CLASSES, Precision, Quantization, Recipe, kind_of, recipe_named, to_config
+from mlx_diffgemma.recipes import CLASSES, Precision, Recipe, kind_of, recipe_named, to_config
 from mlx_diffgemma.storage import DTYPES, INDEX, SafetensorsWriter, Stored, read_headers
 
 SHARD_SIZE = 5 * 10**9  # bytes of an output file, as mlx-lm has it
@@ -290,24 +290,14 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
     config = ModelConfig.from_folder(folder)
     found = arrange(stored, config, name)
     recipe = options.chosen()
-    quantised = dict(found.precisions)
-    if config.quantization:
-        quantization = Quantization.from_config(config.quantization)
-        for key in found.vision:
-            if key.endswith(".scales") and (precision := quantization.of(key.removesuffix(".scales"), True)):
-                quantised[key.removesuffix(".scales")] = precision
+    quantised = found.precisions
     if quantised and recipe is not None:
         raise UserError(f"{name} is quantised already ({', '.join(sorted({str(p) for p in quantised.values()}))}); convert the "
                         "original checkpoint instead, or dequantise this one first with -d, which loses no more but gains nothing.")
     if options.dequantize and not quantised and not merger:
         raise UserError(f"{name} is not quantised; leave -d out.")
-    tensors = {**found.tensors, **found.vision}
+    tensors = found.tensors
     default = DTYPES[tensors["model.decoder.norm.weight"].stored.dtype]
-    for key in [key for key in found.vision if key.endswith(".scales")]:
-        path, precision = key.removesuffix(".scales"), quantised[key.removesuffix(".scales")]
-        shape = (*tensors[key].shape[:-1], tensors[key].shape[-1] * precision.group_size)
-        if tensors[f"{path}.weight"].shape != precision.packed(shape, default)["weight"][1]:
-            raise UserError(f"{name}: {path} is not packed as config.json says ({precision}); download the checkpoint again.")
     outputs = []
     for key in sorted(tensors):
         path, dot, suffix = key.rpartition(".")
@@ -324,7 +314,8 @@ def plan(name: str, folder: Path, stored: Mapping[str, Stored], options: Convert
             if merge.shape != shapes[path]:
                 raise UserError(f"{merger.name} has an update of shape {merge.shape} for {path}, "
                                 f"which is {shapes[path]} in {name}.")
-    raw, generation = _configs(folder, config, {output.path: output.after for output in outputs}, bool(found.vision))
+    raw, generation = _configs(folder, config, {output.path: output.after for output in outputs},
+                              found.config.vision is not None)
     if dtype := options.stored_dtype:
         for part in (raw, raw["text_config"]):
             part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part} or {"dtype": dtype}

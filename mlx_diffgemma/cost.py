@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -20,7 +21,7 @@ CONTEXTS = (4096, 32_768, 262_144)  # tokens at which memory is stated
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the text backbone by name."""
     # Building the tree allocates nothing: MLX arrays are lazy.
-    return {name: value.shape for name, value in tree_flatten(DiffusionGemma(config).parameters())}
+    return {name: value.shape for name, value in tree_flatten(DiffusionGemma(replace(config, vision=None)).parameters())}
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:

@@ -31,8 +31,10 @@ from mlx_diffgemma.device import check_memory, generation_memory
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.images import check_budget
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy, check_coverage, check_sampling
+from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session, run
@@ -54,7 +56,8 @@ REFUSED = {
     "kv_bits": "quantised caches break this family, whose attention scale is 1",
     "kv_group_size": "quantised caches break this family, whose attention scale is 1",
     "quantized_kv_start": "quantised caches break this family, whose attention scale is 1",
-    "input_embeddings": "image input is not there yet",
+    "input_embeddings": "a prompt is text, ids and images=",
+    "image": "give a list, images=[…]",
     "min_p": "only top_k and top_p act on a canvas",
     "repetition_penalty": "it reads the tokens to the left, which a canvas does not have yet",
 }
@@ -77,7 +80,8 @@ class GenerationOptions:
     ``preset`` names a set of rules (see ``rules.PRESETS``) that other options override.  ``diffusion_sampler`` is "entropy-bound",
     the reference, or "confidence-threshold" with its ``threshold``.  The options after it are the rules of
     ``rules.RulesPolicy``, all off by default.  ``num_draft_tokens``: how many tokens a ``draft_model`` may propose at once with
-    ``mode="ar"``; None: as many as its blocks hold.
+    ``mode="ar"``; None: as many as its blocks hold.  ``image_tokens``: how many soft tokens an image may take (70, 140, 280, 560
+    or 1,120); None: the checkpoint's number, and 70 for each frame of a video.
     """
 
     max_tokens: int | None = None
@@ -105,6 +109,7 @@ class GenerationOptions:
     reroll_empty: int | None = None
     retry_unconverged: int | None = None
     num_draft_tokens: int | None = None
+    image_tokens: int | None = None
     prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
@@ -129,6 +134,8 @@ class GenerationOptions:
             raise UserError(f"num_draft_tokens must be at least 1, got {self.num_draft_tokens}.")
         if self.prefill_step_size < 2:
             raise UserError(f"prefill_step_size must be at least 2, got {self.prefill_step_size}.")
+        if self.image_tokens is not None:
+            check_budget(self.image_tokens)
         check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p)
         if self.self_conditioning not in (None, "sparse", "dense"):
             raise UserError(f"Unknown self_conditioning {self.self_conditioning!r}; use 'sparse' or 'dense'.")
@@ -264,6 +271,7 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     draft_model: DraftModel | None = None,
+    images: Sequence[Medium] = (),
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Answer ``prompt`` (text, or ids), yielding a response a canvas.
@@ -272,13 +280,15 @@ def stream_generate(
     already belong to the answer (a prefilled thought, say), so that the parser knows where it stands.  ``prompt_cache``
     keeps what was encoded, so that a next prompt that begins alike encodes only the rest.  ``draft_model`` proposes tokens, which
     the model checks: with ``mode="ar"`` that changes no token but where rounding breaks a tie; a canvas starts from other ids and
-    may end in another text, under the same certificate (docs/drafting.md).  ``options`` are the fields of GenerationOptions.
+    may end in another text, under the same certificate (docs/drafting.md).  ``images`` are paths, data URLs, bytes, images of
+    Pillow or a ``Video``, one for each image marker of the prompt and in their order (docs/images.md).  ``options`` are the
+    fields of GenerationOptions.
     Errors: UserError, for options out of range and prompts that do not fit the context.
     """
     chosen = GenerationOptions.from_keywords({"max_tokens": max_tokens, **options})
     _check_policy(policy, options)
     _check_draft(draft_model, chosen)
-    request = _Request.prepare(model, tokenizer, prompt, chosen, prefix)
+    request = _Request.prepare(model, tokenizer, prompt, chosen, prefix, images=images)
     _check_room(model, [request], 1)
     if chosen.mode == "ar":
         if on_step is not None:
@@ -311,6 +321,7 @@ def batch_generate(
     seeds: Sequence[int] | None = None,
     policy: Policy | None = None,
     draft_model: DraftModel | None = None,
+    images: Sequence[Sequence[Medium]] | None = None,
     batch_size: int = 8,
     on_answer: Callable[[int, GenerationResponse], None] | None = None,
     **options: Any,
@@ -318,7 +329,7 @@ def batch_generate(
     """One response a prompt, each with the whole answer; what runs beside a prompt does not change its answer.
 
     Up to ``batch_size`` answers share a forward; a finished one makes room for the next prompt at once.  ``seeds`` gives
-    each prompt its own, else all take ``seed``.
+    each prompt its own, else all take ``seed``; ``images`` gives each those of its own.
     """
     chosen = GenerationOptions.from_keywords(options)
     _check_policy(policy, options)
@@ -327,7 +338,10 @@ def batch_generate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if seeds is not None and len(seeds) != len(prompts):
         raise UserError(f"seeds must have one entry a prompt: got {len(seeds)} for {len(prompts)} prompts.")
-    requests = [_Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index])
+    if images is not None and len(images) != len(prompts):
+        raise UserError(f"images must have one list a prompt: got {len(images)} for {len(prompts)} prompts.")
+    requests = [_Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index],
+                                 images=() if images is None else images[index])
                 for index, prompt in enumerate(prompts)]
     _check_room(model, requests, batch_size)
     answers: list[GenerationResponse | None] = [None] * len(requests)
@@ -362,6 +376,7 @@ class _Request:
     seed: int
     parser: ResponseParser
     eos_ids: tuple[int, ...]
+    images: tuple[PlacedImage, ...] = ()
     began: float = 0.0
     prefill_seconds: float = 0.0
     produced: int = 0  # tokens, end token included
@@ -374,21 +389,23 @@ class _Request:
 
     @classmethod
     def prepare(cls, model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt, options: GenerationOptions,
-                prefix: Sequence[int] = (), seed: int | None = None) -> _Request:
-        """Errors: UserError for an empty prompt, ids out of the vocabulary, or an answer that would pass the context."""
+                prefix: Sequence[int] = (), seed: int | None = None, images: Sequence[Medium] = ()) -> _Request:
+        """Errors: UserError for an empty prompt, ids out of the vocabulary, images without a place, or an answer that would pass
+        the context."""
         ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in np.array(prompt)]
         vocabulary = model.config.text.vocab_size
         if not ids or (isinstance(prompt, str) and not prompt.strip()):
             raise UserError("The prompt is empty; give at least one character.")
         if not all(0 <= token < vocabulary for token in ids):
             raise UserError(f"The prompt holds token ids outside 0 to {vocabulary - 1}; it was made with another tokenizer.")
+        ids, placed = place(ids, prepare_media(images, model.config, options.image_tokens), model.config.image_tokens, tokenizer)
         length = 1 if options.mode == "ar" else model.config.canvas_length
         parser = ResponseParser(tokenizer)
         parser.feed(prefix)
         chosen = options.seed if seed is None else seed
         return cls(ids, token_limit(len(ids), options.max_tokens, length, model.config.text.max_position_embeddings),
                    int.from_bytes(os.urandom(4), "little") if chosen is None else chosen, parser,
-                   model.config.generation.eos_token_ids)
+                   model.config.generation.eos_token_ids, placed)
 
     def draws(self, model: DiffusionGemma) -> Draws:
         return Draws(self.seed, model.config.text.vocab_size)
@@ -519,7 +536,8 @@ def _policy(model: DiffusionGemma, given: Policy | None, options: GenerationOpti
 
 
 def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:
-    return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit, prompt_cache=prompt_cache)
+    return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit, prompt_cache=prompt_cache,
+                   images=request.images)
 
 
 def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, options: GenerationOptions,
@@ -555,7 +573,8 @@ def _causal_loop(model: DiffusionGemma, requests: Sequence[_Request], options: G
                  ) -> CausalLoop:
     sessions = causal_sessions(model, [r.ids for r in requests],
                                CausalPolicy(options.temperature or 0.0, options.top_k, options.top_p),
-                               [r.draws(model) for r in requests], requests[0].eos_ids, [r.limit for r in requests])
+                               [r.draws(model) for r in requests], requests[0].eos_ids, [r.limit for r in requests],
+                               [r.images for r in requests])
     return CausalLoop(model, sessions, options.prefill_step_size, draft.causal(model) if draft else None, options.num_draft_tokens)
 
 

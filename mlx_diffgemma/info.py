@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ class CheckpointInfo:
 
 def inspect(folder: Path) -> CheckpointInfo:
     """Errors: UserError when the folder is no DiffusionGemma checkpoint or a file's header is damaged."""
-    config = ModelConfig.from_folder(folder)
-    found, dtypes = read_headers(folder), Counter[str]()
+    config, found, dtypes = ModelConfig.from_folder(folder), read_headers(folder), Counter[str]()
+    if not any(name.startswith(VISION) for name in found):
+        config = replace(config, vision=None)
     for tensor in found.values():
         dtypes[tensor.dtype] += tensor.nbytes
     total, active = count_parameters(config)

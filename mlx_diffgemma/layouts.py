@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +27,7 @@ from mlx_diffgemma.storage import DTYPES, Stored
 
 ENCODER = "model.encoder.language_model."
 DECODER = "model.decoder."
+BOUNDS = (".input_min", ".input_max", ".output_min", ".output_max")
 SLICE = 64 * 2**20  # bytes of a tensor that are in memory at once when it is converted
 _EXPERTS = re.compile(r"^(model\.decoder\.layers\.\d+\.experts)\.(?:switch_glu\.|switch_mlp\.)?(?:(\d+)\.)?"
                       r"(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(weight|scales|biases))?$")
@@ -97,14 +98,14 @@ class Tensor:
 class Arrangement:
     """A checkpoint under the model's names.
 
-    ``precisions`` holds every quantised module's path; ``copies`` pairs encoder tensors with the decoder's they must
-    equal; ``vision`` is kept under its stored names.
+    ``config`` is the checkpoint's, without a vision tower where there are no weights for it.  ``precisions`` holds every
+    quantised module's path; ``copies`` pairs encoder tensors with the decoder's they must equal.
     """
 
+    config: ModelConfig
     tensors: dict[str, Tensor] = field(default_factory=dict)
     precisions: dict[str, Precision] = field(default_factory=dict)
     copies: list[tuple[Stored, Stored]] = field(default_factory=list)
-    vision: dict[str, Tensor] = field(default_factory=dict)
 
     def check_copies(self) -> None:
         """Untied copies of shared tensors in the encoder must equal the decoder's.  Errors: UserError."""
@@ -129,16 +130,18 @@ def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Ar
     """
     found = _Finder(where)
     encoder: list[Stored] = []
-    arrangement = Arrangement()
+    if not any(name.startswith(VISION) for name in stored):
+        config = replace(config, vision=None)
+    arrangement = Arrangement(config)
     for name, entry in stored.items():
         if name == "lm_head.weight" or "rotary_emb" in name or name.endswith("embed_scale"):
             continue  # the tied head, and buffers the config determines
+        if name.startswith(VISION) and (config.vision is None or (name.endswith(BOUNDS) and not config.vision.clipped)):
+            continue  # a tower, or bounds of its linear maps, that the config says are not used
         if entry.dtype not in DTYPES:
             raise UserError(f"{where}: tensor {name!r} is stored as {entry.dtype}, which is not supported; known are "
                             f"{', '.join(DTYPES)}.")
-        if name.startswith(VISION):
-            arrangement.vision[name] = Tensor(name, entry.shape, (Piece(entry, 0, _row_count(entry)),))
-        elif name.startswith(ENCODER):
+        if name.startswith(ENCODER):
             encoder.append(entry)
         else:
             found.add(name, entry)

@@ -15,7 +15,6 @@ sampling.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +27,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
+from mlx_diffgemma.layers import RMSNorm, apply_rope, gated_gelu, rms_norm
 from mlx_diffgemma.masks import Mask, causal_mask
+from mlx_diffgemma.vision import Grid, VisionEmbedder, VisionTower
 
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
 SORT_FROM = 64
 SCORES = 2**26  # attention scores that are held at once: 256 MB in float32
-GELU_SLOPE = math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -88,25 +88,6 @@ class Denoised:
     taps: dict[int, mx.array]
 
 
-def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """``x / rms(x) * weight`` in float32 whatever the dtype of ``x``, which the result has again.
-
-    Source: DiffusionGemmaRMSNorm (multiplies by the weight itself, not by one plus it).
-    """
-    scale = None if weight is None else weight.astype(mx.float32)
-    return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dims: int, eps: float):
-        super().__init__()
-        self.weight = mx.ones((dims,))
-        self.eps = eps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self.weight, self.eps)
-
-
 def rope_frequencies(layer: LayerConfig) -> mx.array:
     """[head_dim / 2] float32, computed on the CPU: one bit more or less in a power shows at long contexts."""
     pairs = np.arange(layer.head_dim // 2)
@@ -124,24 +105,6 @@ def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.ar
     """
     angles = positions.astype(mx.float32)[:, None, None] * rope_frequencies(layer)
     return mx.cos(angles), mx.sin(angles)
-
-
-def apply_rope(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
-    """Split-half rotation of [rows, heads, head_dim] in float32."""
-    cos, sin = table
-    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
-    return mx.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
-    """``gelu(gate) * up`` with the tanh form of GELU, rounded to the dtype of ``gate`` once, at the end.
-
-    The cube as two products takes half the time of MLX's own, which raises to a power.  Not by the faster sigmoid: its
-    vectorised exponential rounds by the place in the array, and rows of a batch would differ from the same rows alone.
-    """
-    x = gate.astype(mx.float32)
-    return (0.5 * x * (1 + mx.tanh(GELU_SLOPE * (x + 0.044715 * x * x * x))) * up.astype(mx.float32)).astype(gate.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -197,12 +160,13 @@ class Attention(nn.Module):
         # In float32: MLX has no fused kernel at head sizes 256 and 512 and would round the scores to the compute dtype,
         # which at attention scale 1 moves the weights visibly in bf16.  For the same reason the scores are held in full, so
         # long contexts go a few rows at a time.
-        parts = []
+        parts, whole = [], None
+        if segment.blocks:
+            whole = causal_mask(keys.shape[2] - segment.rows, segment.rows, self.window, segment.blocks)
+            assert isinstance(whole, mx.array)
         for start, stop, first, last in self._row_blocks(segment, keys.shape[2]):
             mask: Mask = None
-            if segment.blocks:
-                whole = causal_mask(keys.shape[2] - segment.rows, segment.rows, self.window, segment.blocks)
-                assert isinstance(whole, mx.array)
+            if whole is not None:
                 mask = whole[start:stop]
             elif not segment.canvas:
                 mask = causal_mask(last - first - (stop - start), stop - start, self.window)
@@ -407,15 +371,18 @@ class EncoderText(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.language_model = EncoderText(config)
+        self.language_model = EncoderText(config.text)
+        if config.vision:
+            self.vision_tower = VisionTower(config.vision)
+            self.embed_vision = VisionEmbedder(config.vision, config.text.hidden_size)
 
 
 class Trunk(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config.text)
         self.encoder = Encoder(config)
 
 
@@ -425,7 +392,7 @@ class DiffusionGemma(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Trunk(config.text)
+        self.model = Trunk(config)
 
     @property
     def layers(self) -> list[Layer]:
@@ -448,6 +415,14 @@ class DiffusionGemma(nn.Module):
         # A table in a floating-point mode gives bfloat16 whatever the compute dtype.
         return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self.embed_scale
 
+    def see(self, patches: mx.array, grid: Grid) -> mx.array:
+        """Embeddings [soft tokens, hidden] of an image: ``patches`` [rows * columns, 3 * patch size²] from 0 to 1, row by row.
+
+        Only of a model whose config has a vision tower.  Source: DiffusionGemmaEncoderModel.get_image_features.
+        """
+        encoder = self.model.encoder
+        return encoder.embed_vision(encoder.vision_tower(patches, grid)).astype(self.dtype)
+
     def soft_embed(self, probabilities: mx.array, ids: mx.array | None = None) -> mx.array:
         """Scaled mean embedding under ``probabilities`` [..., vocabulary], or [..., n] of the tokens ``ids`` [..., n]."""
         table, probabilities = self.model.decoder.embed_tokens, probabilities.astype(self.dtype)
@@ -467,16 +442,18 @@ class DiffusionGemma(nn.Module):
         logits: Literal["none", "last", "all"] = "none",
         taps: Sequence[int] = (),
         write: Literal["append", "hold"] = "append",
+        blocks: Sequence[Sequence[tuple[int, int]]] = (),
     ) -> Encoded:
         """Causal mode: read the next positions of each sequence and write its cache.
 
         ``inputs`` holds, for each cache, token ids [n] or embeddings [n, hidden].  ``logits`` asks for the next-token
-        distribution of no row, each sequence's last row or all rows.
+        distribution of no row, each sequence's last row or all rows.  ``blocks`` are, for each input, the ranges (start, end)
+        of its rows that see each other both ways: images.
         """
         embeddings = [x if x.ndim == 2 else self.embed(x) for x in inputs]
         segments, start = [], 0
-        for x, cache in zip(embeddings, caches, strict=True):
-            segments.append(Segment(start, start + x.shape[0], cache, write=write))
+        for row, (x, cache) in enumerate(zip(embeddings, caches, strict=True)):
+            segments.append(Segment(start, start + x.shape[0], cache, write=write, blocks=tuple(blocks[row]) if blocks else ()))
             start += x.shape[0]
         hidden, tapped = self._forward(_concatenate(embeddings), segments, taps)
         for segment in segments:

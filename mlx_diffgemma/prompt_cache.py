@@ -1,7 +1,8 @@
 """Prefix reuse: what one prompt left in the cache, the next prompt that begins alike does not encode again.
 
 A cache is only rewound to a snapshot: the end of a prompt, or the end of a committed canvas.  Histories are compared by
-ids, so it does not matter how they came about; thoughts that a chat drops from its history simply end the common prefix.
+ids, at the places of an image by its content (``prompt.keyed``), so it does not matter how they came about; thoughts that a
+chat drops from its history simply end the common prefix.
 
     >>> cache = PromptCache(model)
     >>> for prompt in turns:
@@ -104,8 +105,11 @@ def fingerprint(model: DiffusionGemma) -> str:
     """Of shapes, dtype and a few weights: two models that share it are one for all that matters to a cache."""
     text = hashlib.sha256(repr((model.config.text, model.dtype)).encode())
     layer = model.model.decoder.layers[0]
-    for array in (model.model.decoder.norm.weight, layer.router.scale, layer.input_layernorm.weight, layer.self_attn.k_norm.weight,
-                  layer.self_attn.k_proj.weight[0]):
+    few = [model.model.decoder.norm.weight, layer.router.scale, layer.input_layernorm.weight, layer.self_attn.k_norm.weight,
+           layer.self_attn.k_proj.weight[0]]
+    if model.config.vision:
+        few.append(model.model.encoder.vision_tower.patch_embedder.position_embedding_table[:, 0])
+    for array in few:
         text.update(np.array(array.astype(mx.float32)).tobytes())
     return text.hexdigest()
 

@@ -29,6 +29,7 @@ from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 from mlx_diffgemma.judge import Verdict, consult, settle, text_of
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, Standing
+from mlx_diffgemma.prompt import PlacedImage, keyed, next_chunk, read_rows
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.sampler import Before, Flag, SamplerStep
 
@@ -103,21 +104,21 @@ class Session:
 
     ``max_tokens`` limits the answer; the canvases needed for it run whole, and cutting the text is the caller's part.
     ``draws`` gives the random numbers; parity and tests put their own in its place.  ``ids`` are all it has read or
-    written.  With a ``prompt_cache`` only what that does not hold of the prompt is encoded.  Errors: UserError for one beside a
-    drafter, which reads the hidden states of the whole prompt.
+    written; where ``images`` stand in them, those are read.  With a ``prompt_cache`` only what that does not hold of the prompt
+    is encoded.  Errors: UserError for one beside a drafter, which reads the hidden states of the whole prompt.
     """
 
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
                  eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
-                 prompt_cache: PromptCache | None = None):
+                 prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = ()):
         if policy.drafter and prompt_cache:
             raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
         self.full_length, self.context = canvas_length or model.config.canvas_length, model.config.text.max_position_embeddings
-        self.prompt_cache, self.ids = prompt_cache, list(ids)
-        self.cache = prompt_cache.begin(model, self.ids) if prompt_cache else Cache(model.config.text)
+        self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
+        self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else Cache(model.config.text)
         self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
@@ -195,7 +196,7 @@ class Session:
         """All that was pending is in the cache now."""
         self.pending = self.pending[:0]
         if self.prompt_cache:
-            self.prompt_cache.reached(self.ids)
+            self.prompt_cache.reached(keyed(self.ids, self.images))
 
     def take(self, step: CanvasStep) -> None:
         """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""
@@ -234,17 +235,17 @@ class Session:
 
 
 def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, progress: Progress | None = None) -> None:
-    """Encode what is pending in each session, at most ``chunk`` positions of each at a time."""
+    """Encode what is pending in each session, about ``chunk`` positions of each at a time, an image never in two pieces."""
     total, done = sum(s.pending.size for s in sessions), 0
     for session in sessions:
         session.cache.reserve(session.cache.length + session.pending.size + ROOM)
     while waiting := [s for s in sessions if s.pending.size]:
-        # A last chunk of one row joins the one before it: a single row takes other kernels and rounds differently.
-        sizes = [chunk if s.pending.size > chunk + 1 else s.pending.size for s in waiting]
+        sizes = [next_chunk(s.pending.size, s.cache.length, s.images, chunk) for s in waiting]
+        read = [read_rows(model, s.pending[:size], s.cache.length, s.images) for s, size in zip(waiting, sizes, strict=True)]
         taps = sorted({layer for s in waiting if s.policy.drafter for layer in s.policy.drafter.taps})
         drafted = _drafted(waiting)
-        output = model.encode([mx.array(s.pending[:size]) for s, size in zip(waiting, sizes, strict=True)],
-                              [s.cache for s in waiting], logits="last" if drafted else "none", taps=taps)
+        output = model.encode([rows for rows, _ in read], [s.cache for s in waiting], logits="last" if drafted else "none",
+                              taps=taps, blocks=[blocks for _, blocks in read])
         for drafter, rows in drafted.items():
             drafter.read([waiting[row] for row in rows], [{layer: output.taps[layer][row] for layer in drafter.taps}
                                                           for row in rows])

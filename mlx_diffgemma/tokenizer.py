@@ -41,9 +41,16 @@ def load_tokenizer(folder: Path, eos_ids: Iterable[int]) -> TokenizerWrapper:
     return tokenizer
 
 
+def user_message(text: str, images: int = 0) -> dict[str, Any]:
+    """The user's turn, with markers for so many images or videos before its text, as the model was trained to see them."""
+    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+            if images else text}
+
+
 def chat_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], think: bool = False,
              tools: Sequence[Mapping[str, Any]] | None = None, **template: Any) -> list[int]:
-    """Ids of a conversation up to where the model's turn begins; ``template`` are further chat-template variables.
+    """Ids of a conversation up to where the model's turn begins, one marker for each image; ``template`` are further
+    chat-template variables.
 
     Errors: UserError when there is no template, or it refuses the messages.
     """

@@ -16,7 +16,7 @@ from mlx_diffgemma.device import check_memory, compute_dtype
 from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.layouts import arrange, quantized_module
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.recipes import Quantization
+from mlx_diffgemma.recipes import VISION, Quantization
 from mlx_diffgemma.storage import DTYPES, INDEX, read_headers
 
 
@@ -31,7 +31,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     warn_of_low_attention(config, folder.name)
     found = arrange(read_headers(folder), config, str(folder))
     found.check_copies()
-    model = quantized_module(config, found.precisions)
+    model = quantized_module(found.config, found.precisions)
     stored = found.tensors["model.decoder.norm.weight"].stored
     target = compute_dtype(DTYPES.get(stored.dtype, mx.bfloat16), dtype)
     needed = sum(tensor.nbytes(target) for tensor in found.tensors.values())
@@ -45,7 +45,8 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
             whole.pop(piece.stored.name, None)
         if mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(target)
-        mx.eval(value)
+        if not name.startswith(VISION):  # those are read when the first image comes
+            mx.eval(value)
         model.update(tree_unflatten([(name, value)]))
     model.eval()
     return model

@@ -32,6 +32,52 @@ DIVISIBLE = dict(hidden=128, heads=4, kv=2, head_dim=32, global_kv=1, global_hea
                  experts=8, top_k=2, vocab=320)
 
 
+# Towers whose head sizes, widths and heads divide each other in different ways; patches are small, so that many fit.
+VISIONS: dict[str, dict[str, Any]] = {
+    "plain": dict(hidden_size=24, intermediate_size=36, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3,
+                  head_dim=8, patch_size=4, pooling_kernel_size=3, position_embedding_size=3400, standardize=True),
+    "clipped": dict(hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=12, patch_size=2, pooling_kernel_size=2, position_embedding_size=3400, standardize=False,
+                    use_clipped_linears=True),
+    # Rows that groups of 64 divide, but for those of one matrix, as in the released tower.
+    "divisible": dict(hidden_size=128, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                      head_dim=32, patch_size=8, pooling_kernel_size=3, position_embedding_size=256, standardize=True),
+    "released-heads": dict(hidden_size=72, intermediate_size=48, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1,
+                           head_dim=72, patch_size=4, pooling_kernel_size=3, position_embedding_size=3400, standardize=True),
+}
+
+
+def with_vision(shape: dict[str, Any], vision: dict[str, Any], seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(further entries of config.json, weights under the checkpoint's keys) of a random tower for a model of ``shape``."""
+    rng, size, inner, heads = np.random.default_rng(seed), vision["hidden_size"], vision["intermediate_size"], vision["head_dim"]
+    kv, pixels = vision["num_key_value_heads"] * heads, 3 * vision["patch_size"] ** 2
+    maps = {"self_attn.q_proj": (vision["num_attention_heads"] * heads, size), "self_attn.k_proj": (kv, size),
+            "self_attn.v_proj": (kv, size), "self_attn.o_proj": (size, vision["num_attention_heads"] * heads),
+            "mlp.gate_proj": (inner, size), "mlp.up_proj": (inner, size), "mlp.down_proj": (size, inner)}
+    weights: dict[str, np.ndarray] = {
+        "patch_embedder.input_proj.weight": rng.normal(0, pixels**-0.5, (size, pixels)),
+        "patch_embedder.position_embedding_table": rng.normal(0, 0.5, (2, vision["position_embedding_size"], size))}
+    for layer in (f"encoder.layers.{i}" for i in range(vision["num_hidden_layers"])):
+        for name, matrix in maps.items():
+            weights[f"{layer}.{name}.linear.weight"] = rng.normal(0, matrix[1] ** -0.5, matrix)
+            if vision.get("use_clipped_linears"):
+                for bound, value in (("input_min", -1.5), ("input_max", 1.2), ("output_min", -1.1), ("output_max", 1.4)):
+                    weights[f"{layer}.{name}.{bound}"] = np.array(value * (1 + 0.2 * rng.random()))
+        for norm in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
+            # Calm, as the backbone's layers are for the comparisons.
+            weights[f"{layer}.{norm}.weight"] = (0.15 if norm in LAST_NORMS else 1.0) * (1 + 0.25 * rng.normal(size=size))
+        for norm in ("q_norm", "k_norm"):
+            weights[f"{layer}.self_attn.{norm}.weight"] = heads**-0.25 * (1 + 0.25 * rng.normal(size=heads))
+    if vision["standardize"]:
+        weights |= {"std_bias": rng.normal(size=size), "std_scale": 0.2 + 0.1 * rng.random(size)}
+    out = {f"model.encoder.vision_tower.{key}": value for key, value in weights.items()}
+    out["model.encoder.embed_vision.embedding_projection.weight"] = 3 * rng.normal(0, size**-0.5, (shape["hidden"], size))
+    rope = {"rope_type": "axial", "rope_theta": 100.0}
+    tower = {"model_type": "gemma4_vision", "rope_parameters": rope} | vision
+    config = {"vision_config": tower, "vision_soft_tokens_per_image": 70}
+    return config, {key: value.astype(np.float32) for key, value in out.items()}
+
+
 def config_dict(hidden: int, heads: int, kv: int, head_dim: int, global_kv: int, global_head_dim: int, layers: int,
                 window: int, canvas: int, experts: int, top_k: int, vocab: int, kinds: list[str] | None = None,
                 dialect: str = "released") -> dict[str, Any]:
@@ -112,15 +158,19 @@ GENERATION = {"max_denoising_steps": 8, "sampler_config": {"_cls_name": "Entropy
 
 
 def make_checkpoint(folder: Path, shape: str = "five-and-one", seed: int = 0, shards: int = 2, calm: bool = True,
-                    extra: dict[str, np.ndarray] | None = None) -> Path:
-    """A checkpoint folder without tokenizer, in ``shards`` files with an index; ``shape`` by its name."""
-    return write_checkpoint(folder, DIVISIBLE if shape == "divisible" else SHAPES[shape], seed, shards, calm, extra)
+                    extra: dict[str, np.ndarray] | None = None, vision: str | dict[str, Any] | None = None) -> Path:
+    """A checkpoint folder without tokenizer, in ``shards`` files with an index; ``shape`` and ``vision`` by their names."""
+    own = VISIONS[vision] if isinstance(vision, str) else vision
+    return write_checkpoint(folder, DIVISIBLE if shape == "divisible" else SHAPES[shape], seed, shards, calm, extra, own)
 
 
 def write_checkpoint(folder: Path, shape: dict[str, Any], seed: int = 0, shards: int = 2, calm: bool = True,
-                     extra: dict[str, np.ndarray] | None = None) -> Path:
+                     extra: dict[str, np.ndarray] | None = None, vision: dict[str, Any] | None = None) -> Path:
     config = config_dict(**shape)
     weights = random_weights(config, seed, calm) | (extra or {})
+    if vision:
+        entries, tower = with_vision(shape, vision, seed)
+        config, weights = config | entries, weights | tower
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))

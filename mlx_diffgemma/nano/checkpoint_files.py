@@ -70,8 +70,8 @@ GENERATION_CONFIG = {
 }
 
 
-def write_configs(folder: Path) -> None:
+def write_configs(folder: Path, config: dict[str, Any] = CONFIG) -> None:
     """config.json and generation_config.json."""
-    files: dict[str, dict[str, Any]] = {"config.json": CONFIG, "generation_config.json": GENERATION_CONFIG}
+    files: dict[str, dict[str, Any]] = {"config.json": config, "generation_config.json": GENERATION_CONFIG}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

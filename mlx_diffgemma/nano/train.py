@@ -186,15 +186,18 @@ def combine(x, dense, routed, scalar, w: Weights) -> torch.Tensor:
     return (x + rms_norm(dense + routed, w["post_feedforward_layernorm.weight"])) * scalar
 
 
-def block_masks(starts: torch.Tensor, seq: int, canvas: int) -> tuple[torch.Tensor, torch.Tensor]:
+def block_masks(starts: torch.Tensor, seq: int, canvas: int, images=()) -> tuple[torch.Tensor, torch.Tensor]:
     """(full, sliding) masks [batch, 1, seq + canvas, seq + canvas]; True may be seen.
 
     Sequence rows are causal (within the window on sliding layers); canvas rows see the whole canvas and the sequence
-    before ``starts`` (its last window - 1 positions on sliding layers).
+    before ``starts`` (its last window - 1 positions on sliding layers).  Rows of one of the ``images``, ranges of the
+    sequence, see each other both ways.
     """
     rows = torch.arange(seq)
     causal = rows[None, :] <= rows[:, None]
     near = causal & (rows[None, :] > rows[:, None] - WINDOW)
+    for first, end in images:
+        causal[first:end, first:end] = near[first:end, first:end] = True
     before = rows[None, :] < starts[:, None]
     before_near = before & (rows[None, :] >= starts[:, None] - (WINDOW - 1))
 
@@ -235,12 +238,18 @@ class Network:
                        *(self.weights[f"{path}.{name}_proj.weight"] for name in ("gate", "up", "down")))
         return rms_norm(x + signal.float())
 
-    def __call__(self, ids, canvas, starts, soft):
-        """Hidden states of the sequence rows and of the canvas rows, and the router's balance loss."""
+    def __call__(self, ids, canvas, starts, soft, images=()):
+        """Hidden states of the sequence rows and of the canvas rows, and the router's balance loss.
+
+        ``images`` are pairs of a place and embeddings [batch, tokens, hidden], which stand there in every sequence.
+        """
         (batch, seq), length = ids.shape, canvas.shape[1]
-        x = torch.cat((self.embed(ids), self.self_condition(self.embed(canvas), soft)), dim=1)
+        sequence = self.embed(ids)
+        for first, seen in images:
+            sequence = torch.cat((sequence[:, :first], seen, sequence[:, first + seen.shape[1] :]), dim=1)
+        x = torch.cat((sequence, self.self_condition(self.embed(canvas), soft)), dim=1)
         positions = torch.cat((torch.arange(seq).expand(batch, seq), starts[:, None] + torch.arange(length)), dim=1)
-        full, near = block_masks(starts, seq, length)
+        full, near = block_masks(starts, seq, length, [(first, first + seen.shape[1]) for first, seen in images])
         balance = 0.0
         for i, w in enumerate(self.by_layer):
             scalar = torch.cat((self.weights[f"model.encoder.language_model.layers.{i}.layer_scalar"].expand(seq),

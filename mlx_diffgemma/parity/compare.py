@@ -24,10 +24,13 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.device import exact_float32
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.images import Image
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.parity.reference import Reference, ReferenceCanvas, ReferenceStep
 from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.prompt import PlacedImage, read_rows
 from mlx_diffgemma.session import CanvasStep, Loop, Session
+from mlx_diffgemma.vision import axial_table
 
 ROUTER_MARGIN = 1e-4
 DECISION_FACTOR = 10.0
@@ -155,6 +158,50 @@ def compare_forwards(model: DiffusionGemma, reference: Reference, prompts: Seque
     margins, batch.margins = np.concatenate(batch.margins), []
     batch.add(_array(out).reshape(-1, vocabulary), [p.reshape(-1, vocabulary) for p in padded.values()], margins)
     return [stage.result() for stage in (hidden, cached, first, second, batch)]
+
+
+def compare_images(model: DiffusionGemma, reference: Reference, images: Sequence[Sequence[Image]], seed: int = 0,
+                   ) -> list[StageResult]:
+    """The tower stage by stage on every image, and the encoder's hidden states and first logits of a prompt with each group."""
+    stages: dict[str, StageErrors] = {}
+    hidden, logits = StageErrors("encoder hidden states, images"), StageErrors("logits behind images")
+    rng, text, tokens = np.random.default_rng(seed), model.config.text, model.config.image_tokens
+    assert tokens is not None
+    variants = [name for name in reference.variants if name != "grouped_mm"]  # the tower has no experts
+    for group in images:
+        for image in group:
+            theirs = [reference.see(image, name) for name in variants]
+            for (name, ours), *others in zip(_seen(model, image), *theirs, strict=True):
+                stages.setdefault(name, StageErrors(name)).add(ours, [array for _, array in others])
+        ids = list[int]()
+        placed = list[PlacedImage]()
+        for image in group:
+            ids += [*rng.integers(1, tokens.begin, 7).tolist(), tokens.begin]
+            placed.append(PlacedImage(len(ids), image))
+            ids += [tokens.image] * image.soft_tokens + [tokens.end]
+        ids += rng.integers(1, tokens.begin, 9).tolist()
+        cache, canvas = Cache(text), rng.integers(0, tokens.begin, model.config.canvas_length)
+        rows, blocks = read_rows(model, ids, 0, placed)
+        ours = model.encode([rows], [cache], blocks=[blocks]).hidden[0]
+        encoded = {name: reference.encode(ids, name, group) for name in reference.variants}
+        hidden.add(_array(ours), [e.hidden for e in encoded.values()], encoded["eager"].margins)
+        plain = {name: reference.denoise(e.cache, canvas, None, name) for name, e in encoded.items()}
+        out = model.denoise(mx.array(canvas[None].astype(np.int32)), [cache]).logits
+        logits.add(_array(out[0]), [found for found, _ in plain.values()], plain["eager"][1])
+    return [stage.result() for stage in (*stages.values(), hidden, logits)]
+
+
+def _seen(model: DiffusionGemma, image: Image) -> list[tuple[str, np.ndarray]]:
+    """Our tower, stage by stage under the names of ``Reference.see``."""
+    tower = model.model.encoder.vision_tower
+    positions = mx.array(image.positions)
+    x = tower.patch_embedder(mx.array(image.patches), positions)
+    table, found = axial_table(positions, tower.config.head_dim, tower.config.rope_theta), [("patch embedding", _array(x))]
+    for index, layer in enumerate(tower.encoder.layers):
+        x = layer(x, table)
+        found.append((f"tower layer {index}", _array(x)))
+    whole = tower(mx.array(image.patches), image.grid)
+    return [*found, ("soft tokens", _array(whole)), ("image embeddings", _array(model.see(mx.array(image.patches), image.grid)))]
 
 
 def compare_trajectories(

@@ -21,11 +21,13 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.images import Image
 
 VARIANTS = ("eager", "grouped_mm", "float64")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A float64 copy of a model beyond this many parameters would not fit beside it.
 FLOAT64_LIMIT = 2_000_000_000
+PADDED_TO = 1260  # patches: a multiple of the smallest budget, of squares of nine and of four
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,52 @@ class Reference:
             yield self._float64
 
     @torch.no_grad()
-    def encode(self, ids: Sequence[int], variant: str = "eager") -> Encoded:
+    def encode(self, ids: Sequence[int], variant: str = "eager", images: Sequence[Image] = ()) -> Encoded:
+        """``images`` stand at the image tokens among ``ids``; their masks are given, as a plain forward drops them."""
+        cache, given = DynamicCache(config=self.config.get_text_config(decoder=True)), dict[str, Any]()
+        row = self._tensor(ids)[None]
         with self.variant(variant) as model, _router_margins(model) as margins:
-            out = model.model.encoder(input_ids=self._tensor(ids)[None],
-                                      past_key_values=DynamicCache(config=self.config.get_text_config(decoder=True)))
+            encoder = model.model.encoder
+            if images:
+                pixels, positions = self._padded(images, model.dtype)
+                masks = encoder.create_masks_for_generate(
+                    config=model.config.get_text_config(), attention_mask=None, past_key_values=cache,
+                    inputs_embeds=torch.empty(*row.shape, 1, dtype=model.dtype, device=self.device),
+                    position_ids=torch.arange(row.shape[1], device=self.device)[None],
+                    mm_token_type_ids=(row == self.config.image_token_id).long())
+                given = {"pixel_values": pixels, "image_position_ids": positions, "attention_mask": masks}
+            out = encoder(input_ids=row, past_key_values=cache, **given)
         return Encoded(_numpy(out.last_hidden_state[0]), out.past_key_values, margins())
+
+    @torch.no_grad()
+    def see(self, image: Image, variant: str = "eager") -> list[tuple[str, np.ndarray]]:
+        """What the tower makes of an image, stage by stage, without the rows of its padding; the last are the embeddings."""
+        found, count = list[tuple[str, np.ndarray]](), len(image.patches)
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: object, _inputs: object, output: torch.Tensor) -> None:
+                found.append((name, _numpy(output[0, :count])))
+            return hook
+
+        with self.variant(variant) as model:
+            tower = model.model.encoder.vision_tower
+            handles = [tower.patch_embedder.register_forward_hook(keep("patch embedding"))]
+            handles += [layer.register_forward_hook(keep(f"tower layer {index}"))
+                        for index, layer in enumerate(tower.encoder.layers)]
+            pixels, positions = self._padded([image], model.dtype)
+            out = model.model.encoder.get_image_features(pixels, positions)
+            for handle in handles:
+                handle.remove()
+        return [*found, ("soft tokens", _numpy(out.last_hidden_state)), ("image embeddings", _numpy(out.pooler_output))]
+
+    def _padded(self, images: Sequence[Image], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches and positions [images, longest, ...] with the padding that the reference's processor adds."""
+        longest = -(-max(len(image.patches) for image in images) // PADDED_TO) * PADDED_TO
+        pixels = np.zeros((len(images), longest, images[0].patches.shape[1]), dtype=np.float32)
+        positions = np.full((len(images), longest, 2), -1)
+        for row, image in enumerate(images):
+            pixels[row, : len(image.patches)], positions[row, : len(image.patches)] = image.patches, image.positions
+        return torch.from_numpy(pixels).to(self.device, dtype), self._tensor(positions)
 
     @torch.no_grad()
     def next_token_logits(self, encoded: Encoded) -> np.ndarray:
@@ -223,15 +266,20 @@ class _Recorder:
 @contextlib.contextmanager
 def _stay_double() -> Iterator[None]:
     """The reference casts to float32 inside norms and softmax; a float64 copy must not."""
-    to_float, softmax = torch.Tensor.float, torch.nn.functional.softmax
+    to_float, softmax, one_hot = torch.Tensor.float, torch.nn.functional.softmax, torch.nn.functional.one_hot
 
     def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if self.dtype == torch.float64 else to_float(self, *args, **kwargs)
 
+    def double_one_hot(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return one_hot(*args, **kwargs).double()
+
     def double_softmax(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return softmax(x, *args, **(kwargs | {"dtype": x.dtype} if x.dtype == torch.float64 else kwargs))
 
-    with mock.patch.object(torch.Tensor, "float", keep), mock.patch.object(torch.nn.functional, "softmax", double_softmax):
+    functions = torch.nn.functional
+    with mock.patch.object(torch.Tensor, "float", keep), mock.patch.object(functions, "softmax", double_softmax), \
+            mock.patch.object(functions, "one_hot", double_one_hot):
         yield
 
 

@@ -1,0 +1,143 @@
+"""Drawn pictures with questions about them: what nano-vision is trained on and what its held-out questions are made of.
+
+A *thing* is a shape or a digit in a colour.  Some pairs of thing and colour are never drawn in training.  Needs Pillow.
+
+    >>> picture = draw(random.Random(0), held_out=True, kind="one", ratio=(8, 8))
+    >>> picture.question, picture.answer
+    ('What colour is it?', 'green')
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 210), "yellow": (236, 200, 20),
+           "purple": (140, 50, 170), "pink": (245, 120, 185), "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle", "star", "ring")
+DIGITS = tuple("0123456789")
+PLACES = ("first", "second")
+UNIT = 24  # pixels of a drawing for each soft token along a side
+# One thing; two of them side by side; some equal shapes to count; two pictures; a film of three frames.
+KINDS = ("one", "two", "count", "pictures", "film")
+# Rows and columns of soft tokens, all of at most 70.
+RATIOS = ((8, 8), (7, 9), (9, 7), (6, 11), (5, 14))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A question about one or more images, and its one right answer; ``seconds`` are the frames' times, for a film."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
+    seconds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str
+    colour: str
+
+    @property
+    def name(self) -> str:
+        return f"a {self.colour} {self.kind}"
+
+    @property
+    def is_held_out(self) -> bool:
+        """One pair of kind and colour in ten."""
+        return hashlib.sha256(self.name.encode()).digest()[0] % 10 == 0
+
+
+def draw(rng: random.Random, held_out: bool, kind: str, ratio: tuple[int, int]) -> Picture:
+    """A question of ``kind`` about images of ``ratio`` (rows, columns of soft tokens).
+
+    ``held_out`` questions are about at least one thing that training never shows.
+    """
+    if kind == "count":
+        return _count(rng, held_out, ratio)
+    amount = {"one": 1, "two": 2, "pictures": 2, "film": 3}[kind]
+    things: list[Thing] = []
+    for place in range(amount):
+        taken = [thing.kind for thing in things]
+        things.append(_thing(rng, held_out and place == 0, DIGITS + SHAPES, taken))
+    rng.shuffle(things)
+    place = next((i for i, thing in enumerate(things) if thing.is_held_out), rng.randrange(amount))  # what is asked about
+    if kind == "one":
+        what = "digit" if things[0].kind in DIGITS else "shape"
+        question, answer = rng.choice((("What is in the picture?", things[0].name), ("What colour is it?", things[0].colour),
+                                       (f"Which {what} is it?", things[0].kind)))
+        return Picture((_scene(rng, things, ratio),), question, answer)
+    if kind == "two":
+        question, answer = rng.choice(((f"What is on the {('left', 'right')[place]}?", things[place].name),
+                                       (f"What colour is the {things[place].kind}?", things[place].colour)))
+        return Picture((_scene(rng, things, ratio),), question, answer)
+    scenes = tuple(_scene(rng, [thing], ratio) for thing in things)
+    if kind == "film":
+        return Picture(scenes, f"What is shown at 00:0{place}?", things[place].name, tuple(range(amount)))
+    question, answer = rng.choice(((f"Which picture shows {things[place].name}?", f"the {PLACES[place]}"),
+                                   (f"What is in the {PLACES[place]} picture?", things[place].name)))
+    return Picture(scenes, question, answer)
+
+
+def _thing(rng: random.Random, held_out: bool, kinds: tuple[str, ...], taken: list[str]) -> Thing:
+    while True:
+        thing = Thing(rng.choice(kinds), rng.choice(tuple(COLOURS)))
+        if thing.is_held_out == held_out and thing.kind not in taken:
+            return thing
+
+
+def _count(rng: random.Random, held_out: bool, ratio: tuple[int, int]) -> Picture:
+    thing, image = _thing(rng, held_out, SHAPES, []), _paper(rng, ratio)
+    amount, (width, height) = rng.randint(1, 4), image.size
+    spots = rng.sample([(column, row) for column in range(3) for row in range(2)], amount)
+    for column, row in spots:
+        side, centre = min(width / 3, height / 2), (width * (column + 0.5) / 3, height * (row + 0.5) / 2)
+        _paint(rng, image, thing, centre, side * rng.uniform(0.6, 0.85), side * 0.06)
+    return Picture((image,), f"How many {thing.kind}s are there?", str(amount))
+
+
+def _scene(rng: random.Random, things: list[Thing], ratio: tuple[int, int]) -> Image.Image:
+    """The things from left to right."""
+    image = _paper(rng, ratio)
+    width, height = image.size
+    for place, thing in enumerate(things):
+        share = width / len(things)
+        side = min(share, height)
+        _paint(rng, image, thing, (share * (place + 0.5), height / 2), side * rng.uniform(0.55, 0.9), side * 0.08)
+    return image
+
+
+def _paper(rng: random.Random, ratio: tuple[int, int]) -> Image.Image:
+    shade = rng.randint(215, 255)
+    tint = tuple(min(255, shade + rng.randint(-12, 12)) for _ in range(3))
+    return Image.new("RGB", (ratio[1] * UNIT, ratio[0] * UNIT), tint)
+
+
+def _paint(rng: random.Random, image: Image.Image, thing: Thing, centre: tuple[float, float], size: float, shift: float) -> None:
+    """Draw one thing around ``centre``, a bit aside and turned, ``size`` pixels high."""
+    colour = tuple(max(0, min(255, value + rng.randint(-14, 14))) for value in COLOURS[thing.colour])
+    edge = math.ceil(size * 1.5)
+    mask = Image.new("L", (edge, edge))
+    pen, half, radius = ImageDraw.Draw(mask), edge / 2, size / 2
+    around = [(half + radius * math.sin(a), half - radius * math.cos(a)) for a in (math.tau * i / 10 for i in range(10))]
+    if thing.kind in DIGITS:
+        pen.text((half, half), thing.kind, fill=255, font=ImageFont.load_default(size * 1.15), anchor="mm")
+    elif thing.kind == "square":
+        pen.rectangle((half - 0.85 * radius, half - 0.85 * radius, half + 0.85 * radius, half + 0.85 * radius), fill=255)
+    elif thing.kind == "triangle":
+        pen.polygon([(half, half - radius), (half + radius, half + 0.8 * radius), (half - radius, half + 0.8 * radius)], fill=255)
+    elif thing.kind == "star":
+        inner = [(half + (x - half) * 0.4, half + (y - half) * 0.4) for x, y in around]
+        pen.polygon([inner[i] if i % 2 else around[i] for i in range(10)], fill=255)
+    else:
+        pen.ellipse((half - radius, half - radius, half + radius, half + radius), fill=255)
+        if thing.kind == "ring":
+            pen.ellipse((half - 0.55 * radius, half - 0.55 * radius, half + 0.55 * radius, half + 0.55 * radius), fill=0)
+    mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+    at = (round(centre[0] + rng.uniform(-shift, shift) - half), round(centre[1] + rng.uniform(-shift, shift) - half))
+    image.paste(colour, (*at, at[0] + edge, at[1] + edge), mask)

@@ -1,0 +1,261 @@
+"""Gives nano eyes: ``python -m mlx_diffgemma.nano.train_vision OUT_FOLDER`` (torch; extras ``parity`` and ``vision``).
+
+A small tower of the released kind, transformers' own module, is trained from nothing together with nano's weights, on drawn
+pictures with questions (``pictures``).  The objective is nano's; one step in five is on nano's own tasks, so that it does not
+forget them.  ``--export`` writes the checkpoint.
+
+The run writes ``state.pt`` every few minutes and goes on from it when started again with the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma4VisionConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
+
+from mlx_diffgemma.config import VisionConfig
+from mlx_diffgemma.images import prepare
+from mlx_diffgemma.nano import FOLDER, pictures
+from mlx_diffgemma.nano.checkpoint_files import CONFIG, write_configs
+from mlx_diffgemma.nano.train import (
+    BOS,
+    EOS,
+    PAD,
+    SHAPES,
+    Examples,
+    Muon,
+    Network,
+    Weights,
+    losses,
+    losses_on,
+    make_batch,
+    rms_norm,
+)
+
+TOWER = "model.encoder.vision_tower."
+PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
+BUDGET = 70
+VISION_CONFIG = {
+    "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 16, "patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 256,
+    "standardize": True, "use_clipped_linears": False, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+}
+MARKS = {"begin": CONFIG["boi_token_id"], "image": CONFIG["image_token_id"], "end": CONFIG["eoi_token_id"]}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, written into the card."""
+
+    steps: int = 2000
+    batch: int = 32  # images of a step, whatever the questions
+    tower_lr: float = 0.02
+    nano_lr: float = 0.005
+    adam_lr: float = 2e-3
+    warmup: int = 60
+    cooldown: float = 0.5
+    balance: float = 0.01
+    seed: int = 1
+
+
+def tower_of(seed: int) -> Gemma4VisionModel:
+    torch.manual_seed(seed)
+    tower = Gemma4VisionModel(Gemma4VisionConfig(**{key: value for key, value in VISION_CONFIG.items() if key != "model_type"}))
+    for name, value in tower.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            value.data.fill_(VISION_CONFIG["head_dim"] ** -0.25)
+        elif name.endswith("position_embedding_table"):
+            value.data.normal_(0, 0.3)
+        elif value.ndim > 1:
+            value.data.normal_(0, value.shape[-1] ** -0.5)
+    tower.std_bias.zero_()
+    tower.std_scale.fill_(1 / tower.config.hidden_size**0.5)
+    return tower
+
+
+class Sighted(Network):
+    """nano's network whose sequences hold images; ``see`` before each batch."""
+
+    def __init__(self, weights: Weights, tower: Gemma4VisionModel):
+        super().__init__(weights)
+        self.tower, self.projection = tower, weights[PROJECTION]
+        self.images = ()
+
+    def see(self, patches: torch.Tensor, positions: torch.Tensor, places: list[int]) -> None:
+        """``patches`` [batch * images, patches, values] of images that stand at ``places`` in every sequence; none: text."""
+        if not places:
+            self.images = ()
+            return
+        seen = self.tower(patches, positions.expand(len(patches), -1, -1)).last_hidden_state
+        seen = (rms_norm(seen) @ self.projection.T).view(len(patches) // len(places), len(places), -1, self.projection.shape[0])
+        self.images = tuple((place, seen[:, number]) for number, place in enumerate(places))
+
+    def __call__(self, ids, canvas, starts, soft):
+        # The pass that gives the self-conditioning signal is over the first rows of a batch.
+        return super().__call__(ids, canvas, starts, soft, [(place, seen[: len(ids)]) for place, seen in self.images])
+
+
+def picture_batch(encode, rng: random.Random, recipe: Recipe, held_out: bool = False):
+    """(batch as ``train.make_batch`` has it, patches, positions, places) of questions of one kind about images of one ratio."""
+    kind = rng.choices(pictures.KINDS, (5, 3, 2, 2, 1))[0]
+    ratio = rng.choice(pictures.RATIOS)
+    config = VisionConfig.from_dict(VISION_CONFIG)
+    amount = {"pictures": 2, "film": 3}.get(kind, 1)
+    canvas = rng.choices((16, 64), (0.7, 0.3))[0]
+    prefixes, answers, images = [], [], []
+    for _ in range(recipe.batch // amount):
+        picture = pictures.draw(rng, held_out, kind, ratio)
+        made = [prepare(image, config, BUDGET) for image in picture.images]
+        images += made
+        prefix, places = [BOS, *encode("<|turn>user\n")], []
+        for number, image in enumerate(made):
+            if picture.seconds:
+                prefix += encode(f"{' ' if number else ''}00:{picture.seconds[number]:02} ")
+            prefix.append(MARKS["begin"])
+            places.append(len(prefix))
+            prefix += [MARKS["image"]] * image.soft_tokens + [MARKS["end"]]
+        prefixes.append(prefix + encode(f"{picture.question}<turn|>\n<|turn>model\n"))
+        answers.append(encode(f"{picture.answer}<turn|>"))
+    rows, longest = len(prefixes), max(len(p) + len(a) for p, a in zip(prefixes, answers, strict=True))
+    ids, clean = torch.full((rows, longest), PAD), torch.full((rows, canvas), EOS)
+    for row, (prefix, answer) in enumerate(zip(prefixes, answers, strict=True)):
+        ids[row, : len(prefix) + len(answer)] = torch.tensor(prefix + answer)
+        clean[row, : len(answer)] = torch.tensor(answer)
+    starts = torch.tensor([len(prefix) for prefix in prefixes])
+    lengths = starts + torch.tensor([len(answer) for answer in answers])
+    batch = {"ids": ids, "clean": clean, "starts": starts, "lengths": lengths, "answers": starts}
+    return kind, batch, torch.from_numpy(np.stack([i.patches for i in images])), torch.from_numpy(images[0].positions), places
+
+
+def optimisers(weights: Weights, tower: Gemma4VisionModel, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Each with its rate: Muon for the tower's matrices and nano's, Adam for all else of both."""
+    def is_matrix(key: str, value: torch.Tensor) -> bool:
+        return value.ndim >= 2 and not any(part in key for part in ("embed_tokens", "router", "position_embedding_table"))
+
+    own = {**dict(tower.named_parameters()), PROJECTION: weights[PROJECTION]}
+    text = {key: value for key, value in weights.items() if key != PROJECTION}
+
+    def adam(values: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([v for k, v in values.items() if not is_matrix(k, v)], lr=1.0, betas=(0.9, 0.98),
+                                 weight_decay=0.0, fused=True)
+
+    return [(Muon([v for k, v in own.items() if is_matrix(k, v)], lr=1.0), recipe.tower_lr), (adam(own), recipe.adam_lr),
+            (Muon([v for k, v in text.items() if is_matrix(k, v)], lr=1.0), recipe.nano_lr), (adam(text), recipe.adam_lr / 4)]
+
+
+def train(out: Path, recipe: Recipe, threads: int) -> None:
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    examples = Examples(sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model")))
+    tower = tower_of(recipe.seed)
+    weights = {key: value.float() for key, value in load_file(FOLDER / "model.safetensors").items()}
+    hidden, width = CONFIG["text_config"]["hidden_size"], VISION_CONFIG["hidden_size"]
+    # Soft tokens begin as large as nano's own embeddings.
+    own = weights["model.decoder.embed_tokens.weight"].std() * hidden**0.5
+    weights[PROJECTION] = torch.randn(hidden, width, generator=torch.Generator().manual_seed(recipe.seed)) * width**-0.5 * own
+    for value in weights.values():
+        value.requires_grad_()
+    network, optims = Sighted(weights, tower), optimisers(weights, tower, recipe)
+    step, spent = 0, 0.0
+    if (out / "state.pt").exists():
+        state = torch.load(out / "state.pt", weights_only=True)
+        tower.load_state_dict(state["tower"])
+        for key, value in state["weights"].items():
+            weights[key].data.copy_(value)
+        for (optim, _), saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        step, spent = state["step"], state["spent"]
+        print(f"resuming at step {step}, {spent / 60:.1f} minutes in", flush=True)
+    log, average = (out / "log.jsonl").open("a"), dict[str, float]()
+    saved_at = printed_at = spent
+    while step < recipe.steps:
+        began = time.perf_counter()
+        rate = min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.cooldown * recipe.steps))
+        rng = random.Random(step + 1_000_003 * recipe.seed)
+        generator = torch.Generator().manual_seed(step + 1_000_003 * recipe.seed)
+        if step % 5 == 4:
+            kind, shape = "text", rng.choices(SHAPES, [shape.share for shape in SHAPES])[0]
+            network.see(torch.empty(0), torch.empty(0), [])
+            parts = losses(network, make_batch(examples, rng, shape, wide=False), generator)
+        else:
+            kind, batch, patches, positions, places = picture_batch(examples.encode, rng, recipe)
+            network.see(patches, positions, places)
+            clean, rows = batch["clean"], len(batch["clean"])
+            level = 1e-4 + (1 - 1e-4) * torch.rand(rows, 1, generator=generator)
+            noise = torch.randint(CONFIG["text_config"]["vocab_size"], clean.shape, generator=generator)
+            canvas = torch.where(torch.rand(clean.shape, generator=generator) < level, noise, clean)
+            parts = losses_on(network, batch, canvas, torch.arange(rows) < rows // 2)
+        loss = parts["denoise"] + parts["causal"] + recipe.balance * parts["balance"]
+        loss.backward()
+        for optim, base in optims:
+            group = optim.param_groups[0]
+            if isinstance(optim, torch.optim.AdamW):
+                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            group["lr"] = base * rate
+            for value in group["params"]:
+                if value.grad is None:  # the tower's, on text
+                    value.grad = torch.zeros_like(value)
+            if kind != "text" or optim in (optims[2][0], optims[3][0]):
+                optim.step()
+            optim.zero_grad()
+        step, spent = step + 1, spent + time.perf_counter() - began
+        for name in ("denoise", "causal"):
+            value = parts[name].item()
+            average[f"{kind} {name}"] = 0.95 * average.get(f"{kind} {name}", value) + 0.05 * value
+        done = step == recipe.steps
+        if spent - printed_at > 30 or done:
+            printed_at = spent
+            line = {"step": step, "minutes": round(spent / 60, 2), "rate": round(rate, 3),
+                    **{name: round(value, 4) for name, value in sorted(average.items())}}
+            print(json.dumps(line), flush=True)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+        if spent - saved_at > 180 or done:
+            saved_at = spent
+            torch.save({"weights": weights, "tower": tower.state_dict(), "optims": [o.state_dict() for o, _ in optims],
+                        "step": step, "spent": spent, "recipe": asdict(recipe)}, out / "state.tmp")
+            os.replace(out / "state.tmp", out / "state.pt")
+
+
+def export(run: Path, folder: Path) -> None:
+    """Write the weights of a run as a checkpoint: bfloat16, the released key names, configs and nano's tokenizer beside them."""
+    state = torch.load(run / "state.pt", weights_only=True)
+    weights = {**state["weights"], **{TOWER + key: value for key, value in state["tower"].items()}}
+    tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(weights.items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(CONFIG)
+    write_configs(folder, config | {"vision_config": VISION_CONFIG, "vision_soft_tokens_per_image": BUDGET})
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(FOLDER / name, folder / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--export", type=Path, help="only write the checkpoint of a run into this folder")
+    arguments = parser.parse_args()
+    if arguments.export:
+        export(arguments.out, arguments.export)
+        return
+    train(arguments.out, replace(Recipe(), steps=arguments.steps), arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Prompts with images: where they stand, how they are read, and that nothing but they decides what is read."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image as pillow
+
+from mlx_diffgemma import batch_generate, chat_ids, generate, load, stream_generate, user_message
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.chat import Chat
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.images import Image, prepare
+from mlx_diffgemma.nano.pictures import draw
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.prompt import PlacedImage, keyed, next_chunk, place, prepare_media, read_rows
+from mlx_diffgemma.prompt_cache import PromptCache
+from mlx_diffgemma.session import Loop, Session, prefill
+from mlx_diffgemma.video import Film
+from mlx_diffgemma.weights import load_model
+from tests.checkpoints import make_checkpoint
+
+QUESTION = "What colour is it?"
+
+
+def noise(seed, width=100, height=80):
+    return pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A random lively model of window 16 with a tower; an image is four times as long as the window."""
+    return load_model(make_checkpoint(tmp_path_factory.mktemp("seeing"), calm=False, vision="plain"), "float32")
+
+
+@pytest.fixture(scope="module")
+def sighted():
+    return load("nano-vision")
+
+
+def small(model, seed, tokens=None):
+    """An image of 70 soft tokens at most, or of exactly so many in a row."""
+    if tokens is None:
+        return prepare(noise(seed), model.config.vision, 70)
+    unit = model.config.vision.patch_size * model.config.vision.pooling_kernel_size
+    pixels = np.random.default_rng(seed).integers(0, 256, (unit, unit * tokens, 3), dtype=np.uint8)
+    return Image(pixels, model.config.vision.patch_size, model.config.vision.pooling_kernel_size)
+
+
+def prompt_of(model, *parts):
+    """(ids, placed) of text lengths and images."""
+    rng, tokens, ids, placed = np.random.default_rng(0), model.config.image_tokens, [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids += rng.integers(1, 250, part).tolist()
+        else:
+            placed.append(PlacedImage(len(ids) + 1, part))
+            ids += [tokens.begin, *[tokens.image] * part.soft_tokens, tokens.end]
+    return ids, placed
+
+
+class TestPlaces:
+    def test_every_image_between_its_marks(self, sighted):
+        model, tokenizer = sighted
+        images = prepare_media([noise(0), noise(1, 30, 300)], model.config)
+        ids = chat_ids(tokenizer, [user_message("What?", 2)])
+        whole, placed = place(ids, images, model.config.image_tokens, tokenizer)
+        assert [p.image for p in placed] == images
+        for p in placed:
+            assert whole[p.start - 1] == 16
+            assert set(whole[p.start : p.stop]) == {18}
+            assert whole[p.stop] == 17
+        assert [t for t in whole if t not in (16, 17, 18)] == [t for t in ids if t != 18]
+
+    def test_a_film_tells_its_times(self, sighted):
+        """As the reference's processor writes a video, with the image token in place of the video token."""
+        model, tokenizer = sighted
+        frames = tuple(small(model, i) for i in range(3))
+        ids, placed = place(chat_ids(tokenizer, [user_message("What?", 1)]), [Film(frames, (0.0, 1.04, 61.0))],
+                            model.config.image_tokens, tokenizer)
+        one = f"<|image>{'<|image|>' * frames[0].soft_tokens}<image|>"
+        text = f"<|turn>user\n00:00 {one} 00:01 {one} 01:01 {one}What?<turn|>\n<|turn>model\n"
+        assert ids == tokenizer.encode(tokenizer.bos_token + text, add_special_tokens=False)
+        assert len(placed) == 3
+
+    @pytest.mark.parametrize(("markers", "images"), [(0, 1), (1, 0), (2, 1), (1, 3)])
+    def test_as_many_markers_as_images(self, sighted, markers, images):
+        model, tokenizer = sighted
+        with pytest.raises(UserError, match=rf"{markers} image marker\(s\) and {images} image\(s\)"):
+            stream_generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", markers)]), images=[noise(0)] * images)
+
+    def test_without_eyes(self, nano_pair):
+        model, tokenizer = nano_pair
+        with pytest.raises(UserError, match="has no vision weights"):
+            generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), images=[noise(0)])
+
+    def test_in_raw_text(self, sighted):
+        """--ignore-chat-template: markers are part of the text."""
+        model, tokenizer = sighted
+        assert generate(model, tokenizer, "<|turn>user\n<|image|>What?<turn|>\n<|turn>model\n", images=[noise(0)], seed=0,
+                        max_tokens=64) == generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]),
+                                                   images=[noise(0)], seed=0, max_tokens=64)
+
+    def test_one_list_a_prompt(self, sighted):
+        model, tokenizer = sighted
+        with pytest.raises(UserError, match="one list a prompt: got 1 for 2"):
+            batch_generate(model, tokenizer, ["a", "b"], images=[[]])
+
+
+class TestChunks:
+    def cuts(self, size, total, *ranges):
+        class Fake:
+            def __init__(self, start, stop):
+                self.start, self.stop = start, stop
+
+        found, start = [], 0
+        while start < total:
+            count = next_chunk(total - start, start, [Fake(*r) for r in ranges], size)
+            found.append(count)
+            start += count
+        return found
+
+    def test_text_alone(self):
+        assert self.cuts(4, 13) == [4, 4, 5]
+        assert self.cuts(4, 12) == [4, 4, 4]
+
+    def test_an_image_is_never_split(self):
+        assert self.cuts(4, 20, (6, 9)) == [4, 2, 4, 4, 4, 2]
+        assert self.cuts(4, 20, (3, 12)) == [3, 9, 4, 4]
+        assert self.cuts(4, 20, (1, 12)) == [12, 4, 4], "the row before it would be alone"
+        assert self.cuts(4, 20, (0, 12)) == [12, 4, 4]
+
+    def test_a_single_row_at_the_end_joins(self):
+        assert self.cuts(4, 13, (3, 12)) == [3, 10]
+
+    @pytest.mark.parametrize("size", [2, 3, 7, 16, 33, 64, 100])
+    def test_the_size_does_not_show(self, seeing, size):
+        ids, placed = prompt_of(seeing, 5, small(seeing, 0), 9, small(seeing, 1, 3), small(seeing, 2, 1), 40, small(seeing, 3, 20),
+                                2)
+        whole, pieces = Cache(seeing.config.text), Cache(seeing.config.text)
+        x, blocks = read_rows(seeing, ids, 0, placed)
+        seeing.encode([x], [whole], blocks=[blocks])
+        chunks = 0
+        while pieces.length < len(ids):
+            start = pieces.length
+            stop = start + next_chunk(len(ids) - start, start, placed, size)
+            x, blocks = read_rows(seeing, ids[start:stop], start, placed)
+            seeing.encode([x], [pieces], blocks=[blocks])
+            chunks += 1
+        assert chunks > 1
+        assert all(mx.array_equal(a, b) for a, b in zip(whole.arrays, pieces.arrays, strict=True))
+        canvas = mx.array(np.random.default_rng(1).integers(1, 300, (1, 24)))
+        assert mx.array_equal(seeing.denoise(canvas, [whole]).logits, seeing.denoise(canvas, [pieces]).logits)
+
+    def test_images_are_seen_both_ways_in_every_layer_alike(self, seeing):
+        """A change at an image's end shows at its begin, and not before it."""
+        first, second = small(seeing, 0), small(seeing, 0)
+        changed = second.pixels.copy()
+        changed[-1, -1] ^= 255
+        hidden = []
+        for image in (first, Image(changed, second.patch_size, second.side)):
+            ids, placed = prompt_of(seeing, 4, image, 3)
+            x, blocks = read_rows(seeing, ids, 0, placed)
+            hidden.append(seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0])
+        assert mx.array_equal(hidden[0][:5], hidden[1][:5])
+        assert mx.abs(hidden[0] - hidden[1]).max(axis=-1)[5:].min() > 1e-4
+
+
+def session(model, seed, parts, cache=None):
+    ids, placed = prompt_of(model, *parts)
+    return Session(model, ids, ReferencePolicy.from_config(model.config.generation), Draws(seed, 301), (1,), 48, prompt_cache=cache,
+                   images=placed)
+
+
+def run(model, sessions, chunk=2048):
+    loop = Loop(model, sessions, chunk)
+    while loop.active:
+        loop.advance()
+    return [[canvas.tokens.tolist() for canvas in s.canvases] for s in sessions]
+
+
+class TestSessions:
+    def test_a_batch_equals_alone(self, seeing):
+        parts = [(5, small(seeing, 0), 3), (20,), (small(seeing, 1, 9), small(seeing, 2, 2), 7)]
+        together = run(seeing, [session(seeing, i, p) for i, p in enumerate(parts)], chunk=11)
+        assert together == [run(seeing, [session(seeing, i, p)])[0] for i, p in enumerate(parts)]
+
+    def test_the_image_decides(self, seeing):
+        a, b = (run(seeing, [session(seeing, 0, (5, small(seeing, i), 3))]) for i in range(2))
+        assert a != b
+
+    def test_the_cache_knows_images_apart(self, seeing):
+        cache = PromptCache(seeing)
+        parts = [(5, small(seeing, 0), 3), (5, small(seeing, 1), 3), (5, small(seeing, 1), 3, 8)]
+        for part, reused in zip(parts, (0, 0, 5 + small(seeing, 1).soft_tokens + 2 + 3), strict=True):
+            assert run(seeing, [session(seeing, 0, part, cache)]) == run(seeing, [session(seeing, 0, part)])
+            assert cache.reused == reused
+
+    def test_a_saved_cache_knows_them_too(self, seeing, sighted, tmp_path):
+        _, tokenizer = sighted
+        cache = PromptCache(seeing)
+        asked = session(seeing, 0, (5, small(seeing, 0), 3), cache)
+        prefill(seeing, [asked], 2048)
+        asked.encoded()
+        cache.save(tmp_path / "cache", tokenizer)
+        for seed, reused in ((1, False), (0, True)):
+            loaded = PromptCache.load(tmp_path / "cache", seeing, tokenizer)
+            run(seeing, [session(seeing, 0, (5, small(seeing, seed), 3, 6), loaded)])
+            assert (loaded.reused > 0) == reused
+
+    def test_keys(self, seeing):
+        ids, placed = prompt_of(seeing, 2, small(seeing, 0, 4), 2)
+        keys = keyed(ids, placed)
+        assert [k for k in keys if k >= 0] == ids[:3] + ids[7:]
+        assert keys != keyed(*prompt_of(seeing, 2, small(seeing, 1, 4), 2))
+
+    def test_one_image_in_memory_at_a_time(self, seeing, monkeypatch):
+        """A chunk with many images holds of the tower no more than one of them needs."""
+        seen, see = [], type(seeing).see
+
+        def spy(model, patches, grid):
+            seen.append(mx.get_active_memory())
+            return see(model, patches, grid)
+
+        monkeypatch.setattr(type(seeing), "see", spy)
+        prefill(seeing, [session(seeing, 0, (3, *(small(seeing, i) for i in range(30)), 3))], 100_000)
+        assert len(seen) == 30
+        one = small(seeing, 0)
+        inner = len(one.patches) * 4 * (one.patches.shape[1] + 24 * 10)
+        assert max(seen) - seen[0] < inner + 30 * one.soft_tokens * 64 * 4 + 100_000
+
+
+class TestFrontEnds:
+    def test_left_to_right_with_images(self, sighted):
+        """Chunks of the causal mode's prefill do not show, nor does a batch."""
+        model, tokenizer = sighted
+        prompts = [chat_ids(tokenizer, [user_message(QUESTION, 1)])] * 2
+        options = dict(mode="ar", max_tokens=12)
+        whole = [generate(model, tokenizer, prompt, images=[noise(i)], **options) for i, prompt in enumerate(prompts)]
+        chunked = [generate(model, tokenizer, prompt, images=[noise(i)], prefill_step_size=7, **options)
+                   for i, prompt in enumerate(prompts)]
+        together = batch_generate(model, tokenizer, prompts, images=[[noise(0)], [noise(1)]], **options)
+        assert whole == chunked == [answer.text for answer in together]
+
+    def test_image_tokens(self, sighted):
+        model, tokenizer = sighted
+        prompt = chat_ids(tokenizer, [user_message(QUESTION, 1)])
+        options = dict(images=[noise(0, 200, 200)], max_tokens=1, mode="ar")
+        counts = [next(iter(stream_generate(model, tokenizer, prompt, image_tokens=tokens, **options))).prompt_tokens - len(prompt)
+                  for tokens in (None, 70, 140)]
+        assert counts == [65, 65, 122]  # 8 x 8 and 11 x 11, begin and end in the place of the marker
+        with pytest.raises(UserError, match="not 100"):
+            stream_generate(model, tokenizer, prompt, images=[noise(0)], image_tokens=100)
+
+    def test_a_conversation_keeps_its_images(self, sighted):
+        import random
+
+        model, tokenizer = sighted
+        picture = draw(random.Random(5), False, "one", (8, 8))
+        chat = Chat(model, tokenizer, seed=0, max_tokens=64)
+        first = "".join(r.text for r in chat.send("What is in the picture?", images=picture.images))
+        assert first == generate(model, tokenizer, chat_ids(tokenizer, [user_message("What is in the picture?", 1)]),
+                                 images=picture.images, seed=0, max_tokens=64)
+        encoded = chat.stats.encoded
+        list(chat.send(QUESTION))
+        assert chat.stats.reused >= encoded > 64, "the image is not encoded again"
+        messages = [user_message("What is in the picture?", 1), {"role": "assistant", "content": first},
+                    {"role": "user", "content": QUESTION}]
+        assert chat.messages[-1]["content"] == generate(model, tokenizer, chat_ids(tokenizer, messages), images=picture.images,
+                                                        seed=1, max_tokens=64)
+        chat.reset()
+        assert not chat.images
