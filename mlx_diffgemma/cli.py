@@ -641,7 +641,8 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def evaluate(
-    tasks: Annotated[str | None, typer.Option(help="Suites or tasks, comma-separated: nano, sudoku, sudoku-6, ….")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Suites or tasks, comma-separated: nano, pictures, sudoku, "
+                                             "sudoku-6, ….")] = None,
     data: Annotated[Path | None, typer.Option(help="A jsonl file of questions of your own: `prompt` or `messages`, with "
                                               "`completion`, `schema`, or `choices` and `answer`. See docs/evaluate.md.")] = None,
     model: Model = nano.NAME,

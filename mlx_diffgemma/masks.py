@@ -13,22 +13,28 @@ import mlx.core as mx
 Mask: TypeAlias = "mx.array | str | None"
 
 
-def causal_mask(past: int, rows: int, window: int | None, blocks: Sequence[tuple[int, int]] = ()) -> Mask:
+def causal_mask(past: int, rows: int, window: int | None) -> Mask:
     """Mask of ``rows`` new positions over ``past`` cached ones followed by themselves.
 
-    ``window`` counts the positions a row may see, itself included; None means all.  ``blocks`` are (start, end) ranges
-    of the new rows that see each other in both directions, on sliding and full layers alike (images).
+    ``window`` counts the positions a row may see, itself included; None means all.
     Source: create_causal_mask and create_sliding_window_causal_mask of transformers.
     """
     keys = past + rows
-    if not blocks and (window is None or keys <= window):
+    if window is None or keys <= window:
         return "causal" if rows > 1 else None
-    query = mx.arange(past, keys)[:, None]
-    key = mx.arange(keys)[None]
+    return block_mask(range(past, keys), range(keys), window, ())
+
+
+def block_mask(queries: range, keys: range, window: int | None, blocks: Sequence[tuple[int, int]]) -> mx.array:
+    """The same for any positions of rows and keys; ``blocks`` are (start, end) ranges of positions that see each other in both
+    directions, on sliding and full layers alike, and however long (images).
+
+    Source: blockwise_overlay of transformers.
+    """
+    query, key = mx.arange(queries.start, queries.stop)[:, None], mx.arange(keys.start, keys.stop)[None]
     mask = key <= query
     if window is not None:
         mask = mask & (key > query - window)
     for start, end in blocks:
-        inside_query = (query >= past + start) & (query < past + end)
-        mask = mask | (inside_query & (key >= past + start) & (key < past + end))
+        mask = mask | ((query >= start) & (query < end) & (key >= start) & (key < end))
     return mask

@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
 from mlx_diffgemma.layers import RMSNorm, apply_rope, gated_gelu, rms_norm
-from mlx_diffgemma.masks import Mask, causal_mask
+from mlx_diffgemma.masks import Mask, block_mask, causal_mask
 from mlx_diffgemma.vision import Grid, VisionEmbedder, VisionTower
 
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
@@ -160,16 +160,15 @@ class Attention(nn.Module):
         # In float32: MLX has no fused kernel at head sizes 256 and 512 and would round the scores to the compute dtype,
         # which at attention scale 1 moves the weights visibly in bf16.  For the same reason the scores are held in full, so
         # long contexts go a few rows at a time.
-        parts, whole = [], None
-        if segment.blocks:
-            whole = causal_mask(keys.shape[2] - segment.rows, segment.rows, self.window, segment.blocks)
-            assert isinstance(whole, mx.array)
+        parts, past_keys = [], keys.shape[2] - segment.rows
+        blocks = [(past_keys + start, past_keys + end) for start, end in segment.blocks]
         for start, stop, first, last in self._row_blocks(segment, keys.shape[2]):
             mask: Mask = None
-            if whole is not None:
-                mask = whole[start:stop]
+            rows = range(past_keys + start, past_keys + stop)
+            if near := _touching(blocks, rows):
+                mask = block_mask(rows, range(first, last), self.window, near)
             elif not segment.canvas:
-                mask = causal_mask(last - first - (stop - start), stop - start, self.window)
+                mask = causal_mask(last - first - len(rows), len(rows), self.window)
             block = queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last]
             parts.append(mx.fast.scaled_dot_product_attention(*(t.astype(mx.float32) for t in block), scale=1.0, mask=mask))
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
@@ -180,18 +179,21 @@ class Attention(nn.Module):
 
         A single row left over joins the block before it: it would take other kernels and round differently.
         """
-        past, sees_all = keys - segment.rows, segment.canvas or bool(segment.blocks)
-        width = keys if sees_all or self.window is None else min(keys, 2 * self.window)
+        past, window = keys - segment.rows, None if segment.canvas else self.window
+        longest = max((end - start for start, end in segment.blocks), default=0)
+        width = keys if window is None else min(keys, 2 * window + longest)
         rows = max(2, SCORES // (self.heads * width))
-        if self.window is not None and not sees_all:
-            rows = min(rows, max(2, self.window))
+        if window is not None:
+            rows = min(rows, max(2, window))
         start = 0
         while start < segment.rows:
             stop = segment.rows if segment.rows - start <= rows + 1 else start + rows
-            if sees_all:
+            if segment.canvas:
                 yield start, stop, 0, keys
             else:
-                yield start, stop, 0 if self.window is None else max(0, past + start - self.window + 1), past + stop
+                near = _touching(segment.blocks, range(start, stop))
+                first = 0 if window is None else max(0, past + min([start - window + 1, *(begin for begin, _ in near)]))
+                yield start, stop, first, past + max([stop, *(end for _, end in near)])
             start = stop
 
 
@@ -593,6 +595,11 @@ def checkpoint(run: Callable[[Any, mx.array], mx.array], parameters: Any, x: mx.
 
     out: mx.array = function(x, *values)
     return out
+
+
+def _touching(blocks: Sequence[tuple[int, int]], rows: range) -> list[tuple[int, int]]:
+    """Those of the ``blocks`` that have some of the ``rows``."""
+    return [(start, end) for start, end in blocks if start < rows.stop and end > rows.start]
 
 
 def _per_row(segments: Sequence[Segment], canvas: mx.array, causal: mx.array) -> mx.array:

@@ -47,7 +47,7 @@ def model_card(conversion: Conversion, upload_repo: str | None) -> str:
     data = ModelCardData(
         license=own.get("license", "apache-2.0"), library_name="mlx", base_model=base,
         base_model_relation=relation if base else None, language=own.get("language"),
-        pipeline_tag="image-text-to-text" if conversion.config.vision else "text-generation",
+        pipeline_tag="image-text-to-text" if conversion.source.config.vision else "text-generation",
         tags=["mlx", "diffusion_gemma", "mlx-diffgemma"],
     )
     name, merger = conversion.name if is_hub_id else Path(conversion.name).name, conversion.merger

@@ -17,13 +17,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_diffgemma.config import ImageTokens, ModelConfig
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.images import BUDGETS, Image, ImageSource, check_budget, open_image, prepare
-from mlx_diffgemma.video import Film, Video, prepare_video
+from mlx_diffgemma.video import Clip, Film, Video, prepare_video
 
 if TYPE_CHECKING:
     from mlx_diffgemma.model import DiffusionGemma
 
 Block = tuple[int, int]
-Medium: TypeAlias = "ImageSource | Video | Image | Film"
+Medium: TypeAlias = "ImageSource | Video | Clip | Image | Film"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def prepare_media(sources: Sequence[Medium], config: ModelConfig, budget: int | 
     for source in sources:
         if isinstance(source, Image | Film):
             made.append(source)
-        elif isinstance(source, Video):
+        elif isinstance(source, Video | Clip):
             made.append(prepare_video(source, vision, BUDGETS[0] if budget is None else check_budget(budget)))
         else:
             made.append(prepare(open_image(source), vision, tokens.budget if budget is None else budget))

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.images import PIXEL_LIMIT, Image, prepare
+from mlx_diffgemma.images import PIXEL_LIMIT, Image, open_image, prepare
 
 if TYPE_CHECKING:
     from PIL import Image as pillow
@@ -45,6 +45,14 @@ class Video:
 
 
 @dataclass(frozen=True, eq=False)
+class Clip:
+    """A video whose frames are at hand, and the seconds at which they are shown."""
+
+    frames: Sequence[pillow.Image]
+    seconds: Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
 class Film:
     """A video ready for the tower: its frames and the seconds at which they are shown."""
 
@@ -52,11 +60,16 @@ class Film:
     seconds: tuple[float, ...]
 
 
-def prepare_video(video: Video, config: VisionConfig, budget: int) -> Film:
+def prepare_video(video: Video | Clip, config: VisionConfig, budget: int) -> Film:
     """``video.fps`` frames a second, each resized to ``budget`` soft tokens; at most 60 frames, a longer video's spread evenly.
+    Of a clip all its frames.
 
     Errors: UserError for what is no video, cut off, or of a codec that is not there.  Warns: VideoWarning for a longer one.
     """
+    if isinstance(video, Clip):
+        if not video.frames or len(video.frames) != len(video.seconds):
+            raise UserError(f"A clip has a time for each frame: got {len(video.frames)} frames and {len(video.seconds)} times.")
+        return Film(tuple(prepare(open_image(frame), config, budget) for frame in video.frames), tuple(video.seconds))
     if not 0 < video.fps <= 120:
         raise UserError(f"A video is read at more than 0 and at most 120 frames a second, not {video.fps:g}.")
     try:
@@ -93,7 +106,7 @@ def _sample(video: Video, av: Any) -> Iterator[tuple[float, pillow.Image]]:
         if width * height > PIXEL_LIMIT:
             raise UserError(f"{video.name} has {width:,} x {height:,} pixels, more than the {PIXEL_LIMIT:,} allowed.")
         duration = _duration(container, stream, av)
-        every = 1 / video.fps
+        every = max(1 / video.fps, float(1 / stream.average_rate) if stream.average_rate else 0.0)  # no more than there are
         if duration > MAX_FRAMES * every:
             every = duration / MAX_FRAMES
             warnings.warn(f"{video.name} lasts {duration:.0f} s, which at {video.fps:g} frame(s) a second are more than the "

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from mlx_vlm import utils as vlm
 from mlx_vlm.quant_utils import quantize_model
+from PIL import Image as pillow
 
 from mlx_diffgemma import conditioning
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.convert import convert
+from mlx_diffgemma.images import prepare
 from mlx_diffgemma.recipes import RECIPES
 from mlx_diffgemma.weights import load_model
+from tests.checkpoints import DIVISIBLE, config_dict, make_checkpoint
 
 TOLERANCE = 1e-4  # logits of two float32 implementations; measured: 1e-5
 MODES = {"8bit": dict(group_size=64, bits=8, mode="affine"), "4bit": dict(group_size=64, bits=4, mode="affine"),
@@ -86,12 +89,10 @@ def test_vision_towers_travel_along(tmp_path, recipe):
     import torch
     from transformers import AutoConfig, AutoModelForMultimodalLM
 
-    from tests.checkpoints import DIVISIBLE, config_dict
-
     raw = config_dict(**DIVISIBLE)
     raw["vision_config"] = {
         "model_type": "gemma4_vision", "hidden_size": 128, "intermediate_size": 144, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "patch_size": 4, "pooling_kernel_size": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "patch_size": 8, "pooling_kernel_size": 3,
         "position_embedding_size": 64, "standardize": True, "use_clipped_linears": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
     (tmp_path / "config").mkdir()
@@ -105,5 +106,35 @@ def test_vision_towers_travel_along(tmp_path, recipe):
     tower = theirs.model.encoder.vision_tower.encoder.layers[0]
     kinds = [type(linear).__name__ for linear in (tower.self_attn.q_proj.linear, tower.mlp.down_proj.linear)]
     assert kinds == (["QuantizedLinear", "Linear"] if recipe == "3bit" else ["Linear", "Linear"])
-    load_model(folder)
     assert json.loads((folder / "config.json").read_text())["vision_config"] == raw["vision_config"]
+    seen_alike(load_model(folder, "float32"), theirs)
+
+
+def seen_alike(ours, theirs):
+    """Embeddings of an image, from both."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    image = prepare(pillow.fromarray(pixels), ours.config.vision, 70)
+    encoder, rows = theirs.model.encoder, len(image.patches)
+    soft = encoder.vision_tower(mx.array(image.patches)[None], mx.array(image.positions)[None])
+    assert soft.shape[1] == image.soft_tokens == rows // 9
+    mine = ours.see(mx.array(image.patches), image.grid)
+    assert mx.abs(mine).max() > 0.5, "embeddings that say something"
+    assert mx.abs(encoder.embed_vision(soft)[0].astype(mx.float32) - mine).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bf16", *MODES])
+def test_towers_that_mlx_vlm_converts(tmp_path, name):
+    """mlx-vlm leaves the tower as it is, whatever the backbone becomes."""
+    source = make_checkpoint(tmp_path / "src", "divisible", vision="divisible")
+    raw = json.loads((source / "config.json").read_text())
+    raw["vision_config"]["default_output_length"] = 70
+    (source / "config.json").write_text(json.dumps(raw))
+    model, config = vlm.load_model(source, lazy=True), vlm.load_config(source)
+    if name in MODES:
+        def predicate(path, module):
+            return not vlm.skip_multimodal_module(path) and model.quant_predicate(path, module)
+
+        model, config = quantize_model(model, config, **MODES[name], quant_predicate=predicate)
+    vlm.save_weights(tmp_path / "out", model)
+    vlm.save_config(config, tmp_path / "out" / "config.json")
+    seen_alike(load_model(tmp_path / "out", "float32"), vlm.load_model(tmp_path / "out"))

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image as pillow
 
 from mlx_diffgemma import batch_generate, chat_ids, generate, load, stream_generate, user_message
+from mlx_diffgemma import model as model_module
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.chat import Chat
 from mlx_diffgemma.draws import Draws
@@ -151,6 +152,19 @@ class TestChunks:
         assert all(mx.array_equal(a, b) for a, b in zip(whole.arrays, pieces.arrays, strict=True))
         canvas = mx.array(np.random.default_rng(1).integers(1, 300, (1, 24)))
         assert mx.array_equal(seeing.denoise(canvas, [whole]).logits, seeing.denoise(canvas, [pieces]).logits)
+
+    @pytest.mark.parametrize("scores", [1, 4 * 100 * 5, 4 * 100 * 23])
+    def test_few_rows_at_a_time_do_not_show(self, seeing, monkeypatch, scores):
+        """Nor is a mask ever as large as the whole prompt."""
+        ids, placed = prompt_of(seeing, 5, small(seeing, 0), 40, small(seeing, 1, 20), 30)
+        x, blocks = read_rows(seeing, ids, 0, placed)
+        whole = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
+        sizes, make = [], model_module.block_mask
+        monkeypatch.setattr(model_module, "SCORES", scores)
+        monkeypatch.setattr(model_module, "block_mask", lambda *args: sizes.append(make(*args).size) or make(*args))
+        parts = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
+        assert mx.array_equal(whole, parts)
+        assert max(sizes) <= max(scores / 4, 3 * len(ids)) + 2 * len(ids)
 
     def test_images_are_seen_both_ways_in_every_layer_alike(self, seeing):
         """A change at an image's end shows at its begin, and not before it."""

@@ -17,15 +17,16 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.prompt import PlacedImage, read_rows
 
 
 def read_choices(model: DiffusionGemma, prompt: Sequence[int], choices: Sequence[Sequence[int]], seed: int = 0,
-                 reads: int = 4) -> np.ndarray:
+                 reads: int = 4, images: Sequence[PlacedImage] = ()) -> np.ndarray:
     """The probability of each of ``choices`` (token ids, an end token included where the answer ends there), summing to 1.
 
     A choice's log-probability is the sum over its positions of the canvas mode's at a first step, averaged over ``reads``
-    canvases of noise.  Positions are read independently of each other: exact for choices of one token, an approximation for
-    longer ones.  Errors: UserError for choices that are equal, empty or longer than a canvas.
+    canvases of noise; ``images`` stand in the prompt.  Positions are read independently of each other: exact for choices of one
+    token, an approximation for longer ones.  Errors: UserError for choices that are equal, empty or longer than a canvas.
     """
     length = model.config.canvas_length
     if len({tuple(choice) for choice in choices}) != len(choices):
@@ -33,7 +34,8 @@ def read_choices(model: DiffusionGemma, prompt: Sequence[int], choices: Sequence
     if not all(0 < len(choice) <= length for choice in choices):
         raise UserError(f"A choice must have between 1 and {length} tokens.")
     cache = Cache(model.config.text)
-    model.encode([mx.array(list(prompt))], [cache])
+    rows, blocks = read_rows(model, prompt, 0, images)
+    model.encode([rows], [cache], blocks=[blocks])
     draws = [Draws(seed + read, model.config.text.vocab_size) for read in range(reads)]
     noise = np.stack([draw.step(0, 0, 0, 0, length).initial for draw in draws])
     longest = max(map(len, choices))

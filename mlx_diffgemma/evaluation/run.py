@@ -25,6 +25,7 @@ from mlx_diffgemma.evaluation.choices import read_choices
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task
 from mlx_diffgemma.generate import GenerationResponse, GenerationWarning, batch_generate
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.prompt import place, prepare_media
 from mlx_diffgemma.tokenizer import answer_ids, chat_ids
 
 Progress = Callable[[str, int, int], None]
@@ -120,7 +121,9 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
             own = [seed * 1_000_003 + index for index in range(len(questions))]
             if own_choices:
                 for question, ids, number in zip(questions, own_choices, own, strict=True):
-                    shares = read_choices(model, chat_ids(tokenizer, question.messages), ids, READS * number, READS)
+                    media = prepare_media(question.images, model.config)
+                    prompt, placed = place(chat_ids(tokenizer, question.messages), media, model.config.image_tokens, tokenizer)
+                    shares = read_choices(model, prompt, ids, READS * number, READS, placed)
                     answers.append(_Answer(question, question.mark(question.choices[int(shares.argmax())]), None))
                     count()
                 continue
@@ -128,7 +131,7 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GenerationWarning)  # counted below
                 given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count,
-                                       draft_model=draft_model, **options)
+                                       draft_model=draft_model, images=[question.images for question in questions], **options)
             answers += [_Answer(q, q.mark(response.text), response) for q, response in zip(questions, given, strict=True)]
         results.append(_result(task, answers, len(questions)))
     return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype), tuple(results))

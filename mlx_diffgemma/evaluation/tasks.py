@@ -6,7 +6,8 @@ A line of such a file has a ``prompt`` or ``messages``, as for fine-tuning, and 
     "schema": {…}                            the answer must be JSON that this JSON schema allows, and nothing else
     "choices": ["…", "…"], "answer": 0       the most probable of these on the canvas must be this one, by number or text
 
-and may name a ``group`` under which it is counted too.
+and may name a ``group`` under which it is counted too, and ``images``: files, from the folder of the jsonl file, that come
+before the text of the last message.
 
     >>> [task.name for task in tasks_named("nano,sudoku")]
 """
@@ -14,6 +15,7 @@ and may name a ``group`` under which it is counted too.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +26,13 @@ import jsonschema
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation import sudoku
+from mlx_diffgemma.images import MISSING as IMAGES_MISSING
 from mlx_diffgemma.jsonl import read_lines
 from mlx_diffgemma.nano.tasks import TASKS as NANO
 from mlx_diffgemma.nano.tasks import held_out_examples
+from mlx_diffgemma.prompt import Medium
+from mlx_diffgemma.tokenizer import user_message
+from mlx_diffgemma.video import Clip
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,17 @@ class Question:
     mark: Callable[[str], Mark]
     group: str = ""
     choices: tuple[str, ...] = ()
+    images: tuple[Medium, ...] = ()
 
     @classmethod
-    def from_prompt(cls, prompt: str, mark: Callable[[str], Mark], group: str = "") -> Question:
-        return cls([{"role": "user", "content": prompt}], mark, group)
+    def from_prompt(cls, prompt: str, mark: Callable[[str], Mark], group: str = "", images: tuple[Medium, ...] = ()) -> Question:
+        return cls([user_message(prompt, len(images))], mark, group, images=images)
 
     @property
     def prompt(self) -> str:
         """The last message's text."""
-        return str(self.messages[-1]["content"])
+        content = self.messages[-1]["content"]
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,29 @@ def _sudoku_questions(size: int, limit: int) -> list[Question]:
     return [Question.from_prompt(puzzle.prompt, partial(mark, puzzle=puzzle), sudoku.clue_range(puzzle)) for puzzle in puzzles]
 
 
+def _picture_questions(kind: str, limit: int) -> list[Question]:
+    """Every second one is about a thing in a colour that nano-vision was never shown it in."""
+    try:
+        from mlx_diffgemma.nano import pictures
+    except ImportError:
+        raise UserError(IMAGES_MISSING) from None
+    rng, found = random.Random(f"held out {kind}"), []
+    for number in range(limit):
+        new = number % 2 == 1
+        picture = pictures.draw(rng, new, kind, rng.choice(pictures.RATIOS))
+        media: tuple[Medium, ...] = (Clip(picture.images, picture.seconds),) if picture.seconds else picture.images
+        group = "a new pair of thing and colour" if new else "known pairs"
+        found.append(Question.from_prompt(picture.question, partial(_same, right=picture.answer), group, media))
+    return found
+
+
+PICTURES = ("one", "two", "count", "pictures", "film")
 TASKS: dict[str, Task] = {name: Task(name, partial(_nano_questions, name), task.exact) for name, task in NANO.items()}
 TASKS |= {f"sudoku-{size}": Task(f"sudoku-{size}", partial(_sudoku_questions, size)) for size in sudoku.BOXES}
+TASKS |= {f"pictures-{kind}": Task(f"pictures-{kind}", partial(_picture_questions, kind)) for kind in PICTURES}
 # "find" was trained too but not learnt: nano answers it no better than chance, as its card says.
 SUITES: dict[str, tuple[str, ...]] = {"nano": tuple(name for name in NANO if name != "find"),
+                                      "pictures": tuple(f"pictures-{kind}" for kind in PICTURES),
                                       "sudoku": tuple(f"sudoku-{size}" for size in sudoku.BOXES)}
 
 
@@ -105,7 +132,7 @@ def tasks_named(names: str) -> list[Task]:
 def tasks_of_file(path: Path) -> list[Task]:
     """One task for each way of scoring that the file uses.  Errors: UserError naming file and line."""
     found: dict[str, list[Question]] = {}
-    for kind, question in read_lines(path, _question):
+    for kind, question in read_lines(path, partial(_question, folder=path.parent)):
         found.setdefault(kind, []).append(question)
     if not found:
         raise UserError(f"{path} holds no questions.")
@@ -113,7 +140,7 @@ def tasks_of_file(path: Path) -> list[Task]:
             for kind, own in found.items()]
 
 
-def _question(entry: Any) -> tuple[str, Question]:
+def _question(entry: Any, folder: Path) -> tuple[str, Question]:
     if not isinstance(entry, Mapping):
         raise UserError(f"an object is expected, got {type(entry).__name__}.")
     messages, answer = entry.get("messages"), entry.get("completion")
@@ -126,7 +153,9 @@ def _question(entry: Any) -> tuple[str, Question]:
         messages, answer = messages[:-1], messages[-1]["content"]
     if not messages:
         raise UserError("the assistant's message answers nothing.")
-    group = str(entry.get("group") or "")
+    group, images = str(entry.get("group") or ""), _images(entry.get("images"), folder)
+    if images:
+        messages = [*messages[:-1], user_message(messages[-1]["content"], len(images))]
     if "choices" in entry:
         choices, right = entry["choices"], entry.get("answer")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
@@ -137,7 +166,7 @@ def _question(entry: Any) -> tuple[str, Question]:
             right = choices[right]
         if not isinstance(right, str) or right not in choices:
             raise UserError(f"'answer' must be one of the choices or its number from 0, got {right!r}.")
-        return "choices", Question(messages, partial(_same, right=right), group, tuple(choices))
+        return "choices", Question(messages, partial(_same, right=right), group, tuple(choices), images)
     if "schema" in entry:
         try:
             jsonschema.Draft202012Validator.check_schema(entry["schema"])
@@ -145,10 +174,23 @@ def _question(entry: Any) -> tuple[str, Question]:
             raise UserError(f"'schema' is no JSON schema ({error.message}).") from None
         for reference in _references(entry["schema"]):
             _resolve(entry["schema"], reference)
-        return "schema", Question(messages, partial(_valid, validator=jsonschema.Draft202012Validator(entry["schema"])), group)
+        validator = jsonschema.Draft202012Validator(entry["schema"])
+        return "schema", Question(messages, partial(_valid, validator=validator), group, images=images)
     if not isinstance(answer, str):
         raise UserError("one of 'completion', 'schema', or 'choices' with 'answer' is missing.")
-    return "exact", Question(messages, partial(_same, right=answer), group)
+    return "exact", Question(messages, partial(_same, right=answer), group, images=images)
+
+
+def _images(names: Any, folder: Path) -> tuple[Medium, ...]:
+    """Errors: UserError for files that are not there."""
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError("'images' must be a list of file names.")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"there is no image {folder / name}.")
+    return tuple(folder / name for name in names)
 
 
 def _same(text: str, right: str) -> Mark:

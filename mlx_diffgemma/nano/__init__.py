@@ -10,5 +10,7 @@ VERSION = "nano-1"
 SHA256 = "922702c834246289f981b0dbdec40beda01cca17e8a1af3a576da60d600ea637"  # of model.safetensors
 FOLDER = Path(__file__).with_name("checkpoint")
 DRAFTER, VISION = "nano-drafter", "nano-vision"
+VISION_VERSION = "nano-vision-1"
+VISION_SHA256 = ""
 # What needs no download, by name.
 FOLDERS = {NAME: FOLDER, DRAFTER: Path(__file__).with_name("drafter"), VISION: Path(__file__).with_name("vision")}

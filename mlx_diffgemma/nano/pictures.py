@@ -30,11 +30,15 @@ RATIOS = ((8, 8), (7, 9), (9, 7), (6, 11), (5, 14))
 
 @dataclass(frozen=True)
 class Picture:
-    """A question about one or more images, and its one right answer; ``seconds`` are the frames' times, for a film."""
+    """A question about one or more images, and its one right answer.
+
+    ``things`` are those of all images, from left to right; ``seconds`` are the frames' times, for a film.
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     answer: str
+    things: tuple[Thing, ...]
     seconds: tuple[int, ...] = ()
 
 
@@ -71,17 +75,18 @@ def draw(rng: random.Random, held_out: bool, kind: str, ratio: tuple[int, int]) 
         what = "digit" if things[0].kind in DIGITS else "shape"
         question, answer = rng.choice((("What is in the picture?", things[0].name), ("What colour is it?", things[0].colour),
                                        (f"Which {what} is it?", things[0].kind)))
-        return Picture((_scene(rng, things, ratio),), question, answer)
+        return Picture((_scene(rng, things, ratio),), question, answer, tuple(things))
     if kind == "two":
         question, answer = rng.choice(((f"What is on the {('left', 'right')[place]}?", things[place].name),
                                        (f"What colour is the {things[place].kind}?", things[place].colour)))
-        return Picture((_scene(rng, things, ratio),), question, answer)
+        return Picture((_scene(rng, things, ratio),), question, answer, tuple(things))
     scenes = tuple(_scene(rng, [thing], ratio) for thing in things)
     if kind == "film":
-        return Picture(scenes, f"What is shown at 00:0{place}?", things[place].name, tuple(range(amount)))
+        return Picture(scenes, f"What is shown at 00:0{place}?", things[place].name, tuple(things),
+                       tuple(range(amount)))
     question, answer = rng.choice(((f"Which picture shows {things[place].name}?", f"the {PLACES[place]}"),
                                    (f"What is in the {PLACES[place]} picture?", things[place].name)))
-    return Picture(scenes, question, answer)
+    return Picture(scenes, question, answer, tuple(things))
 
 
 def _thing(rng: random.Random, held_out: bool, kinds: tuple[str, ...], taken: list[str]) -> Thing:
@@ -97,8 +102,8 @@ def _count(rng: random.Random, held_out: bool, ratio: tuple[int, int]) -> Pictur
     spots = rng.sample([(column, row) for column in range(3) for row in range(2)], amount)
     for column, row in spots:
         side, centre = min(width / 3, height / 2), (width * (column + 0.5) / 3, height * (row + 0.5) / 2)
-        _paint(rng, image, thing, centre, side * rng.uniform(0.6, 0.85), side * 0.06)
-    return Picture((image,), f"How many {thing.kind}s are there?", str(amount))
+        _paint(rng, image, thing, centre, side * rng.uniform(0.65, 0.85), side * 0.05)
+    return Picture((image,), f"How many {thing.kind}s are there?", str(amount), (thing,) * amount)
 
 
 def _scene(rng: random.Random, things: list[Thing], ratio: tuple[int, int]) -> Image.Image:
@@ -108,7 +113,7 @@ def _scene(rng: random.Random, things: list[Thing], ratio: tuple[int, int]) -> I
     for place, thing in enumerate(things):
         share = width / len(things)
         side = min(share, height)
-        _paint(rng, image, thing, (share * (place + 0.5), height / 2), side * rng.uniform(0.55, 0.9), side * 0.08)
+        _paint(rng, image, thing, (share * (place + 0.5), height / 2), side * rng.uniform(0.65, 0.92), side * 0.05)
     return image
 
 
@@ -138,6 +143,6 @@ def _paint(rng: random.Random, image: Image.Image, thing: Thing, centre: tuple[f
         pen.ellipse((half - radius, half - radius, half + radius, half + radius), fill=255)
         if thing.kind == "ring":
             pen.ellipse((half - 0.55 * radius, half - 0.55 * radius, half + 0.55 * radius, half + 0.55 * radius), fill=0)
-    mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+    mask = mask.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
     at = (round(centre[0] + rng.uniform(-shift, shift) - half), round(centre[1] + rng.uniform(-shift, shift) - half))
     image.paste(colour, (*at, at[0] + edge, at[1] + edge), mask)

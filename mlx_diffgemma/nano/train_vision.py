@@ -1,8 +1,9 @@
 """Gives nano eyes: ``python -m mlx_diffgemma.nano.train_vision OUT_FOLDER`` (torch; extras ``parity`` and ``vision``).
 
 A small tower of the released kind, transformers' own module, is trained from nothing together with nano's weights, on drawn
-pictures with questions (``pictures``).  The objective is nano's; one step in five is on nano's own tasks, so that it does not
-forget them.  ``--export`` writes the checkpoint.
+pictures with questions (``pictures``).  For the first steps the tower is alone and learns to name the thing in a picture, from
+the mean of its soft tokens; that loss goes on beside nano's own objective afterwards.  One step in five is on nano's own tasks,
+so that it does not forget them.  ``--export`` writes the checkpoint.
 
 The run writes ``state.pt`` every few minutes and goes on from it when started again with the same folder.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4VisionConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
@@ -49,11 +51,12 @@ TOWER = "model.encoder.vision_tower."
 PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
 BUDGET = 70
 VISION_CONFIG = {
-    "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 16, "patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 256,
+    "model_type": "gemma4_vision", "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "num_key_value_heads": 3, "head_dim": 32, "patch_size": 24, "pooling_kernel_size": 2, "position_embedding_size": 256,
     "standardize": True, "use_clipped_linears": False, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
     "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
 }
+KINDS, COLOURS = (*pictures.DIGITS, *pictures.SHAPES), tuple(pictures.COLOURS)
 MARKS = {"begin": CONFIG["boi_token_id"], "image": CONFIG["image_token_id"], "end": CONFIG["eoi_token_id"]}
 
 
@@ -61,7 +64,9 @@ MARKS = {"begin": CONFIG["boi_token_id"], "image": CONFIG["image_token_id"], "en
 class Recipe:
     """Everything that decides the result, written into the card."""
 
-    steps: int = 2000
+    steps: int = 1700
+    alone: int = 600  # so many first steps are of the tower alone
+    naming: float = 0.3  # weight of the loss of naming things afterwards
     batch: int = 32  # images of a step, whatever the questions
     tower_lr: float = 0.02
     nano_lr: float = 0.005
@@ -93,7 +98,14 @@ class Sighted(Network):
     def __init__(self, weights: Weights, tower: Gemma4VisionModel):
         super().__init__(weights)
         self.tower, self.projection = tower, weights[PROJECTION]
-        self.images = ()
+        self.images, self.soft = (), None
+        self.names = torch.nn.Linear(self.tower.config.hidden_size, len(KINDS) + len(pictures.COLOURS))
+
+    def naming(self, things: list[pictures.Thing]) -> torch.Tensor:
+        """Loss of naming the one thing in each of the images seen last."""
+        kinds, colours = self.names(rms_norm(self.soft).mean(1)).split([len(KINDS), len(pictures.COLOURS)], dim=-1)
+        return (F.cross_entropy(kinds, torch.tensor([KINDS.index(thing.kind) for thing in things]))
+                + F.cross_entropy(colours, torch.tensor([COLOURS.index(thing.colour) for thing in things])))
 
     def see(self, patches: torch.Tensor, positions: torch.Tensor, places: list[int]) -> None:
         """``patches`` [batch * images, patches, values] of images that stand at ``places`` in every sequence; none: text."""
@@ -101,6 +113,7 @@ class Sighted(Network):
             self.images = ()
             return
         seen = self.tower(patches, positions.expand(len(patches), -1, -1)).last_hidden_state
+        self.soft = seen.view(len(patches), -1, seen.shape[-1])
         seen = (rms_norm(seen) @ self.projection.T).view(len(patches) // len(places), len(places), -1, self.projection.shape[0])
         self.images = tuple((place, seen[:, number]) for number, place in enumerate(places))
 
@@ -109,16 +122,18 @@ class Sighted(Network):
         return super().__call__(ids, canvas, starts, soft, [(place, seen[: len(ids)]) for place, seen in self.images])
 
 
-def picture_batch(encode, rng: random.Random, recipe: Recipe, held_out: bool = False):
-    """(batch as ``train.make_batch`` has it, patches, positions, places) of questions of one kind about images of one ratio."""
-    kind = rng.choices(pictures.KINDS, (5, 3, 2, 2, 1))[0]
+def picture_batch(encode, rng: random.Random, recipe: Recipe, kind: str | None = None):
+    """(kind, batch as ``train.make_batch`` has it, patches, positions, places, things) of questions of one kind about images of one
+    ratio; the things are empty where an image has several."""
+    kind = kind or rng.choices(pictures.KINDS, (5, 3, 2, 2, 1))[0]
     ratio = rng.choice(pictures.RATIOS)
     config = VisionConfig.from_dict(VISION_CONFIG)
     amount = {"pictures": 2, "film": 3}.get(kind, 1)
     canvas = rng.choices((16, 64), (0.7, 0.3))[0]
-    prefixes, answers, images = [], [], []
+    prefixes, answers, images, things = [], [], [], []
     for _ in range(recipe.batch // amount):
-        picture = pictures.draw(rng, held_out, kind, ratio)
+        picture = pictures.draw(rng, False, kind, ratio)
+        things += picture.things if kind in ("one", "pictures", "film") else ()
         made = [prepare(image, config, BUDGET) for image in picture.images]
         images += made
         prefix, places = [BOS, *encode("<|turn>user\n")], []
@@ -138,15 +153,17 @@ def picture_batch(encode, rng: random.Random, recipe: Recipe, held_out: bool = F
     starts = torch.tensor([len(prefix) for prefix in prefixes])
     lengths = starts + torch.tensor([len(answer) for answer in answers])
     batch = {"ids": ids, "clean": clean, "starts": starts, "lengths": lengths, "answers": starts}
-    return kind, batch, torch.from_numpy(np.stack([i.patches for i in images])), torch.from_numpy(images[0].positions), places
+    patches, positions = np.stack([image.patches for image in images]), images[0].positions
+    return kind, batch, torch.from_numpy(patches), torch.from_numpy(positions), places, things
 
 
-def optimisers(weights: Weights, tower: Gemma4VisionModel, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def optimisers(weights: Weights, tower: Gemma4VisionModel, names: torch.nn.Linear, recipe: Recipe,
+               ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Each with its rate: Muon for the tower's matrices and nano's, Adam for all else of both."""
     def is_matrix(key: str, value: torch.Tensor) -> bool:
         return value.ndim >= 2 and not any(part in key for part in ("embed_tokens", "router", "position_embedding_table"))
 
-    own = {**dict(tower.named_parameters()), PROJECTION: weights[PROJECTION]}
+    own = {**dict(tower.named_parameters()), PROJECTION: weights[PROJECTION], **dict(names.named_parameters())}
     text = {key: value for key, value in weights.items() if key != PROJECTION}
 
     def adam(values: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
@@ -169,37 +186,50 @@ def train(out: Path, recipe: Recipe, threads: int) -> None:
     weights[PROJECTION] = torch.randn(hidden, width, generator=torch.Generator().manual_seed(recipe.seed)) * width**-0.5 * own
     for value in weights.values():
         value.requires_grad_()
-    network, optims = Sighted(weights, tower), optimisers(weights, tower, recipe)
+    network = Sighted(weights, tower)
+    optims = optimisers(weights, tower, network.names, recipe)
     step, spent = 0, 0.0
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", weights_only=True)
         tower.load_state_dict(state["tower"])
+        network.names.load_state_dict(state["names"])
         for key, value in state["weights"].items():
             weights[key].data.copy_(value)
         for (optim, _), saved in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
         print(f"resuming at step {step}, {spent / 60:.1f} minutes in", flush=True)
+    both = [optim for optim, _ in optims]
     log, average = (out / "log.jsonl").open("a"), dict[str, float]()
     saved_at = printed_at = spent
     while step < recipe.steps:
         began = time.perf_counter()
-        rate = min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.cooldown * recipe.steps))
+        joined = step - recipe.alone if step >= recipe.alone else step  # nano's weights are warmed up too
+        rate = min(1.0, (joined + 1) / recipe.warmup, (recipe.steps - step) / (recipe.cooldown * (recipe.steps - recipe.alone)))
         rng = random.Random(step + 1_000_003 * recipe.seed)
         generator = torch.Generator().manual_seed(step + 1_000_003 * recipe.seed)
-        if step % 5 == 4:
+        if step < recipe.alone:
+            _, _, patches, positions, places, things = picture_batch(examples.encode, rng, recipe, kind="one")
+            network.see(patches, positions, places)
+            kind, parts = "alone", {"naming": network.naming(things)}
+            loss = parts["naming"]
+        elif step % 5 == 4:
             kind, shape = "text", rng.choices(SHAPES, [shape.share for shape in SHAPES])[0]
             network.see(torch.empty(0), torch.empty(0), [])
             parts = losses(network, make_batch(examples, rng, shape, wide=False), generator)
         else:
-            kind, batch, patches, positions, places = picture_batch(examples.encode, rng, recipe)
+            kind, batch, patches, positions, places, things = picture_batch(examples.encode, rng, recipe)
             network.see(patches, positions, places)
             clean, rows = batch["clean"], len(batch["clean"])
             level = 1e-4 + (1 - 1e-4) * torch.rand(rows, 1, generator=generator)
             noise = torch.randint(CONFIG["text_config"]["vocab_size"], clean.shape, generator=generator)
             canvas = torch.where(torch.rand(clean.shape, generator=generator) < level, noise, clean)
             parts = losses_on(network, batch, canvas, torch.arange(rows) < rows // 2)
-        loss = parts["denoise"] + parts["causal"] + recipe.balance * parts["balance"]
+            if things:
+                parts["naming"] = network.naming(things)
+        if step >= recipe.alone:
+            loss = parts["denoise"] + parts["causal"] + recipe.balance * parts["balance"]
+            loss = loss + recipe.naming * parts["naming"] if "naming" in parts else loss
         loss.backward()
         for optim, base in optims:
             group = optim.param_groups[0]
@@ -207,13 +237,13 @@ def train(out: Path, recipe: Recipe, threads: int) -> None:
                 torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             group["lr"] = base * rate
             for value in group["params"]:
-                if value.grad is None:  # the tower's, on text
+                if value.grad is None:  # what had no part in this step
                     value.grad = torch.zeros_like(value)
-            if kind != "text" or optim in (optims[2][0], optims[3][0]):
+            if optim in (both[:2] if kind == "alone" else both[2:] if kind == "text" else both):
                 optim.step()
             optim.zero_grad()
         step, spent = step + 1, spent + time.perf_counter() - began
-        for name in ("denoise", "causal"):
+        for name in sorted(parts.keys() - {"balance"}):
             value = parts[name].item()
             average[f"{kind} {name}"] = 0.95 * average.get(f"{kind} {name}", value) + 0.05 * value
         done = step == recipe.steps
@@ -226,7 +256,8 @@ def train(out: Path, recipe: Recipe, threads: int) -> None:
             log.flush()
         if spent - saved_at > 180 or done:
             saved_at = spent
-            torch.save({"weights": weights, "tower": tower.state_dict(), "optims": [o.state_dict() for o, _ in optims],
+            torch.save({"weights": weights, "tower": tower.state_dict(),
+                        "names": network.names.state_dict(), "optims": [o.state_dict() for o, _ in optims],
                         "step": step, "spent": spent, "recipe": asdict(recipe)}, out / "state.tmp")
             os.replace(out / "state.tmp", out / "state.pt")
 

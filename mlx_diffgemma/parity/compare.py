@@ -24,7 +24,7 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.device import exact_float32
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.images import Image
+from mlx_diffgemma.images import BUDGETS, Image, fitting_size
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.parity.reference import Reference, ReferenceCanvas, ReferenceStep
 from mlx_diffgemma.policy import ReferencePolicy
@@ -166,6 +166,8 @@ def compare_images(model: DiffusionGemma, reference: Reference, images: Sequence
     stages: dict[str, StageErrors] = {}
     hidden, logits = StageErrors("encoder hidden states, images"), StageErrors("logits behind images")
     rng, text, tokens = np.random.default_rng(seed), model.config.text, model.config.image_tokens
+    if not images:
+        return []
     assert tokens is not None
     variants = [name for name in reference.variants if name != "grouped_mm"]  # the tower has no experts
     for group in images:
@@ -358,6 +360,19 @@ def default_prompts(model: DiffusionGemma, count: int, seed: int = 0) -> list[li
     return [rng.integers(1, model.config.text.vocab_size, length).tolist() for length in lengths]
 
 
+def default_images(model: DiffusionGemma, seed: int = 0) -> list[list[Image]]:
+    """Groups of images of noise, square, wide and tall; empty for a model without eyes."""
+    vision, rng = model.config.vision, np.random.default_rng(seed)
+    if vision is None:
+        return []
+    made = []
+    for height, width in ((90, 90), (20, 300), (300, 40)):
+        size = fitting_size(height, width, vision.patch_size, vision.pooling_kernel_size, BUDGETS[0])
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        made.append(Image(pixels, vision.patch_size, vision.pooling_kernel_size))
+    return [made[:1], made[1:]]
+
+
 def run(folder: Path, device: str = "cpu", prompts: int = 4, canvases: int = 2, seed: int = 0) -> Report:
     """All stages on random prompts; what the command ``mlx-diffgemma parity`` prints."""
     from mlx_diffgemma.weights import load_model
@@ -368,7 +383,7 @@ def run(folder: Path, device: str = "cpu", prompts: int = 4, canvases: int = 2, 
     model, reference = load_model(folder, "float32"), Reference(folder, device)
     ids = default_prompts(model, prompts, seed)
     return Report(
-        compare_forwards(model, reference, ids, seed),
+        [*compare_forwards(model, reference, ids, seed), *compare_images(model, reference, default_images(model, seed), seed)],
         [compare_trajectories(model, reference, ids, "one sampler step", 1, seed, max_steps=1),
          compare_trajectories(model, reference, ids, "one canvas", 1, seed),
          compare_trajectories(model, reference, ids, "several canvases", canvases, seed),

@@ -24,9 +24,12 @@ from mlx_diffgemma.rules import RulesPolicy
 from mlx_diffgemma.sampler import Before
 from mlx_diffgemma.session import Loop, Session
 from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.weights import load_model
+from tests.checkpoints import make_checkpoint
 from tests.drafter.drafters import random_drafter
 from tests.parity.test_trajectories import nano_prompts
 from tests.test_cli import run as run_command
+from tests.test_prompt import prompt_of, small
 
 LENGTH = 64
 
@@ -527,3 +530,26 @@ class TestFromOutside:
         record = json.loads(out.splitlines()[-1])
         assert (code, record["finish_reason"]) == (0, "stop")
         assert {"proposed", "accepted", "retries"} <= record.keys()
+
+
+def test_prompts_with_images_in_a_batch_are_as_alone(tmp_path):
+    """The drafter reads the hidden states of the images' rows too, in any chunk."""
+    target = load_model(make_checkpoint(tmp_path, calm=False, vision="plain"), "float32")
+    policy = random_drafter(target).canvas(target, base_of(target))
+
+    def sessions():
+        made = []
+        for seed, parts in enumerate(((5, small(target, 0), 3), (small(target, 1, 9), 7), (20,))):
+            ids, placed = prompt_of(target, *parts)
+            made.append(Session(target, ids, policy, Draws(seed, 301), (1,), 48, images=placed))
+        return made
+
+    def told(group, chunk=2048):
+        loop = Loop(target, group, chunk)
+        while loop.active:
+            loop.advance()
+        return [[canvas.tokens.tolist() for canvas in session.canvases] for session in group]
+
+    alone = [told([session])[0] for session in sessions()]
+    assert told(sessions()) == alone
+    assert told(sessions(), chunk=11) == alone

@@ -1,0 +1,102 @@
+"""Images on the command line: files, URLs, videos, and every mistake in one line."""
+
+import json
+
+import pytest
+from PIL import Image as pillow
+from PIL import ImageDraw
+
+from mlx_diffgemma import chat_ids, generate, load, nano, user_message
+from mlx_diffgemma.evaluation.tasks import tasks_of_file
+from mlx_diffgemma.video import Video
+from tests.test_cli import run
+from tests.test_video import write_video
+
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A red circle, a blue square, a video, and what is none of these."""
+    folder = tmp_path_factory.mktemp("media")
+    for name, colour, shape in (("circle.png", (214, 40, 40), "ellipse"), ("square.jpg", (40, 80, 210), "rectangle")):
+        picture = pillow.new("RGB", (200, 200), (245, 245, 245))
+        getattr(ImageDraw.Draw(picture), shape)((35, 35, 165, 165), fill=colour)
+        picture.save(folder / name)
+    (folder / "text.png").write_text("no image")
+    (folder / "half.png").write_bytes((folder / "circle.png").read_bytes()[:80])
+    write_video(folder / "clip.mp4", 2, size=(128, 128))
+    return folder
+
+
+def ask(monkeypatch, capsys, *arguments, model=nano.VISION):
+    return run(monkeypatch, capsys, "generate", "--model", model, "--seed", "0", "--max-tokens", "64", "-p", QUESTION, *arguments)
+
+
+def expected(*media):
+    model, tokenizer = load(nano.VISION)
+    prompt = chat_ids(tokenizer, [user_message(QUESTION, len(media))])
+    return generate(model, tokenizer, prompt, images=media, seed=0, max_tokens=64)
+
+
+class TestGenerate:
+    def test_what_it_sees(self, monkeypatch, capsys, folder):
+        code, out, err = ask(monkeypatch, capsys, "--image", str(folder / "circle.png"))
+        assert (code, out.strip(), err) == (0, "a red circle", "")
+
+    def test_several(self, monkeypatch, capsys, folder):
+        images = folder / "square.jpg", folder / "circle.png"
+        _, out, _ = ask(monkeypatch, capsys, "--image", str(images[0]), "--image", str(images[1]), "--video",
+                        str(folder / "clip.mp4"))
+        assert out.rstrip("\n") == expected(*images, Video(folder / "clip.mp4"))
+
+    def test_figures_count_the_soft_tokens(self, monkeypatch, capsys, folder):
+        counts = []
+        for tokens in ("70", "280"):
+            _, out, _ = ask(monkeypatch, capsys, "--image", str(folder / "circle.png"), "--image-tokens", tokens, "--json")
+            counts.append(json.loads(out.splitlines()[-1])["prompt_tokens"])
+        assert counts[1] - counts[0] == 16 * 16 - 8 * 8
+
+    @pytest.mark.parametrize(("arguments", "message"), [
+        (["--image", "text.png"], "text.png is not an image"), (["--image", "half.png"], "half.png is damaged or cut off"),
+        (["--image", "nothing.png"], "There is no image nothing.png"), (["--image", "clip.mp4"], "clip.mp4 is not an image"),
+        (["--video", "nothing.mp4"], "There is no video nothing.mp4"), (["--video", "text.png"], "cannot be read as a video"),
+        (["--image", "circle.png", "--image-tokens", "100"], "560 or 1120 soft tokens, not 100"),
+        (["--video", "clip.mp4", "--fps", "0"], "at most 120 frames a second, not 0"),
+        (["--image", "circle.png", "--ignore-chat-template"], "0 image marker(s) and 1 image(s)"),
+        (["--image", "http://127.0.0.1:9/a.png"], "cannot be fetched")], ids=lambda value: " ".join(value[-1:]))
+    def test_a_mistake_is_one_line(self, monkeypatch, capsys, folder, arguments, message):
+        monkeypatch.chdir(folder)
+        code, out, err = ask(monkeypatch, capsys, *arguments)
+        assert (code, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+
+    def test_a_model_without_eyes(self, monkeypatch, capsys, folder):
+        code, out, err = ask(monkeypatch, capsys, "--image", str(folder / "circle.png"), model="nano")
+        assert (code, out) == (2, "")
+        assert err.startswith("error: This checkpoint has no vision weights")
+
+
+class TestChat:
+    def test_an_image_comes_with_what_is_said_next(self, monkeypatch, capsys, folder):
+        lines = f"/image {folder / 'circle.png'}\n{QUESTION}\n/image {folder / 'text.png'}\n{QUESTION}\n"
+        code, out, err = run(monkeypatch, capsys, "chat", "--model", nano.VISION, "--seed", "0", stdin=lines)
+        assert code == 0
+        assert out.splitlines()[0] == "a red circle"
+        assert "1 image(s) come with what you say next" in err
+        assert "error: text.png is not an image" in err
+
+
+def test_questions_of_a_file(monkeypatch, capsys, folder, tmp_path):
+    entries = [{"prompt": QUESTION, "images": ["circle.png"], "completion": "a red circle"},
+               {"prompt": "Which shape is it?", "images": ["circle.png"], "choices": ["square", "circle"], "answer": "circle"}]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    code, out, _ = run(monkeypatch, capsys, "evaluate", "--model", nano.VISION, "--data", str(folder / "questions.jsonl"), "--json")
+    assert code == 0
+    assert [result["score"] for result in json.loads(out.splitlines()[-1])["results"]] == [1.0, 1.0]
+    for images, message in ((["gone.png"], "line 1: there is no image"), ("circle.png", "'images' must be a list")):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(entries[0] | {"images": images}))
+        with pytest.raises(ValueError, match=message):
+            tasks_of_file(tmp_path / "bad.jsonl")
