@@ -708,7 +708,7 @@ def evaluate(
                 bar.update(bars[task], completed=done)
 
             report = run(network, tokenizer, asked, limit, range(seed, seed + num_seeds), batch_size, advance, drafter, **chosen)
-        record = report.record() | {"model": nano.VERSION if model == nano.NAME else model, "draft_model": draft_model}
+        record = report.record() | {"model": nano.VERSIONS.get(model, model), "draft_model": draft_model}
         if output_dir is not None:
             (output_dir / f"evaluate-{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if as_json:

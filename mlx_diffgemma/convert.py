@@ -453,8 +453,10 @@ def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, op
     kind = "vision" if kind_of(path) == "vision" else kind_of(path) if is_matrix else "other"
     after = recipe.precision(kind) if recipe and is_matrix else None
     if after:
-        if kind == "vision" and tensor.shape[-1] % after.group_size:
-            after = None  # 4,304 inputs of the released tower divide by 16 only
+        if kind == "vision" and (tensor.shape[-1] % after.group_size or path.endswith("patch_embedder.input_proj")):
+            # 4,304 inputs of the released tower divide by 16 only; mlx-vlm casts pixels to the dtype of the patch embedder's
+            # weights, which for packed ones makes integers of them.
+            after = None
         else:
             after.check(path, tensor.shape[-1])
     dtype = DTYPES[tensor.stored.dtype]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import mlx.core as mx
@@ -46,3 +47,17 @@ def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
     """
     x = gate.astype(mx.float32)
     return (0.5 * x * (1 + mx.tanh(GELU_SLOPE * (x + 0.044715 * x * x * x))) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+def attend_in_turn(parts: Iterable[tuple[mx.array, mx.array, mx.array, mx.array | str | None]]) -> mx.array:
+    """Attention at scale 1 of blocks of rows, one block after the other: [1, heads, all rows, head size].
+
+    ``parts`` are (queries, keys, values, mask).  MLX takes branches of a graph that do not depend on each other side by side and
+    would hold the scores of all blocks at once; here each block waits for the one before.
+    """
+    done: list[mx.array] = []
+    for queries, keys, values, mask in parts:
+        if done:
+            (queries,) = mx.depends([queries], [done[-1]])
+        done.append(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask))
+    return done[0] if len(done) == 1 else mx.concatenate(done, axis=2)

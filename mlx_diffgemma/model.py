@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
-from mlx_diffgemma.layers import RMSNorm, apply_rope, gated_gelu, rms_norm
+from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm
 from mlx_diffgemma.masks import Mask, block_mask, causal_mask
 from mlx_diffgemma.vision import Grid, VisionEmbedder, VisionTower
 
@@ -170,9 +170,8 @@ class Attention(nn.Module):
             elif not segment.canvas:
                 mask = causal_mask(last - first - len(rows), len(rows), self.window)
             block = queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last]
-            parts.append(mx.fast.scaled_dot_product_attention(*(t.astype(mx.float32) for t in block), scale=1.0, mask=mask))
-        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return out.astype(queries.dtype)
+            parts.append((*(t.astype(mx.float32) for t in block), mask))
+        return attend_in_turn(parts).astype(queries.dtype)
 
     def _row_blocks(self, segment: Segment, keys: int) -> Iterator[tuple[int, int, int, int]]:
         """Rows start to stop, and the keys first to last that they see: as many rows as keep the scores within bounds.

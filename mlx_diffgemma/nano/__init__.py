@@ -11,6 +11,7 @@ SHA256 = "922702c834246289f981b0dbdec40beda01cca17e8a1af3a576da60d600ea637"  # o
 FOLDER = Path(__file__).with_name("checkpoint")
 DRAFTER, VISION = "nano-drafter", "nano-vision"
 VISION_VERSION = "nano-vision-1"
-VISION_SHA256 = ""
+VISION_SHA256 = "200e25b3434af097088a0b7cce335abdb4ee509568d8cf7fa5e454bcd05e772e"  # of its model.safetensors
+VERSIONS = {NAME: VERSION, VISION: VISION_VERSION}
 # What needs no download, by name.
 FOLDERS = {NAME: FOLDER, DRAFTER: Path(__file__).with_name("drafter"), VISION: Path(__file__).with_name("vision")}

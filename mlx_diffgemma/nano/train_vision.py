@@ -64,7 +64,7 @@ MARKS = {"begin": CONFIG["boi_token_id"], "image": CONFIG["image_token_id"], "en
 class Recipe:
     """Everything that decides the result, written into the card."""
 
-    steps: int = 1700
+    steps: int = 3400
     alone: int = 600  # so many first steps are of the tower alone
     naming: float = 0.3  # weight of the loss of naming things afterwards
     batch: int = 32  # images of a step, whatever the questions
@@ -102,8 +102,14 @@ class Sighted(Network):
         self.names = torch.nn.Linear(self.tower.config.hidden_size, len(KINDS) + len(pictures.COLOURS))
 
     def naming(self, things: list[pictures.Thing]) -> torch.Tensor:
-        """Loss of naming the one thing in each of the images seen last."""
-        kinds, colours = self.names(rms_norm(self.soft).mean(1)).split([len(KINDS), len(pictures.COLOURS)], dim=-1)
+        """Loss of naming the one thing in each of the images seen last, or the two that are side by side."""
+        parts = rms_norm(self.soft)
+        if len(things) == 2 * len(parts):
+            half = parts.shape[2] // 2
+            parts = torch.stack((parts[:, :, :half].mean((1, 2)), parts[:, :, -half:].mean((1, 2))), dim=1).flatten(0, 1)
+        else:
+            parts = parts.mean((1, 2))
+        kinds, colours = self.names(parts).split([len(KINDS), len(pictures.COLOURS)], dim=-1)
         return (F.cross_entropy(kinds, torch.tensor([KINDS.index(thing.kind) for thing in things]))
                 + F.cross_entropy(colours, torch.tensor([COLOURS.index(thing.colour) for thing in things])))
 
@@ -113,7 +119,8 @@ class Sighted(Network):
             self.images = ()
             return
         seen = self.tower(patches, positions.expand(len(patches), -1, -1)).last_hidden_state
-        self.soft = seen.view(len(patches), -1, seen.shape[-1])
+        rows, columns = (int(positions[:, axis].max() + 1) // VISION_CONFIG["pooling_kernel_size"] for axis in (1, 0))
+        self.soft = seen.view(len(patches), rows, columns, -1)
         seen = (rms_norm(seen) @ self.projection.T).view(len(patches) // len(places), len(places), -1, self.projection.shape[0])
         self.images = tuple((place, seen[:, number]) for number, place in enumerate(places))
 
@@ -124,8 +131,8 @@ class Sighted(Network):
 
 def picture_batch(encode, rng: random.Random, recipe: Recipe, kind: str | None = None):
     """(kind, batch as ``train.make_batch`` has it, patches, positions, places, things) of questions of one kind about images of one
-    ratio; the things are empty where an image has several."""
-    kind = kind or rng.choices(pictures.KINDS, (5, 3, 2, 2, 1))[0]
+    ratio; no things where they are to be counted."""
+    kind = kind or rng.choices(pictures.KINDS, (3, 5, 2, 4, 3))[0]
     ratio = rng.choice(pictures.RATIOS)
     config = VisionConfig.from_dict(VISION_CONFIG)
     amount = {"pictures": 2, "film": 3}.get(kind, 1)
@@ -133,7 +140,7 @@ def picture_batch(encode, rng: random.Random, recipe: Recipe, kind: str | None =
     prefixes, answers, images, things = [], [], [], []
     for _ in range(recipe.batch // amount):
         picture = pictures.draw(rng, False, kind, ratio)
-        things += picture.things if kind in ("one", "pictures", "film") else ()
+        things += picture.things if kind != "count" else ()
         made = [prepare(image, config, BUDGET) for image in picture.images]
         images += made
         prefix, places = [BOS, *encode("<|turn>user\n")], []

@@ -42,6 +42,8 @@ training.
 
 {alone:,} steps of the tower alone, which learns to name the thing in a picture; then all weights with nano's objective on
 questions about pictures, one step in five on nano's own tasks. {steps:,} steps, {minutes:.0f} minutes on {machine}.
+At steps {changed} the mix of questions was changed and the rates rose again, and two things side by side are named only since
+the second of these, so a repetition follows the recipe but does not end in the same bits.
 
 ## Scores
 
@@ -70,7 +72,7 @@ def card(results: Path) -> str:
     before = {row["task"]: row["score"] for row in plain["results"]}
     lines = []
     for row in own:
-        groups = {group["name"]: group["score"] for group in row["groups"]}
+        groups = {group["group"]: group["score"] for group in row["groups"]}
         lines.append(f"| {row['task']} | {row['answers']} | {row['score']:.1%} ({row['low']:.1%} to {row['high']:.1%}) | "
                      f"{groups['known pairs']:.1%} | {groups['a new pair of thing and colour']:.1%} | "
                      f"{row['steps_per_canvas']:.2f} |")
@@ -79,7 +81,8 @@ def card(results: Path) -> str:
     return TEMPLATE.format(
         version=nano.VISION_VERSION, sha256=nano.VISION_SHA256, parameters=sum(sizes.values()) / 1e6,
         tower=sum(size for name, size in sizes.items() if "vision" in name) / 1e6, alone=training["recipe"]["alone"],
-        steps=training["steps"], minutes=training["minutes"], machine=training["machine"], limit=record["limit"],
+        steps=training["steps"], minutes=training["minutes"], machine=training["machine"],
+        changed=" and ".join(f"{step:,}" for step in training["changed_at"]), limit=record["limit"],
         pictures="\n".join(lines), text="\n".join(text), mean=sum(row["score"] for row in own) / len(own))
 
 

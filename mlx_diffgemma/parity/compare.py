@@ -174,7 +174,9 @@ def compare_images(model: DiffusionGemma, reference: Reference, images: Sequence
         for image in group:
             theirs = [reference.see(image, name) for name in variants]
             for (name, ours), *others in zip(_seen(model, image), *theirs, strict=True):
-                stages.setdefault(name, StageErrors(name)).add(ours, [array for _, array in others])
+                # Before the last norm numbers have no scale of their own: errors are in units of their root mean square.
+                unit = max(1.0, float(np.sqrt(np.mean(others[0][1] ** 2))))
+                stages.setdefault(name, StageErrors(name)).add(ours / unit, [array / unit for _, array in others])
         ids = list[int]()
         placed = list[PlacedImage]()
         for image in group:
