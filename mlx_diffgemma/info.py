@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.config import FULL, ModelConfig
 from mlx_diffgemma.cost import cache_bytes, count_parameters
 from mlx_diffgemma.device import memory_limit
+from mlx_diffgemma.layouts import as_stored
 from mlx_diffgemma.recipes import VISION, Quantization, kind_of
 from mlx_diffgemma.storage import read_headers
 
@@ -57,9 +58,8 @@ class CheckpointInfo:
 
 def inspect(folder: Path) -> CheckpointInfo:
     """Errors: UserError when the folder is no DiffusionGemma checkpoint or a file's header is damaged."""
-    config, found, dtypes = ModelConfig.from_folder(folder), read_headers(folder), Counter[str]()
-    if not any(name.startswith(VISION) for name in found):
-        config = replace(config, vision=None)
+    found, dtypes = read_headers(folder), Counter[str]()
+    config = as_stored(ModelConfig.from_folder(folder), found)
     for tensor in found.values():
         dtypes[tensor.dtype] += tensor.nbytes
     total, active = count_parameters(config)

@@ -1,4 +1,7 @@
-"""What the backbone and the vision tower are both made of: norm, rotation, gated activation.  Pure functions of tensors."""
+"""What the backbone and the vision tower are both made of: norm, rotation, gated activation, attention in blocks of rows.
+
+Pure functions of tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 GELU_SLOPE = math.sqrt(2 / math.pi)
+SCORES = 2**26  # attention scores that are held at once: 256 MB in float32
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
@@ -47,6 +51,12 @@ def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
     """
     x = gate.astype(mx.float32)
     return (0.5 * x * (1 + mx.tanh(GELU_SLOPE * (x + 0.044715 * x * x * x))) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+def rows_at_once(heads: int, width: int) -> int:
+    """How many rows of queries to attend with in one block, when each sees up to ``width`` keys; never a row alone, which would
+    take other kernels and round differently."""
+    return max(2, SCORES // (heads * width))
 
 
 def attend_in_turn(parts: Iterable[tuple[mx.array, mx.array, mx.array, mx.array | str | None]]) -> mx.array:

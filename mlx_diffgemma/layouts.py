@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -123,6 +123,12 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def as_stored(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """``config`` without a vision tower where no tensor of those ``names`` is one's: conversions of the text alone keep the
+    description of the eyes they left out."""
+    return config if any(name.startswith(VISION) for name in names) else replace(config, vision=None)
+
+
 def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Arrangement:
     """Find every tensor of the model among ``stored``; ``where`` names the checkpoint in messages.
 
@@ -130,8 +136,7 @@ def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Ar
     """
     found = _Finder(where)
     encoder: list[Stored] = []
-    if not any(name.startswith(VISION) for name in stored):
-        config = replace(config, vision=None)
+    config = as_stored(config, stored)
     arrangement = Arrangement(config)
     for name, entry in stored.items():
         if name == "lm_head.weight" or "rotary_emb" in name or name.endswith("embed_scale"):

@@ -27,13 +27,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
-from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm
+from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rows_at_once
 from mlx_diffgemma.masks import Mask, block_mask, causal_mask
 from mlx_diffgemma.vision import Grid, VisionEmbedder, VisionTower
 
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
 SORT_FROM = 64
-SCORES = 2**26  # attention scores that are held at once: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Attention(nn.Module):
         past, window = keys - segment.rows, None if segment.canvas else self.window
         longest = max((end - start for start, end in segment.blocks), default=0)
         width = keys if window is None else min(keys, 2 * window + longest)
-        rows = max(2, SCORES // (self.heads * width))
+        rows = rows_at_once(self.heads, width)
         if window is not None:
             rows = min(rows, max(2, window))
         start = 0

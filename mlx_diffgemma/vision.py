@@ -13,9 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_diffgemma.config import VisionConfig
-from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm
+from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rows_at_once
 
-SCORES = 2**26  # attention scores that are held at once, as in the backbone
 FUSED = (64, 80, 128)  # head sizes for which MLX's Metal backend holds no scores at all
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -85,7 +84,7 @@ class VisionAttention(nn.Module):
         fill = next((size for size in FUSED if FUSED[0] < self.head_dim <= size), self.head_dim) - self.head_dim
         queries, keys, values = (mx.pad(t.transpose(1, 0, 2)[None].astype(mx.float32), [(0, 0)] * 3 + [(0, fill)])
                                  for t in (queries, keys, values))
-        rows = max(2, SCORES // (self.heads * patches))
+        rows = rows_at_once(self.heads, patches)
         out = attend_in_turn((queries[:, :, start : start + rows], keys, values, None) for start in range(0, patches, rows))
         out = out[0, :, :, : self.head_dim]
         return self.o_proj(out.transpose(1, 0, 2).reshape(patches, -1).astype(x.dtype))

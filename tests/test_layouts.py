@@ -145,3 +145,17 @@ def test_quantised_experts_apart(divisible_folder, tmp_path):
     assert all(mx.array_equal(array, tensors_of(again)[name]) for name, array in tensors_of(fused).items())
     assert json.loads((again / "config.json").read_text())["quantization"] == json.loads(
         (fused / "config.json").read_text())["quantization"]
+
+
+def test_bounds_that_the_config_does_not_use(tmp_path):
+    """A tower written with bounds of its linear maps, by a config that clips none: they are left out, loaded and converted."""
+    folder = make_checkpoint(tmp_path / "a", vision="clipped")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["vision_config"]["use_clipped_linears"] = False
+    (folder / "config.json").write_text(json.dumps(raw))
+    model = load_model(folder, "float32")
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    assert any("vision_tower" in name for name in names)
+    assert not [name for name in names if name.endswith(layouts.BOUNDS)]
+    converted = tensors_of(convert(str(folder), tmp_path / "b"))
+    assert not [name for name in converted if name.endswith(layouts.BOUNDS)]

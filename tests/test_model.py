@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import model as model_module
+from mlx_diffgemma import layers
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.model import Segment
 
@@ -154,7 +154,7 @@ class TestRowBlocks:
 
         monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
         if scores is not None:
-            monkeypatch.setattr(model_module, "SCORES", scores)
+            monkeypatch.setattr(layers, "SCORES", scores)
         cache = Cache(model.config.text)
         ids = mx.array(np.random.default_rng(3).integers(1, 300, self.LENGTH))
         (causal,) = model.encode([ids], [cache], logits="all").logits

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from mlx_diffgemma import batch_generate, chat_ids, generate, load, stream_generate, user_message
+from mlx_diffgemma import batch_generate, chat_ids, generate, layers, load, stream_generate, user_message
 from mlx_diffgemma import model as model_module
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.chat import Chat
@@ -160,7 +160,7 @@ class TestChunks:
         x, blocks = read_rows(seeing, ids, 0, placed)
         whole = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
         sizes, make = [], model_module.block_mask
-        monkeypatch.setattr(model_module, "SCORES", scores)
+        monkeypatch.setattr(layers, "SCORES", scores)
         monkeypatch.setattr(model_module, "block_mask", lambda *args: sizes.append(make(*args).size) or make(*args))
         parts = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
         assert mx.array_equal(whole, parts)

@@ -1,6 +1,7 @@
 """Videos: which frames are taken, and what is refused."""
 
 import io
+import struct
 import warnings
 
 import av
@@ -48,7 +49,27 @@ class TestSampling:
                                                 (100.0, [i / 10 for i in range(20)])])
     def test_another_rate(self, tmp_path, fps, times):
         path = write_video(tmp_path / "a.mp4", 2)
-        assert prepare_video(Video(path, fps), CONFIG, 70).seconds == pytest.approx(times)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a video is not too long for a rate that it does not have
+            assert prepare_video(Video(path, fps), CONFIG, 70).seconds == pytest.approx(times)
+
+    def test_a_telephone_held_upright(self, tmp_path):
+        """Frames that the file says are to be turned by a quarter, clockwise: what was above is on the right."""
+        with av.open(str(tmp_path / "a.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=1)
+            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
+            shown = np.zeros((64, 96, 3), dtype=np.uint8)
+            shown[:32] = 255
+            for packet in (*stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")), *stream.encode()):
+                container.mux(packet)
+        data = bytearray((tmp_path / "a.mp4").read_bytes())
+        matrix = data.index(b"tkhd") + 4 + 40  # behind the header's first fields, nine numbers of 16.16 and 2.30 bits
+        data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30)
+        (frame,) = prepare_video(Video(bytes(data)), CONFIG, 70).frames
+        height, width, _ = frame.pixels.shape
+        assert height > width
+        assert frame.pixels[:, : width // 2 - 8].mean() < 10
+        assert frame.pixels[:, width // 2 + 8 :].mean() > 245
 
     def test_sixty_seconds_are_no_more_than_sixty_frames(self, tmp_path):
         path = write_video(tmp_path / "a.mp4", 60, fps=4)
