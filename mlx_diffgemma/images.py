@@ -2,7 +2,7 @@
 
 Pixel values and positions are those of the reference's processor (Gemma4ImageProcessorPil), whose padding is left out: the
 tower takes one image at a time.  What differs on purpose is how a file is opened: rotated as its EXIF says, and 16 bits a
-channel scaled to 8 in place of clipped.  As in the reference, transparency is dropped, not painted over.
+channel divided by 257 in place of clipped to 8.  As in the reference, transparency is dropped, not painted over.
 
 Needs Pillow (the extra ``vision``).
 
@@ -14,17 +14,20 @@ Needs Pillow (the extra ``vision``).
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
+import http.client
 import io
 import math
+import struct
+import time
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -36,16 +39,23 @@ if TYPE_CHECKING:
     from PIL import Image as pillow
 
 BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens an image may take
+# What photographs and screens are stored as; HEIF where a plugin of Pillow reads it.  Not EPS, which Pillow hands to Ghostscript.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "PPM", "ICO")
 PIXEL_LIMIT = 100_000_000  # of a file: what it unpacks to takes three bytes each
+FILE_LIMIT = 4 * PIXEL_LIMIT  # bytes: as many pixels uncompressed, with transparency
 DOWNLOAD_LIMIT = 50_000_000  # bytes
-DOWNLOAD_SECONDS = 20
+DOWNLOAD_SECONDS = 20  # from the request to the last byte
+PIECE = 1 << 16  # bytes read at once
 MISSING = "Images need Pillow; install it with `pip install 'mlx-diffgemma[vision]'`."
-ImageSource: TypeAlias = "str | Path | bytes | pillow.Image"
+ImageSource: TypeAlias = "str | Path | bytes | bytearray | memoryview | pillow.Image"
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image ready for the tower: ``pixels`` [rows * patch, columns * patch, 3] uint8."""
+    """An image ready for the tower: ``pixels`` [rows * patch, columns * patch, 3] uint8.
+
+    ``side`` is the tower's ``pooling_kernel_size``: a soft token is the mean of ``side`` x ``side`` patches.
+    """
 
     pixels: np.ndarray
     patch_size: int
@@ -85,10 +95,10 @@ def fitting_size(height: int, width: int, patch_size: int, side: int, budget: in
     unit = side * patch_size
     factor = math.sqrt(budget * unit**2 / (height * width))
     rows, columns = math.floor(factor * height / unit), math.floor(factor * width / unit)
-    if not rows:
-        rows, columns = 1, min(width // height, budget)
+    if not rows:  # the width is more than ``budget`` heights
+        rows, columns = 1, budget
     elif not columns:
-        rows, columns = min(height // width, budget), 1
+        rows, columns = budget, 1
     return rows * unit, columns * unit
 
 
@@ -116,83 +126,156 @@ def prepare(image: pillow.Image, config: VisionConfig, budget: int) -> Image:
 def open_image(source: ImageSource, allow_files: bool = True, allow_urls: bool = False) -> pillow.Image:
     """The RGB image of a path, the bytes of a file, a data URL, an http(s) URL or an image of Pillow.
 
-    Paths and remote URLs only where they are allowed.  Errors: UserError for what is no image, damaged, of no size or too large.
+    Paths and remote URLs only where they are allowed; of files only ``FORMATS``.  Errors: UserError for what is no image,
+    damaged, of no size or too large.
     """
     try:
         from PIL import Image as pillow
-        from PIL import ImageOps, UnidentifiedImageError
+        from PIL import ImageOps
     except ImportError:
         raise UserError(MISSING) from None
-    if isinstance(source, pillow.Image):
-        opened, name = source, "The image"
-    else:
-        content, name = _content(source, allow_files, allow_urls)
+    # What decoders raise for damaged files; a file in a file, as in ICNS, is looked at by load() alone.
+    damaged = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, RuntimeError, struct.error,
+               pillow.DecompressionBombError)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what Pillow found odd and read nevertheless
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit below is ours
+        if isinstance(source, pillow.Image):
+            opened, name = source, "The image"
+        else:
+            file, name = _content(source, allow_files, allow_urls)
+            opened = _identify(file, name)
+        _check_size(opened, name)
+        kind = opened.format
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit below is ours
-                opened = pillow.open(io.BytesIO(content))
-        except UnidentifiedImageError:
-            raise UserError(f"{name} is not an image that Pillow can read.") from None
-        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-            raise UserError(f"{name} cannot be read as an image ({error}).") from None
-    if not opened.width or not opened.height:
-        raise UserError(f"{name} has no size ({opened.width} x {opened.height}).")
-    if opened.width * opened.height > PIXEL_LIMIT:
-        raise UserError(f"{name} has {opened.width:,} x {opened.height:,} pixels, more than the {PIXEL_LIMIT:,} allowed; make it "
-                        "smaller.")
+            opened.load()
+            _check_size(opened, name)
+            return _rgb(ImageOps.exif_transpose(opened), kind)
+        except UserError:
+            raise
+        except damaged as error:
+            raise UserError(f"{name} is damaged or cut off ({_line(error)}).") from None
+
+
+def open_file(path: str | Path, what: str) -> BinaryIO:
+    """A file of the user's, for ``what`` it should be.  Errors: UserError where there is none."""
     try:
-        opened.load()
-        return _rgb(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-        raise UserError(f"{name} is damaged or cut off ({error}).") from None
+        return Path(path).expanduser().open("rb")
+    except FileNotFoundError:
+        raise UserError(f"There is no {what} {_line(path)}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{_line(path)} is a folder; give the file of the {what}.") from None
+    except OSError as error:
+        raise UserError(f"{_line(path)} cannot be read ({error.strerror}).") from None
+    except (ValueError, RuntimeError) as error:  # a null byte, the home of nobody
+        raise UserError(f"{str(path)!r} is not the path of a file ({_line(error)}).") from None
 
 
-def _rgb(image: pillow.Image) -> pillow.Image:
+def _identify(file: io.BytesIO, name: str) -> pillow.Image:
+    """The image of a file, of which the header is read."""
+    from PIL import Image as pillow
+    from PIL import UnidentifiedImageError
+
+    pillow.init()
+    formats = [kind for kind in FORMATS if kind in pillow.OPEN]
+    try:
+        return pillow.open(file, formats=formats)
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not an image that can be read here; allowed are {', '.join(formats)}.") from None
+    except (OSError, ValueError, SyntaxError, KeyError, RuntimeError, pillow.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read as an image ({_line(error)}).") from None
+
+
+def _check_size(image: pillow.Image, name: str) -> None:
+    if not image.width or not image.height:
+        raise UserError(f"{name} has no size ({image.width} x {image.height}).")
+    if image.width * image.height > PIXEL_LIMIT:
+        raise UserError(f"{name} has {image.width:,} x {image.height:,} pixels, more than the {PIXEL_LIMIT:,} allowed; make it "
+                        "smaller.")
+
+
+def _rgb(image: pillow.Image, kind: str | None) -> pillow.Image:
+    """``image``, read from a file of ``kind``, with 8 bits a channel.
+
+    16 bits are divided by 257, whatever the values are.  32-bit integers say nothing of their range: above 255 they count as
+    16 bits, else as 8.  Floats count as 8 bits.
+    """
     from PIL import Image as pillow
 
-    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits a channel
-        values = np.asarray(image).astype(np.float64)
-        if image.mode != "F" and values.max() > 255:
-            values = values / 257
-        image = pillow.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode == "F":
+        image = pillow.fromarray(np.clip(np.rint(np.asarray(image)), 0, 255).astype(np.uint8))
+    elif image.mode.startswith("I"):
+        values = np.asarray(image)
+        # Pillow opens 16 bits of PPM, and in older versions of PNG, as 32.
+        sixteen = image.mode != "I" or kind in ("PNG", "PPM") or values.max() > 255
+        values = np.clip(values, 0, 65535 if sixteen else 255).astype(np.uint16)
+        if sixteen:
+            eighths = values // 257
+            values -= eighths * 257
+            values = eighths + (values > 128)
+        image = pillow.fromarray(values.astype(np.uint8))
     return image.convert("RGB")
 
 
-def _content(source: str | Path | bytes, allow_files: bool, allow_urls: bool) -> tuple[bytes, str]:
+def _content(source: str | Path | bytes | bytearray | memoryview, allow_files: bool, allow_urls: bool) -> tuple[io.BytesIO, str]:
     """(bytes, what to call them) of everything but an opened image."""
-    if isinstance(source, bytes):
-        return source, "The image"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source), "The image"
+    if not isinstance(source, str | Path):
+        raise UserError(f"An image is a path, a data URL, the bytes of a file or an image of Pillow, not {type(source).__name__}.")
     text = str(source)
     if text.startswith("data:"):
-        header, comma, payload = text.partition(",")
+        header, _, payload = text.partition(",")
         try:
-            if not comma or not header.endswith(";base64"):
-                raise binascii.Error
-            return base64.b64decode(payload, validate=True), "The image of the data URL"
-        except binascii.Error:
+            if not header.endswith(";base64"):
+                raise ValueError
+            return io.BytesIO(base64.b64decode(payload, validate=True)), "The image of the data URL"
+        except ValueError:
             raise UserError("The data URL is not of the form data:image/png;base64,…") from None
-    if text.startswith(("http://", "https://")):
+    if text.lower().startswith(("http://", "https://")):
         if not allow_urls:
             raise UserError("Remote images are not fetched here; send the image itself, as a data URL.")
-        return _download(text), text
+        return _download(text), _line(text)
     if not allow_files:
         raise UserError("Files are not read here; send the image itself, as a data URL.")
-    path = Path(text).expanduser()
-    try:
-        return path.read_bytes(), path.name
-    except FileNotFoundError:
-        raise UserError(f"There is no image {path}.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    with open_file(source, "image") as file:
+        name = Path(text).name
+        try:
+            return _read(lambda: file.read(PIECE), name, FILE_LIMIT), name
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error.strerror}).") from None
 
 
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mlx-diffgemma"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
-            content: bytes = answer.read(DOWNLOAD_LIMIT + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise UserError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}).") from None
-    if len(content) > DOWNLOAD_LIMIT:
-        raise UserError(f"{url} is larger than {DOWNLOAD_LIMIT // 1_000_000} MB.")
+def _read(piece: Callable[[], bytes], name: str, limit: int) -> io.BytesIO:
+    """What ``piece`` gives until it is empty.  Errors: UserError above ``limit`` bytes, which devices and servers never end."""
+    content = io.BytesIO()
+    while found := piece():
+        content.write(found)
+        if content.tell() > limit:
+            raise UserError(f"{name} is larger than {limit // 1_000_000} MB.")
+    content.seek(0)
     return content
+
+
+def _download(url: str) -> io.BytesIO:
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+
+    def piece() -> bytes:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it takes longer than {DOWNLOAD_SECONDS} seconds")
+        found: bytes = answer.read1(PIECE)  # what is there, as read() waits for the whole of a piece
+        return found
+
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "mlx-diffgemma"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
+            return _read(piece, _line(url), DOWNLOAD_LIMIT)
+    except UserError:
+        raise
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        raise UserError(f"{_line(url)} cannot be fetched ({_line(getattr(error, 'reason', error))}).") from None
+
+
+def _line(text: object) -> str:
+    """A path or what someone else's code says, as a part of a sentence."""
+    return " ".join(str(text).split())[:200]

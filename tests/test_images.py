@@ -3,14 +3,19 @@
 import base64
 import io
 import json
+import socket
 import struct
 import threading
+import time
+import tracemalloc
 import zlib
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image as pillow
+from PIL import features
 
 from mlx_diffgemma import images as module
 from mlx_diffgemma.config import VisionConfig
@@ -39,7 +44,7 @@ class TestOpening:
         data = content(image)
         (tmp_path / "a.png").write_bytes(data)
         url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        for source in (image, data, tmp_path / "a.png", str(tmp_path / "a.png"), url):
+        for source in (image, data, bytearray(data), memoryview(data), tmp_path / "a.png", str(tmp_path / "a.png"), url):
             assert open_image(source).tobytes() == image.tobytes()
 
     def test_exif_rotation_is_carried_out(self):
@@ -54,6 +59,35 @@ class TestOpening:
         ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
         opened = np.asarray(open_image(content(pillow.fromarray(ramp))))
         np.testing.assert_array_equal(opened[0, :, 0], np.arange(256))
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+    def test_sixteen_bits_are_scaled_whatever_they_hold(self, kind):
+        """A dark image is dark, and does not get bright when its brightest pixel goes."""
+        dark = np.full((4, 4), 200, dtype=np.uint16)
+        assert open_image(content(pillow.fromarray(dark), kind)).getpixel((0, 0)) == (1, 1, 1)
+        dark[0, 0] = 60_000
+        assert open_image(content(pillow.fromarray(dark), kind)).getpixel((3, 3)) == (1, 1, 1)
+
+    def test_every_value_of_sixteen_bits_is_rounded(self):
+        values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+        right = np.rint(values / 257)
+        for image in (pillow.fromarray(values), pillow.fromarray(values.astype(np.int32))):
+            np.testing.assert_array_equal(np.asarray(open_image(image))[:, :, 0], right)
+        np.testing.assert_array_equal(np.asarray(open_image(pillow.frombytes("I;16B", (256, 256), values.astype(">u2").tobytes())))
+                                      [:, :, 0], right)
+
+    def test_memory_of_sixteen_bits(self):
+        image = pillow.fromarray(np.full((1000, 1000), 30_000, dtype=np.uint16))
+        tracemalloc.start()
+        try:
+            open_image(image)
+            assert tracemalloc.get_traced_memory()[1] < 12 * 1000 * 1000
+        finally:
+            tracemalloc.stop()
+
+    def test_integers_of_32_bits_outside_the_range_are_clipped(self):
+        opened = open_image(pillow.fromarray(np.array([[-5, 257, 65535, 2**31 - 1]], dtype=np.int32)))
+        assert np.asarray(opened)[0, :, 0].tolist() == [0, 1, 255, 255]
 
     def test_an_integer_image_within_eight_bits_is_not_scaled(self):
         opened = open_image(pillow.fromarray(np.full((3, 3), 200, dtype=np.int32)))
@@ -78,6 +112,15 @@ class TestSizes:
             rows, columns = (side // 48 for side in fitting_size(height, width, 16, 3, budget))
             assert 1 <= rows * columns <= budget
             assert rows * columns > budget / 4 or max(width, height) > 8 * min(width, height)
+
+    @pytest.mark.parametrize("budget", BUDGETS)
+    def test_as_the_reference_has_them(self, budget):
+        """Above all for images so flat that not one row fits."""
+        theirs = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4").get_aspect_ratio_preserving_size
+        around = [factor * budget + more for factor in (1, 2, 3) for more in (-1, 0, 1)]
+        for long, short in [(long, short) for long in (*around, 5, 97, 20_000) for short in (1, 2, 3, 7)]:
+            for height, width in ((long, short), (short, long)):
+                assert fitting_size(height, width, 16, 3, budget) == theirs(height, width, 16, budget * 9, 3)
 
     def test_more_tokens_see_more(self):
         sizes = [prepare(stripes(400, 300), CONFIG, budget).soft_tokens for budget in BUDGETS]
@@ -111,6 +154,22 @@ def png_of(width, height):
             + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
 
 
+def ico_of(png):
+    """An icon that says it is of 16 x 16 pixels."""
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
+def icns_of(png):
+    return b"icns" + struct.pack(">I", 16 + len(png)) + b"ic08" + struct.pack(">I", 8 + len(png)) + png
+
+
+def dds():
+    """A header of a format of pixels that Pillow does not know in full."""
+    file = bytearray(content(pillow.new("RGB", (8, 8)), "DDS"))
+    file[80:84] = struct.pack("<I", 0x80000)
+    return bytes(file)
+
+
 class TestRefused:
     @pytest.mark.parametrize(("source", "message"), [
         (b"", "is not an image"), (b"hello", "is not an image"), (content(stripes(200, 200))[:60], "damaged or cut off"),
@@ -118,16 +177,39 @@ class TestRefused:
         (png_of(12_000, 12_000), "more than the 100,000,000 allowed"), (png_of(0, 5), "not an image|cannot be read|no size"),
         ("missing.png", "There is no image missing.png"), ("data:image/png;base64,@@", "data URL is not of the form"),
         ("data:image/png,abc", "data URL is not of the form"), ("https://example.org/a.png", "Remote images are not fetched here"),
-        (pillow.new("RGB", (0, 7)), "has no size")], ids=str)
+        (pillow.new("RGB", (0, 7)), "has no size"), ("data:image/png;base64,ü", "data URL is not of the form"),
+        ("a\0b.png", r"'a\\x00b.png' is not the path of a file"), ("~nosuchuser/a.png", "'~nosuchuser/a.png' is not the path"),
+        (np.zeros((4, 4, 3), dtype=np.uint8), "an image of Pillow, not ndarray"), (None, "not NoneType"), ([b""], "not list"),
+        (ico_of(png_of(20_000, 20_000)), "cannot be read as an image .*400000000 pixels"),
+        (icns_of(png_of(20_000, 20_000)), "allowed are PNG, JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "is not an image that can be read here; allowed are PNG"),
+        (dds(), "is not an image that can be read here"),
+        ("HTTPS://example.org/a.png", "Remote images are not fetched here")], ids=lambda value: str(value)[:40])
     def test_in_one_sentence(self, source, message, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=message) as raised:
             open_image(source)
         assert "\n" not in str(raised.value)
 
+    def test_opened_by_pillow_and_damaged(self):
+        with pytest.raises(UserError, match="damaged or cut off"):
+            open_image(pillow.open(io.BytesIO(icns_of(png_of(20_000, 20_000)))))
+
+    @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+    def test_a_damaged_avif(self):
+        data = bytearray(content(pillow.effect_noise((64, 64), 90), "AVIF"))
+        data[data.index(b"mdat") + 8 :] = b"\xff" * (len(data) - data.index(b"mdat") - 8)
+        with pytest.raises(UserError, match="damaged or cut off"):
+            open_image(bytes(data))
+
     def test_a_folder(self, tmp_path):
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=f"{tmp_path} is a folder"):
             open_image(tmp_path)
+
+    def test_a_file_that_does_not_end(self, monkeypatch):
+        monkeypatch.setattr(module, "FILE_LIMIT", 3_000_000)
+        with pytest.raises(UserError, match="zero is larger than 3 MB"):
+            open_image("/dev/zero")
 
     def test_files_where_they_are_not_allowed(self, tmp_path):
         stripes().save(tmp_path / "a.png")
@@ -148,6 +230,13 @@ class TestRefused:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+            return
         body = {"/a.png": content(stripes()), "/big": b"x" * 4000}.get(self.path)
         self.send_response(200 if body else 404)
         self.end_headers()
@@ -157,19 +246,69 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def test_urls_where_they_are_allowed(monkeypatch):
+@contextmanager
+def serving():
     server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # who asked may leave before the end
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
     try:
-        assert open_image(f"{url}/a.png", allow_urls=True).tobytes() == stripes().tobytes()
-        with pytest.raises(UserError, match=r"cannot be fetched \(Not Found\)"):
-            open_image(f"{url}/b.png", allow_urls=True)
-        monkeypatch.setattr(module, "DOWNLOAD_LIMIT", 3000)
-        with pytest.raises(UserError, match="is larger than"):
-            open_image(f"{url}/big", allow_urls=True)
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def replying(reply):
+    """A server that says the same to everyone."""
+    def answer():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        thread.join()
+
+
+class TestUrls:
+    """Where they are allowed."""
+
+    def test_fetched(self, monkeypatch):
+        with serving() as url:
+            assert open_image(f"{url}/a.png", allow_urls=True).tobytes() == stripes().tobytes()
+            with pytest.raises(UserError, match=r"cannot be fetched \(Not Found\)"):
+                open_image(f"{url}/b.png", allow_urls=True)
+            monkeypatch.setattr(module, "DOWNLOAD_LIMIT", 3000)
+            with pytest.raises(UserError, match="is larger than"):
+                open_image(f"{url}/big", allow_urls=True)
+
+    def test_the_time_is_that_of_the_whole(self, monkeypatch):
+        """A server that sends a byte now and then is left."""
+        monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.5)
+        with serving() as url:
+            start = time.monotonic()
+            with pytest.raises(UserError, match="cannot be fetched .it takes longer than 0.5 seconds"):
+                open_image(f"{url}/slow", allow_urls=True)
+            assert time.monotonic() - start < 3
+
+    @pytest.mark.parametrize("url", ["http://127.0.0.1/a b.png", "http://127.0.0.1:port/a", "http://[::1/a", "http:///a.png",
+                                     "http://127.0.0.1/\nHost: a", "http://127.0.0.1:9/ü.png"])
+    def test_none_of_its_form(self, url):
+        with pytest.raises(UserError, match="cannot be fetched") as raised:
+            open_image(url, allow_urls=True)
+        assert "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize("reply", [b"junk\r\nmore\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\nabc",
+                                       b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", b""],
+                             ids=["junk", "cut off", "headers", "nothing"])
+    def test_a_reply_that_is_none(self, reply):
+        with replying(reply) as url, pytest.raises(UserError, match="cannot be fetched") as raised:
+            open_image(url, allow_urls=True)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("change", "message"), [
