@@ -19,12 +19,12 @@ from mlx_diffgemma.generate import (
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, user_message
-from mlx_diffgemma.video import Video
+from mlx_diffgemma.video import Video, VideoWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CanvasStep", "CheckpointWarning", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError",
-    "PromptCache", "UserError", "Video",
+    "PromptCache", "UserError", "Video", "VideoWarning",
     "batch_generate", "chat_ids", "convert", "generate", "load", "stream_generate", "user_message",
 ]

@@ -1,7 +1,9 @@
 """Videos as the model takes them: at most 60 frames, one a second, each an image behind its time.
 
-The frames are read one after the other and resized at once, so that a video takes the memory of its resized frames.  Needs
-PyAV (the extra ``vision``).
+A ``Video`` is a file that nobody has opened yet, a ``Clip`` has its frames decoded, and the ``Film`` made of either is ready
+for the tower.  The frames are read one after the other and resized at once, so that a video takes the memory of its resized
+frames.  FFmpeg gets the bytes of the one file and no address, and is kept from what a file may point to.  Needs PyAV (the extra
+``vision``).
 
     >>> film = prepare_video(Video("clip.mp4"), config.vision, 70)
     >>> len(film.frames), film.seconds[:3]
@@ -11,20 +13,23 @@ PyAV (the extra ``vision``).
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.images import PIXEL_LIMIT, Image, open_image, prepare
+from mlx_diffgemma.images import PIXEL_LIMIT, Image, open_file, open_image, prepare
 
 if TYPE_CHECKING:
     from PIL import Image as pillow
 
 MAX_FRAMES = 60  # Google's guide: up to 60 seconds at one frame a second
+SLACK = 1e-3  # seconds by which files round the times of frames
+USUAL_RATE = 25  # frames a second, where a file without times does not say
 MISSING = "Videos need PyAV; install it with `pip install 'mlx-diffgemma[vision]'`."
 
 
@@ -34,19 +39,19 @@ class VideoWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, by path or as its bytes, and how many frames a second are taken of it."""
+    """A video file, by path or as its bytes, and how many frames a second are taken of it.  Nothing is read yet."""
 
-    source: str | Path | bytes
+    source: str | Path | bytes | bytearray | memoryview
     fps: float = 1.0
 
     @property
     def name(self) -> str:
-        return "The video" if isinstance(self.source, bytes) else Path(self.source).name
+        return Path(self.source).name if isinstance(self.source, str | Path) else "The video"
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A video whose frames are at hand, and the seconds at which they are shown."""
+    """A video whose frames are decoded already, as images of Pillow of any size, and the seconds at which they are shown."""
 
     frames: Sequence[pillow.Image]
     seconds: Sequence[float]
@@ -54,7 +59,8 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Film:
-    """A video ready for the tower: its frames and the seconds at which they are shown."""
+    """A video prepared for the tower, as ``images.Image`` is an image: its frames, resized, and the seconds at which they are
+    shown."""
 
     frames: tuple[Image, ...]
     seconds: tuple[float, ...]
@@ -76,27 +82,39 @@ def prepare_video(video: Video | Clip, config: VisionConfig, budget: int) -> Fil
         import av
     except ImportError:
         raise UserError(MISSING) from None
-    frames, seconds = list[Image](), list[float]()
     try:
-        for second, frame in _sample(video, av):
-            frames.append(prepare(frame, config, budget))
-            seconds.append(second)
-    except FileNotFoundError:
-        raise UserError(f"There is no video {video.source!s}.") from None
+        with _open(video) as file:
+            taken = _sample(video, file, config, budget, av)
+    except UserError:
+        raise
     except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{video.name} cannot be read as a video, or is damaged or cut off ({reason}).") from None
     except OSError as error:
         raise UserError(f"{video.name} cannot be read ({error.strerror}).") from None
-    if not frames:
+    if not taken:
         raise UserError(f"{video.name} holds no frames.")
-    return Film(tuple(frames), tuple(seconds))
+    return Film(tuple(image for _, image in taken), tuple(second for second, _ in taken))
 
 
-def _sample(video: Video, av: Any) -> Iterator[tuple[float, pillow.Image]]:
-    """The frames at 0, 1 / fps, 2 / fps … seconds: of each moment the first that is shown from then on."""
-    source = io.BytesIO(video.source) if isinstance(video.source, bytes) else str(Path(video.source).expanduser())
-    with av.open(source) as container:
+def _open(video: Video) -> BinaryIO:
+    if isinstance(video.source, bytes | bytearray | memoryview):
+        return io.BytesIO(video.source)
+    if not isinstance(video.source, str | Path):
+        raise UserError(f"A video is the path of a file or its bytes, not {type(video.source).__name__}.")
+    if isinstance(video.source, str) and (video.source.startswith("data:") or "://" in video.source):
+        raise UserError("URLs of videos are not fetched here; give the path of a file, or its bytes.")
+    return open_file(video.source, "video")
+
+
+def _sample(video: Video, file: BinaryIO, config: VisionConfig, budget: int, av: Any) -> list[tuple[float, Image]]:
+    """The first frame of each step of 1 / fps seconds in which one begins, with its second.
+
+    A video known to have more than 60 is read in longer steps.  One that turns out to, as not every file says how long it is or
+    says it right, has its steps doubled while it is read.
+    """
+    # A playlist, or a film in several files, would have FFmpeg open what it names.
+    with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
         if not container.streams.video:
             raise UserError(f"{video.name} holds no video.")
         stream = container.streams.video[0]
@@ -105,26 +123,59 @@ def _sample(video: Video, av: Any) -> Iterator[tuple[float, pillow.Image]]:
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > PIXEL_LIMIT:
             raise UserError(f"{video.name} has {width:,} x {height:,} pixels, more than the {PIXEL_LIMIT:,} allowed.")
-        duration = _duration(container, stream, av)
-        every = max(1 / video.fps, float(1 / stream.average_rate) if stream.average_rate else 0.0)  # no more than there are
-        if duration > MAX_FRAMES * every:
-            every = duration / MAX_FRAMES
-            warnings.warn(f"{video.name} lasts {duration:.0f} s, which at {video.fps:g} frame(s) a second are more than the "
-                          f"{MAX_FRAMES} frames the model was made for: {MAX_FRAMES} are taken, one every {every:.1f} s.",
-                          VideoWarning, stacklevel=2)
-        taken, first = 0, None
-        for frame in container.decode(stream):
+        duration, step = _duration(container, stream, av), 1 / video.fps
+        if duration * min(video.fps, stream.average_rate or video.fps) > MAX_FRAMES:  # no more than there are
+            step = duration / MAX_FRAMES
+        taken, due, second = list[tuple[float, Image]](), 0.0, 0.0
+        asked, due_as_asked = 0, 0.0
+        for second, frame in _frames(container, stream):
+            if second >= due_as_asked - SLACK:
+                asked, due_as_asked = asked + 1, _next_step(second, 1 / video.fps)
+            past_the_end = len(taken) == MAX_FRAMES and duration - SLACK <= second < duration + step  # of a rounded duration
+            if second < due - SLACK or past_the_end:
+                continue
+            shown = frame.to_image()
+            taken.append((second, prepare(shown.rotate(frame.rotation, expand=True) if frame.rotation else shown, config, budget)))
+            while len(taken) > MAX_FRAMES:
+                step *= 2
+                taken = _thinned(taken, step)
+            due = _next_step(second, step)
+    if asked > MAX_FRAMES:
+        warnings.warn(f"{video.name} lasts {max(duration, second):.0f} s, which at {video.fps:g} frame(s) a second are more than "
+                      f"the {MAX_FRAMES} frames the model was made for: {len(taken)} are taken, one every {step:.1f} s.",
+                      VideoWarning, stacklevel=3)
+    return taken
+
+
+def _frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    """Each frame and how many seconds behind the first it is shown; where a file keeps no times, by its number."""
+    usual, first, second = 1 / float(stream.guessed_rate or stream.average_rate or USUAL_RATE), None, 0.0
+    for number, frame in enumerate(container.decode(stream)):
+        if frame.time is None:
+            second = second + usual if number else 0.0
+        else:
             first = frame.time if first is None else first
-            second = (frame.time or 0.0) - (first or 0.0)
-            if second >= taken * every - 1e-3:
-                yield second, frame.to_image().rotate(frame.rotation, expand=True) if frame.rotation else frame.to_image()
-                taken += 1
-                if taken == MAX_FRAMES:
-                    return
+            second = frame.time - first
+        yield second, frame
+
+
+def _next_step(second: float, step: float) -> float:
+    """When the step after that of ``second`` begins."""
+    return (math.floor((second + SLACK) / step) + 1) * step
+
+
+def _thinned(taken: Sequence[tuple[float, Image]], step: float) -> list[tuple[float, Image]]:
+    """What is left of the frames in longer steps: as if they had been read so."""
+    left, due = list[tuple[float, Image]](), 0.0
+    for second, image in taken:
+        if second >= due - SLACK:
+            left.append((second, image))
+            due = _next_step(second, step)
+    return left
 
 
 def _duration(container: Any, stream: Any, av: Any) -> float:
-    """Seconds from the first frame to the end."""
+    """Seconds from the first frame to the end, 0 where the file does not say."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if container.duration is not None:

@@ -3,34 +3,51 @@
 import io
 import struct
 import warnings
+import weakref
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from mlx_diffgemma import chat_ids, load, stream_generate, user_message
+from mlx_diffgemma import VideoWarning, chat_ids, load, stream_generate, user_message
+from mlx_diffgemma import video as module
 from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.video import MAX_FRAMES, Video, VideoWarning, prepare_video
+from mlx_diffgemma.video import MAX_FRAMES, Clip, Film, Video, prepare_video
+from tests.test_images import serving
 
 CONFIG = VisionConfig.from_dict({"patch_size": 16, "pooling_kernel_size": 3})
 
 
-def write_video(path, seconds, fps=10, size=(96, 64), codec="mpeg4", grey=lambda second: int(second * 2)):
-    """Frames that are as grey as their second says."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+def write_video(path, seconds, fps=10, size=(96, 64), codec="mpeg4", grey=lambda second: int(second * 2), **options):
+    """Frames that are as grey as their second says, as many a second as ``fps`` says or at the times it lists."""
+    times = fps if isinstance(fps, list) else None
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=30 if times else fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.bit_rate = 4_000_000
-        for number in range(round(seconds * fps)):
-            shade = min(255, grey(number / fps))
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(len(times or range(round(seconds * fps)))):
+            second = times[number] if times else number / fps
+            shade = min(255, grey(second))
             frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), shade, dtype=np.uint8), format="rgb24")
+            if times:
+                frame.pts, frame.time_base = round(second * 1000), Fraction(1, 1000)
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+def sampled(video, config=CONFIG):
+    """Of a video that may be read as densely as is asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return prepare_video(video, config, 70)
 
 
 def shades(film):
@@ -92,16 +109,109 @@ class TestSampling:
         a, b = prepare_video(Video(path), CONFIG, 70), prepare_video(Video(path.read_bytes()), CONFIG, 70)
         assert [frame.digest for frame in a.frames] == [frame.digest for frame in b.frames]
 
-    def test_memory_is_that_of_the_resized_frames(self, tmp_path):
-        path = write_video(tmp_path / "a.mp4", 5, fps=2, size=(1280, 720))
-        film = prepare_video(Video(path), CONFIG, 70)
-        assert sum(frame.pixels.nbytes for frame in film.frames) <= 5 * 70 * 48 * 48 * 3
+    def test_decoded_frames_are_not_kept(self, tmp_path, monkeypatch):
+        """Each is let go when it is resized: what a video takes is its resized frames."""
+        seen, alive = [], []
+
+        def spy(image, *arguments):
+            alive.append(sum(frame() is not None for frame in seen))
+            seen.append(weakref.ref(image))
+            return prepare(image, *arguments)
+
+        prepare = module.prepare
+        monkeypatch.setattr(module, "prepare", spy)
+        assert len(sampled(Video(write_video(tmp_path / "a.mp4", 12))).frames) == len(alive) == 12
+        assert max(alive) <= 1
+
+    def test_a_still_picture_and_then_thirty_frames_a_second(self, tmp_path):
+        """The time a picture stands is not made good by reading what follows more densely."""
+        path = write_video(tmp_path / "a.mp4", 60, [0, *(30 + i / 30 for i in range(900))], codec="libx264")
+        assert sampled(Video(path)).seconds == pytest.approx((0, *range(30, 60)), abs=0.04)
+
+    @pytest.mark.parametrize(("fps", "times"), [(1.0, [0, 1, 2, 30]), (2.0, [0, 0.5, 1, 1.5, 2, 30]), (0.5, [0, 2, 30])])
+    def test_few_frames_at_first_and_none_for_long(self, tmp_path, fps, times):
+        """Frames that come more often than the average says."""
+        path = write_video(tmp_path / "a.mp4", 30, [0, 0.5, 1, 1.5, 2, 30])
+        assert sampled(Video(path, fps)).seconds == pytest.approx(times, abs=0.02)
+
+    @pytest.mark.parametrize(("name", "codec", "options"), [
+        ("a.mkv", "mpeg4", {"options": {"live": "1"}}), ("a.m4v", "mpeg4", {"format": "m4v"}), ("a.h264", "libx264", {}),
+    ], ids=lambda value: str(value)[:6])
+    class TestUnknownDuration:
+        def test_all_of_it_is_read(self, tmp_path, name, codec, options):
+            path = write_video(tmp_path / name, 40, 5, codec=codec, grey=lambda second: 6 * int(second), **options)
+            film = sampled(Video(path))
+            assert film.seconds == pytest.approx(range(40), abs=0.01)
+            np.testing.assert_allclose(shades(film), [6 * i for i in range(40)], atol=4)
+
+        @pytest.mark.parametrize(("seconds", "count", "step"), [(61, 31, 2), (130, 33, 4)])
+        def test_a_longer_one_is_spread(self, tmp_path, name, codec, options, seconds, count, step):
+            path = write_video(tmp_path / name, seconds, 5, codec=codec, grey=int, **options)
+            with pytest.warns(VideoWarning, match=f"lasts {seconds} s.*: {count} are taken, one every {step}.0 s"):
+                film = prepare_video(Video(path), CONFIG, 70)
+            assert film.seconds == pytest.approx([step * i for i in range(count)], abs=0.01)
+            np.testing.assert_allclose(shades(film), [step * i for i in range(count)], atol=4)
+
+    def test_a_duration_that_is_too_short(self, tmp_path):
+        """As files say whose frames have no lengths: what is behind it is read too."""
+        path = write_video(tmp_path / "a.mp4", 200, [*range(100), 200], codec="libx264")
+        with av.open(str(path)) as container:
+            assert container.duration < 150 * av.time_base
+        with pytest.warns(VideoWarning, match="lasts 200 s"):
+            film = prepare_video(Video(path), CONFIG, 70)
+        assert film.seconds[-1] == pytest.approx(200)
+        assert 30 < len(film.frames) <= MAX_FRAMES
+
+    def test_a_duration_that_lacks_its_last_frame(self, tmp_path):
+        """One frame too many is left out, rather than every second."""
+        path = write_video(tmp_path / "a.mp4", 100, [*range(101)], codec="libx264")
+        with av.open(str(path)) as container:
+            assert 98 * av.time_base < container.duration < 100 * av.time_base
+        with pytest.warns(VideoWarning, match="60 are taken"):
+            assert len(prepare_video(Video(path), CONFIG, 70).frames) == MAX_FRAMES
+
+    def test_a_title_of_another_encoding(self, tmp_path):
+        data = write_video(tmp_path / "a.mkv", 1).read_bytes()
+        assert sampled(Video(data.replace(b"Lavf", b"\xfcavf"))).seconds == (0.0,)
+
+    def test_a_clip_is_taken_whole(self):
+        film = prepare_video(Clip([pillow.new("RGB", (60, 60))] * 2, [0.0, 0.1]), CONFIG, 70)
+        assert isinstance(film, Film)
+        assert film.seconds == (0.0, 0.1)
 
 
 class TestRefused:
-    def test_no_file(self):
-        with pytest.raises(UserError, match="There is no video missing.mp4"):
-            prepare_video(Video("missing.mp4"), CONFIG, 70)
+    @pytest.mark.parametrize(("source", "message"), [
+        ("missing.mp4", "There is no video missing.mp4"), (".", r"\. is a folder; give the file of the video"),
+        ("a\0b.mp4", r"'a\\x00b.mp4' is not the path of a file"), ("~nosuchuser/a.mp4", "is not the path of a file"),
+        ("https://example.org/a.mp4", "URLs of videos are not fetched here; give the path"),
+        ("rtsp://127.0.0.1/a", "URLs of videos"), ("data:video/mp4;base64,AAAA", "URLs of videos"),
+        (np.zeros((2, 2)), "the path of a file or its bytes, not ndarray"), ("/dev/zero", "zero cannot be read as a video"),
+    ], ids=str)
+    def test_no_file(self, source, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=message) as raised:
+            prepare_video(Video(source), CONFIG, 70)
+        assert "\n" not in str(raised.value)
+
+    def test_nothing_is_fetched(self, tmp_path, monkeypatch):
+        """Nor is a file read that another one names."""
+        asked = []
+        monkeypatch.setattr("tests.test_images.Handler.do_GET", lambda self: asked.append(self.path))
+        monkeypatch.chdir(tmp_path)
+        write_video(tmp_path / "a.mp4", 1)
+        with serving() as url:
+            playlists = [b"ffconcat version 1.0\nfile a.mp4\n", f"ffconcat version 1.0\nfile {url}/a.mp4\n".encode(),
+                         f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}/a.ts\n#EXT-X-ENDLIST\n".encode()]
+            for number, playlist in enumerate(playlists):
+                path = tmp_path / f"{number}.m3u8"
+                path.write_bytes(playlist)
+                for source in (playlist, path, str(path)):
+                    with pytest.raises(UserError, match="cannot be read as a video"):
+                        prepare_video(Video(source), CONFIG, 70)
+            with pytest.raises(UserError, match="URLs of videos are not fetched"):
+                prepare_video(Video(f"{url}/v.mp4"), CONFIG, 70)
+        assert not asked
 
     @pytest.mark.parametrize("content", [b"", b"hello" * 100])
     def test_no_video(self, content):
