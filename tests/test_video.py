@@ -162,13 +162,13 @@ class TestSampling:
         assert film.seconds[-1] == pytest.approx(200)
         assert 30 < len(film.frames) <= MAX_FRAMES
 
-    def test_a_duration_that_lacks_its_last_frame(self, tmp_path):
+    def test_a_duration_that_lacks_its_last_frame(self, tmp_path, monkeypatch):
         """One frame too many is left out, rather than every second."""
-        path = write_video(tmp_path / "a.mp4", 100, [*range(101)], codec="libx264")
-        with av.open(str(path)) as container:
-            assert 98 * av.time_base < container.duration < 100 * av.time_base
+        path = write_video(tmp_path / "a.mp4", 101, 1)
+        monkeypatch.setattr(module, "_duration", lambda *_: 100.0)
         with pytest.warns(VideoWarning, match="60 are taken"):
-            assert len(prepare_video(Video(path), CONFIG, 70).frames) == MAX_FRAMES
+            film = prepare_video(Video(path), CONFIG, 70)
+        assert len(film.frames) == MAX_FRAMES
 
     def test_a_title_of_another_encoding(self, tmp_path):
         data = write_video(tmp_path / "a.mkv", 1).read_bytes()
