@@ -43,7 +43,8 @@ def apply_axial_rope(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
 
 
 class ClippedLinear(nn.Module):
-    """A linear map whose input and output are kept within stored bounds; source: Gemma4ClippableLinear."""
+    """A linear map whose input and output are kept within stored bounds, where the checkpoint has any; source:
+    Gemma4ClippableLinear."""
 
     def __init__(self, config: VisionConfig, inputs: int, outputs: int):
         super().__init__()
@@ -55,6 +56,7 @@ class ClippedLinear(nn.Module):
                 self[name] = mx.array(mx.inf)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[patches, inputs] to [patches, outputs]."""
         if "input_min" not in self:
             return self.linear(x)
         return mx.clip(self.linear(mx.clip(x, self.input_min, self.input_max)), self.output_min, self.output_max)
@@ -75,6 +77,7 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, self.eps)
 
     def __call__(self, x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+        """[patches, hidden] to the same shape; ``table`` is that of ``axial_table``."""
         patches = x.shape[0]
         queries, keys, values = (projection(x).reshape(patches, heads, self.head_dim) for projection, heads in
                                  ((self.q_proj, self.heads), (self.k_proj, self.kv_heads), (self.v_proj, self.kv_heads)))
@@ -91,6 +94,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Two maps up, one of them the gate, and one down; source: Gemma4VisionMLP."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.gate_proj = ClippedLinear(config, config.hidden_size, config.intermediate_size)
@@ -98,6 +103,7 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(config, config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[patches, hidden] to the same shape."""
         return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -112,6 +118,7 @@ class VisionLayer(nn.Module):
             self[name] = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+        """[patches, hidden] to the same shape; ``table`` is that of ``axial_table``."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), table))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -125,12 +132,15 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = mx.zeros((2, config.position_embedding_size, config.hidden_size))
 
     def __call__(self, patches: mx.array, positions: mx.array) -> mx.array:
+        """[patches, 3 * patch size²] from 0 to 1 and [patches, 2] (x, y), to [patches, hidden]."""
         table = self.position_embedding_table
         x = self.input_proj((2 * (patches - 0.5)).astype(table.dtype))
         return x + (table[0][positions[:, 0]] + table[1][positions[:, 1]])
 
 
 class VisionEncoder(nn.Module):
+    """The layers under the checkpoint's key path; the tower runs them.  Source: Gemma4VisionEncoder."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
@@ -158,7 +168,10 @@ class VisionTower(nn.Module):
         return self.pool(x, grid)
 
     def pool(self, x: mx.array, grid: Grid) -> mx.array:
-        """The mean of each square of patches, scaled and standardised in float32; source: Gemma4VisionPooler."""
+        """[patches, hidden] to [soft tokens, hidden]: the mean of each square of patches, scaled and standardised in float32.
+
+        Source: Gemma4VisionPooler, and the end of Gemma4VisionModel.
+        """
         side, size = self.config.pooling_kernel_size, self.config.hidden_size
         squares = x.astype(mx.float32).reshape(grid[0] // side, side, grid[1] // side, side, size)
         pooled = squares.mean(axis=(1, 3)).astype(x.dtype).astype(mx.float32).reshape(-1, size) * size**0.5
@@ -176,4 +189,5 @@ class VisionEmbedder(nn.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[soft tokens, hidden of the tower] to [soft tokens, hidden of the backbone]."""
         return self.embedding_projection(rms_norm(x, None, self.eps))

@@ -64,7 +64,10 @@ class TestGenerate:
         (["--image", "circle.png", "--image-tokens", "100"], "560 or 1120 soft tokens, not 100"),
         (["--video", "clip.mp4", "--fps", "0"], "at most 120 frames a second, not 0"),
         (["--image", "circle.png", "--ignore-chat-template"], "0 image marker(s) and 1 image(s)"),
-        (["--image", "http://127.0.0.1:9/a.png"], "cannot be fetched")], ids=lambda value: " ".join(value[-1:]))
+        (["--image", "http://127.0.0.1:9/a.png"], "cannot be fetched"), (["--image", "http://[::1/a"], "cannot be fetched"),
+        (["--image", "."], ". is a folder; give the file of the image"), (["--image", "~nosuchuser/a.png"], "is not the path"),
+        (["--image", "data:image/png;base64,ü"], "data URL is not of the form"), (["--video", "."], ". is a folder"),
+        (["--video", "http://127.0.0.1:9/a.mp4"], "URLs of videos are not fetched here")], ids=lambda value: " ".join(value[-1:]))
     def test_a_mistake_is_one_line(self, monkeypatch, capsys, folder, arguments, message):
         monkeypatch.chdir(folder)
         code, out, err = ask(monkeypatch, capsys, *arguments)
@@ -81,12 +84,15 @@ class TestGenerate:
 
 class TestChat:
     def test_an_image_comes_with_what_is_said_next(self, monkeypatch, capsys, folder):
-        lines = f"/image {folder / 'circle.png'}\n{QUESTION}\n/image {folder / 'text.png'}\n{QUESTION}\n"
+        lines = (f"/image {folder / 'circle.png'}\n{QUESTION}\n/image {folder / 'text.png'}\n/image {folder}\n/image a\0b.png\n"
+                 f"/image http://[::1/a\n{QUESTION}\n")
         code, out, err = run(monkeypatch, capsys, "chat", "--model", nano.VISION, "--seed", "0", stdin=lines)
         assert code == 0
         assert out.splitlines()[0] == "a red circle"
         assert "1 image(s) come with what you say next" in err
         assert "error: text.png is not an image" in err
+        assert f"error: {folder} is a folder" in err.replace("\n", " ")
+        assert err.count("error: ") == 4
 
 
 def test_questions_of_a_file(monkeypatch, capsys, folder, tmp_path):
