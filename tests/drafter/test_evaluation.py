@@ -10,11 +10,12 @@ import pytest
 from drafter import save_drafter
 from drafter.baselines import FixedDraft, JudgedPolicy, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
 from drafter.canvas import DraftRules
-from drafter.evaluation import answer, answer_causally, oracle
+from drafter.evaluation import answer, answer_causally, evaluate_drafter, oracle
 from drafter.measures import Answered, Shares, drift, way_result
 from drafter.run import DraftShape, share
 from mlx_diffgemma.config import released_config
 from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import tasks_named
 from mlx_diffgemma.session import Canvas, Session
 from tests.drafter.drafters import random_drafter
@@ -85,6 +86,11 @@ def test_drift():
     assert drift(runs(0.0), runs(1.0), lambda a: [a.text]) == 2.0
     found = way_result("x", runs(0.3), runs(0.3), SHARES, False)
     assert found.variety == pytest.approx(2 * 0.3 * 0.7 / 2, abs=0.02)
+
+
+def test_questions_with_images_are_refused(nano_pair):
+    with pytest.raises(UserError, match="Drafters are measured on questions in text only"):
+        evaluate_drafter(*nano_pair, random_drafter(nano_pair[0]), tasks_named("add,pictures-one"), 1, (0, 1))
 
 
 def test_answers_are_scored_and_kept_whole(nano_pair):

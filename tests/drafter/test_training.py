@@ -263,7 +263,9 @@ class TestCommand:
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
         (tmp_path / "empty.jsonl").write_text("\n")
         (tmp_path / "one.jsonl").write_text('{"prompt": "Add 1 and 2."}\n')
+        (tmp_path / "seen.jsonl").write_text('{"prompt": "What is it?", "images": ["a.png"]}\n')
         for options, message in ((["--data", str(tmp_path / "bad.jsonl")], "line 2: 'prompt' or 'messages' is missing"),
+                                 (["--data", str(tmp_path / "seen.jsonl")], "line 1: drafters are trained on text only"),
                                  (["--data", str(tmp_path / "empty.jsonl")], "holds no prompts"),
                                  (["--data", str(tmp_path / "one.jsonl"), "-m", "64"], "at least two"),
                                  (["--data", str(data), "--taps", "1,x"], "layer numbers"),
