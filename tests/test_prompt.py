@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.session import Loop, Session, prefill
 from mlx_diffgemma.video import Film, Video
 from mlx_diffgemma.weights import load_model
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import VISIONS, make_checkpoint
 
 generate_module = importlib.import_module("mlx_diffgemma.generate")  # the name in the package is the function
 QUESTION = "What colour is it?"
@@ -111,6 +112,14 @@ class TestPlaces:
         model, tokenizer = nano_pair
         prompt = chat_ids(tokenizer, [user_message("What is <|image|>?")])
         assert next(stream_generate(model, tokenizer, prompt, mode="ar", max_tokens=2)).tokens
+
+    def test_a_tower_that_was_left_out(self, tmp_path):
+        """Its config names one, its files hold none: a model without eyes."""
+        folder = make_checkpoint(tmp_path)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {"vision_config": VISIONS["plain"]}))
+        config = load_model(folder).config
+        assert (config.vision, config.image_tokens) == (None, None)
 
     @pytest.mark.parametrize("images", ["cat.png", b"cat", noise(0), Video("cat.mp4"), Path("cat.png")],
                              ids=lambda images: type(images).__name__)
