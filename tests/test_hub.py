@@ -176,6 +176,7 @@ def test_nothing_is_converted_for_an_upload_that_nobody_may_make(server, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_no_such_repository(server):
     _, endpoint, home = server
     out = command(endpoint, home, "info", "someone/else")

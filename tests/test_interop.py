@@ -75,6 +75,7 @@ def test_mlx_vlm_loads_a_bf16_conversion(tmp_path):
                           expected.model.decoder.layers[3].experts.gate_up_proj.weight)
 
 
+@pytest.mark.slow
 def test_transformers_loads_unquantised_and_dequantised_conversions(tmp_path):
     from transformers import AutoModelForMultimodalLM
 

@@ -244,6 +244,7 @@ def test_refining_leaves_what_is_accepted(nano_pair):
     assert not mx.array_equal(other.ids, draft.ids), "it reads what the step made of the canvas"
 
 
+@pytest.mark.slow
 def test_refined_in_a_batch_is_as_alone(nano_pair):
     model, _ = nano_pair
     prompts, drafter = nano_prompts(5), random_drafter(model, head_size=200, refinement=True)

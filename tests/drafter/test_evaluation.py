@@ -183,7 +183,8 @@ def test_the_oracle_curve_falls(nano_pair, two_shares):
         assert steps[1.0] <= 3
 
 
-def test_the_command(monkeypatch, capsys, nano_pair, two_shares, tmp_path):
+@pytest.mark.slow
+def test_all_ways(monkeypatch, capsys, nano_pair, two_shares, tmp_path):
     save_drafter(random_drafter(nano_pair[0], refinement=True), tmp_path / "drafter")
     options = ["draft", "evaluate", "--draft-model", str(tmp_path / "drafter"), "--tasks", "compare", "--limit", "1"]
     code, out, _ = run_command(monkeypatch, capsys, *options, "--num-seeds", "2", "--output-dir", str(tmp_path / "out"),
@@ -197,8 +198,13 @@ def test_the_command(monkeypatch, capsys, nano_pair, two_shares, tmp_path):
             "drafter, not verified", str(tmp_path / "drafter")} < set(ways)
     assert (record["model"], record["seeds"], len(record["oracle"]), len(record["ar"])) == ("nano-1", [0, 1], 6, 4)
     assert record["rules"] == vars(DraftRules(gate=0.8))
+
+
+def test_the_command(monkeypatch, capsys, nano_pair, tmp_path):
+    save_drafter(random_drafter(nano_pair[0], refinement=True), tmp_path / "drafter")
+    options = ["draft", "evaluate", "--draft-model", str(tmp_path / "drafter"), "--tasks", "compare", "--limit", "1"]
     code, out, _ = run_command(monkeypatch, capsys, *options, "--num-seeds", "2", "--parts", "", "--json")
-    assert [way["name"] for way in json.loads(out)["ways"]] == ["reference", "drafter"] == ways[:2]
+    assert [way["name"] for way in json.loads(out)["ways"]] == ["reference", "drafter"]
     for wrong, message in ((["--num-seeds", "1"], "two seeds"), (["--tasks", "none"], "Unknown task"),
                            (["--parts", "all"], "Unknown part 'all'"), (["--draft-rules", "gate=x"], "cannot be 'x'")):
         code, out, err = run_command(monkeypatch, capsys, *options, *wrong)
