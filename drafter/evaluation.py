@@ -135,10 +135,13 @@ def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter
                      progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """All of it, or some of the ``kinds``, as a record.  ``drafters`` are more of them by name, asked under the same rules.
 
-    Errors: UserError for a drafter of another model, for nothing to ask, one seed only, and a kind that is none.
+    Errors: UserError for a drafter of another model, for nothing to ask, questions with images, one seed only,
+    and a kind that is none.
     """
     kinds, rules = set(kinds), rules or DraftRules()
     questions = [question for task in tasks for question in task.questions(limit) if not question.choices]
+    if any(question.images for question in questions):
+        raise UserError("Drafters are measured on questions in text only; leave out those with images.")
     if not questions or len(seeds) < 2:
         raise UserError("At least one question that is answered in text and two seeds are needed.")
     if not kinds <= set(KINDS):

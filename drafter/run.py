@@ -88,6 +88,8 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     def make(entry: object) -> list[dict[str, str]]:
         if not isinstance(entry, dict) or not ("prompt" in entry or "messages" in entry):
             raise UserError("'prompt' or 'messages' is missing.")
+        if entry.get("images"):
+            raise UserError("drafters are trained on text only; leave out the lines with 'images'.")
         messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
         if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
             raise UserError("'prompt' must be text, 'messages' a list of objects with a role and a content.")

@@ -66,8 +66,8 @@ class Chat:
         not been.  Errors: UserError as ``stream_generate``, above all for a history that fills the context.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
-        asked = [*self.messages, user_message(text, len(images))]
-        seen = [*self.images, *prepare_media(images, self.model.config, self.options.get("image_tokens"))]
+        new = prepare_media(images, self.model.config, self.options.get("image_tokens"))
+        asked, seen = [*self.messages, user_message(text, len(new))], [*self.images, *new]
         ids = chat_ids(self.tokenizer, [*system, *asked], think=self.think)
         options = self.options | ({"seed": self.options["seed"] + self.stats.turns} if self.options.get("seed") is not None else {})
         responses: list[GenerationResponse] = []

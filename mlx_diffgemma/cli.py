@@ -36,6 +36,7 @@ from mlx_diffgemma.generate import (
     summary,
 )
 from mlx_diffgemma.images import open_image
+from mlx_diffgemma.prompt import check_eyes, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.recipes import MODES, RECIPES
 from mlx_diffgemma.rules import LENGTHS, PRESETS, SAMPLERS
@@ -107,6 +108,8 @@ Images = Annotated[list[str], typer.Option("--image", help="An image before the 
                                            "extra vision, and a checkpoint that has eyes: 'nano-vision' is built in.")]
 Videos = Annotated[list[str], typer.Option("--video", help="A video file before the prompt, one frame a second of it; may be given "
                                            "again.")]
+ImageTokens = Annotated[int | None, typer.Option(help="Soft tokens an image may take: 70, 140, 280, 560 or 1120; more see finer. "
+                                                 "Default: the checkpoint's number, 70 for a frame of a video.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -152,10 +155,9 @@ def generate_command(
     draft_rules: Rules = None,
     image: Images = [],  # noqa: B006 (typer copies it)
     video: Videos = [],  # noqa: B006
-    image_tokens: Annotated[int | None, typer.Option(help="Soft tokens an image may take: 70, 140, 280, 560 or 1120; more see "
-                                                     "finer. Default: the checkpoint's number, 70 for a frame of a video.",
-                                                     )] = DEFAULTS.image_tokens,
-    fps: Annotated[float, typer.Option(help="Frames a second that are taken of a video, at most 60 in all.")] = Video.fps,
+    image_tokens: ImageTokens = DEFAULTS.image_tokens,
+    fps: Annotated[float | None, typer.Option(help="Frames a second that are taken of a video, at most 60 in all. "
+                                              f"Default: {Video.fps:g}.")] = None,
     num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens the drafter may guess at once. Default: as many as "
                                                          "its blocks hold.")] = DEFAULTS.num_draft_tokens,
     prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
@@ -172,7 +174,12 @@ def generate_command(
         raise UserError("The prompt is empty; give at least one character.")
     if ignore_chat_template and (system_prompt or think or variables):
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
-    media: list[Any] = [open_image(source, allow_urls=True) for source in image] + [Video(path, fps) for path in video]
+    if image_tokens is not None and not (image or video):
+        raise UserError("--image-tokens has no meaning without --image or --video; leave it out.")
+    if fps is not None and not video:
+        raise UserError("--fps has no meaning without --video; leave it out.")
+    media: list[Any] = [open_image(source, allow_urls=True) for source in image]
+    media += [Video(path, Video.fps if fps is None else fps) for path in video]
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
         drafter = _drafter(draft_model, draft_rules, mode, network, tokenizer)
@@ -284,6 +291,7 @@ def chat(
     canvas_length: CanvasLength = None,
     reroll_empty: RerollEmpty = None,
     retry_unconverged: RetryUnconverged = None,
+    image_tokens: ImageTokens = DEFAULTS.image_tokens,
 ) -> None:
     """Talk to a model; the canvas is shown while it resolves."""
     from mlx_diffgemma.chat import Chat
@@ -308,7 +316,7 @@ def chat(
             waiting.clear()
         elif command == "/image":
             try:
-                waiting.append(open_image(rest.strip(), allow_urls=True))
+                waiting += _image_for(talk, rest.strip())
                 errors.print(f"{len(waiting)} image(s) come with what you say next", style="dim")
             except UserError as error:
                 errors.print(f"error: {error}", markup=False)
@@ -321,8 +329,18 @@ def chat(
         elif command.startswith("/"):
             errors.print(CHAT_HELP, style="dim", markup=False)
         else:
+            turns = talk.stats.turns
             _take_turn(talk, line.strip(), waiting, at_terminal)
-            waiting = []
+            if talk.stats.turns > turns:  # else the turn is as if it had not been, and they still wait
+                waiting = []
+
+
+def _image_for(talk: Chat, name: str) -> list[Any]:
+    """The image of a file or URL, ready for the model; refused here, not at the turn."""
+    check_eyes(talk.model.config)
+    if not name:
+        raise UserError("No file was named; give one, as /image cat.png.")
+    return [*prepare_media([open_image(name, allow_urls=True)], talk.model.config, talk.options.get("image_tokens"))]
 
 
 def _read_line(prompt: str) -> str | None:

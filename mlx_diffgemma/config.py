@@ -110,23 +110,27 @@ class VisionConfig:
             if value not in supported:
                 raise UserError(f"config.json: vision_config.{key} is {value!r}, only {supported[0]!r} is supported.")
         heads = raw.get("num_attention_heads", 12)
-        numbers = {key: raw.get(key, default) for key, default in (
-            ("hidden_size", 768), ("intermediate_size", 3072), ("num_hidden_layers", 16), ("num_attention_heads", 12),
-            ("num_key_value_heads", heads), ("head_dim", 64), ("patch_size", 16), ("pooling_kernel_size", 3),
-            ("position_embedding_size", 10_240))}
+        given = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+                 "num_key_value_heads": heads, "head_dim": 64, "patch_size": 16, "pooling_kernel_size": 3,
+                 "position_embedding_size": 10_240} | dict(raw)
+        numbers = {key: _positive(given, key, "vision_config.") for key in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "patch_size", "pooling_kernel_size", "position_embedding_size")}
+        if not (theta := float(rope.get("rope_theta", 100.0))) > 0 or not (eps := float(raw.get("rms_norm_eps") or 1e-6)) > 0:
+            raise UserError("config.json: vision_config needs a rope_theta and a rms_norm_eps above 0; download the file again.")
         if numbers["head_dim"] % 4 or heads % numbers["num_key_value_heads"]:
             raise UserError(f"config.json: the vision tower has heads of {numbers['head_dim']} for {heads} over "
                             f"{numbers['num_key_value_heads']}; the size must divide by 4, and the numbers by each other.")
-        return cls(**numbers, rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6), rope_theta=float(rope.get("rope_theta", 100.0)),
-                   standardize=bool(raw.get("standardize")), clipped=bool(raw.get("use_clipped_linears")))
+        return cls(**numbers, rms_norm_eps=eps, rope_theta=theta, standardize=bool(raw.get("standardize")),
+                   clipped=bool(raw.get("use_clipped_linears")))
 
 
 @dataclass(frozen=True)
 class ImageTokens:
     """What stands for an image in the prompt: a begin token, ``image`` once for every soft token, an end token.
 
-    ``budget`` is how many soft tokens an image may take unless another number is asked for; ``both_ways``: those of one image see
-    each other in both directions.
+    Of a model with a tower only: without one the image token is text.  ``budget`` is how many soft tokens an image may take unless
+    another number is asked for; ``both_ways``: those of one image see each other in both directions.
     """
 
     begin: int
@@ -253,17 +257,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _image_tokens(raw: Mapping[str, Any]) -> ImageTokens | None:
     ids = [raw.get(f"{name}_token_id") for name in ("boi", "image", "eoi")]
-    if None in ids:
+    if not raw.get("vision_config") or None in ids:
         return None
     begin, image, end = map(int, ids)  # type: ignore[arg-type]
-    return ImageTokens(begin, image, end, int(raw.get("vision_soft_tokens_per_image") or 280),
+    budget = raw.get("vision_soft_tokens_per_image")
+    return ImageTokens(begin, image, end, 280 if budget is None else _positive(raw, "vision_soft_tokens_per_image", ""),
                        raw["text_config"].get("use_bidirectional_attention") == "vision")
 
 
-def _positive(raw: Mapping[str, Any], key: str) -> int:
+def _positive(raw: Mapping[str, Any], key: str, where: str = "text_config.") -> int:
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UserError(f"config.json: text_config.{key} must be a positive integer, got {value!r}.")
+        raise UserError(f"config.json: {where}{key} must be a positive integer, got {value!r}.")
     return value
 
 

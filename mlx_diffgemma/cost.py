@@ -11,7 +11,7 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma.config import ModelConfig, TextConfig
+from mlx_diffgemma.config import ModelConfig, TextConfig, VisionConfig
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import Precision, Recipe, kind_of
 
@@ -77,6 +77,13 @@ def run_bytes(config: ModelConfig, weights: int, context: int, element_size: int
     """Bytes one answer takes at ``context`` tokens: weights, K/V cache and a step's logits."""
     full, sliding = cache_bytes(config.text, element_size)
     return weights + full * context + sliding + logits_bytes(config)
+
+
+def tower_bytes(vision: VisionConfig, patches: int) -> int:
+    """About what the tower holds while it sees an image of so many ``patches``, whatever the dtype: eight times the widths of a
+    layer in float32, within a third of what was measured (docs/images.md)."""
+    widths = vision.hidden_size + vision.intermediate_size + 3 * vision.num_attention_heads * vision.head_dim
+    return 8 * 4 * widths * patches
 
 
 def step_flops(config: ModelConfig, context: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ A canvas gives many tokens at once, so a stream brings one response a canvas (on
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import time
 import warnings
@@ -34,12 +35,13 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.images import check_budget
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy, check_coverage, check_sampling
-from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
+from mlx_diffgemma.prompt import Medium, PlacedImage, check_list, place, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session, run
 from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
 from mlx_diffgemma.tuning.adapters import load_adapter
+from mlx_diffgemma.video import VideoWarning
 from mlx_diffgemma.weights import check_supported, load_model
 
 MODES = ("diffusion", "ar")
@@ -329,7 +331,8 @@ def batch_generate(
     """One response a prompt, each with the whole answer; what runs beside a prompt does not change its answer.
 
     Up to ``batch_size`` answers share a forward; a finished one makes room for the next prompt at once.  ``seeds`` gives
-    each prompt its own, else all take ``seed``; ``images`` gives each those of its own.
+    each prompt its own, else all take ``seed``; ``images`` gives each those of its own.  All are refused or accepted before the
+    first answer; of more prompts than run together they are opened again when their turn comes.
     """
     chosen = GenerationOptions.from_keywords(options)
     _check_policy(policy, options)
@@ -338,11 +341,15 @@ def batch_generate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if seeds is not None and len(seeds) != len(prompts):
         raise UserError(f"seeds must have one entry a prompt: got {len(seeds)} for {len(prompts)} prompts.")
-    if images is not None and len(images) != len(prompts):
+    if images is not None and len(check_list(images)) != len(prompts):
         raise UserError(f"images must have one list a prompt: got {len(images)} for {len(prompts)} prompts.")
-    requests = [_Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index],
-                                 images=() if images is None else images[index])
-                for index, prompt in enumerate(prompts)]
+    requests = list[_Request]()
+    for index, prompt in enumerate(prompts):
+        request = _Request.prepare(model, tokenizer, prompt, chosen, seed=None if seeds is None else seeds[index],
+                                   images=() if images is None else images[index])
+        if len(prompts) > batch_size:  # every image was looked at, but only those of running answers are held
+            request.images = ()
+        requests.append(request)
     _check_room(model, requests, batch_size)
     answers: list[GenerationResponse | None] = [None] * len(requests)
     if chosen.mode == "ar":
@@ -376,7 +383,9 @@ class _Request:
     seed: int
     parser: ResponseParser
     eos_ids: tuple[int, ...]
+    opened: Callable[[], tuple[list[int], tuple[PlacedImage, ...]]]  # opens the images again
     images: tuple[PlacedImage, ...] = ()
+    patches: int = 0  # of the largest image
     began: float = 0.0
     prefill_seconds: float = 0.0
     produced: int = 0  # tokens, end token included
@@ -398,20 +407,36 @@ class _Request:
             raise UserError("The prompt is empty; give at least one character.")
         if not all(0 <= token < vocabulary for token in ids):
             raise UserError(f"The prompt holds token ids outside 0 to {vocabulary - 1}; it was made with another tokenizer.")
-        ids, placed = place(ids, prepare_media(images, model.config, options.image_tokens), model.config.image_tokens, tokenizer)
+
+        def opened(asked: list[int] = ids) -> tuple[list[int], tuple[PlacedImage, ...]]:
+            media = prepare_media(images, model.config, options.image_tokens)
+            return place(asked, media, model.config.image_tokens, tokenizer)
+
+        ids, placed = opened()
         length = 1 if options.mode == "ar" else model.config.canvas_length
         parser = ResponseParser(tokenizer)
         parser.feed(prefix)
         chosen = options.seed if seed is None else seed
         return cls(ids, token_limit(len(ids), options.max_tokens, length, model.config.text.max_position_embeddings),
                    int.from_bytes(os.urandom(4), "little") if chosen is None else chosen, parser,
-                   model.config.generation.eos_token_ids, placed)
+                   model.config.generation.eos_token_ids, opened, placed,
+                   max((math.prod(p.image.grid) for p in placed), default=0))
 
     def draws(self, model: DiffusionGemma) -> Draws:
         return Draws(self.seed, model.config.text.vocab_size)
 
     def begin(self) -> None:
         self.began = time.perf_counter()
+
+    def open(self) -> None:
+        """Take up the images again that were let go.  Errors: UserError when they are not what they were."""
+        if not self.patches or self.images:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VideoWarning)  # told the first time
+            ids, self.images = self.opened()
+        if ids != self.ids:
+            raise UserError("An image or video was changed after the batch began; leave the files as they are until it ends.")
 
     def add(self, tokens: Sequence[int], logprobs: Any, done: bool, canvas: Canvas | None = None, from_draft: bool = False,
             ) -> GenerationResponse:
@@ -509,6 +534,8 @@ def _check_room(model: DiffusionGemma, requests: Sequence[_Request], batch_size:
     longest = sorted((len(request.ids) for request in requests), reverse=True)[:batch_size] or [0]
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     needed = weights + sum(cost.run_bytes(config, 0, length + config.canvas_length, element) for length in longest)
+    if config.vision:  # one image at a time
+        needed += cost.tower_bytes(config.vision, max((request.patches for request in requests), default=0))
     many = len(longest) > 1
     size = f"{longest[0]:,} tokens"
     what = f"Running {len(longest)} prompts of up to {size} together" if many else f"A prompt of {size}"
@@ -584,6 +611,7 @@ def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy:
 
     def sessions() -> Iterator[Session]:
         for index, request in enumerate(requests):
+            request.open()
             session = _session(model, request, policy)
             owner[id(session)] = index
             request.begin()
@@ -596,6 +624,7 @@ def _batch_canvases(model: DiffusionGemma, requests: Sequence[_Request], policy:
             requests[index].add_canvas(session.canvases[-1], session.finished)
             if session.finished:
                 del owner[id(session)]
+                requests[index].images = ()
                 yield index, requests[index].whole()
 
 
@@ -603,6 +632,8 @@ def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], options: 
                   draft: DraftModel | None) -> Iterator[tuple[int, GenerationResponse]]:
     for first in range(0, len(requests), batch_size):
         group = requests[first : first + batch_size]
+        for request in group:
+            request.open()
         loop = _causal_loop(model, group, options, draft)
         place = {id(session): row for row, session in enumerate(loop.sessions)}
         for request in group:
@@ -617,4 +648,5 @@ def _batch_causal(model: DiffusionGemma, requests: Sequence[_Request], options: 
                 done = token.session.finished and token is last[id(token.session)]
                 group[row].add_token(token._replace(logprobs=None), done)
                 if done:
+                    group[row].images = ()
                     yield first + row, group[row].whole()

@@ -126,7 +126,7 @@ def row_slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 def as_stored(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
     """``config`` without a vision tower where no tensor of those ``names`` is one's: conversions of the text alone keep the
     description of the eyes they left out."""
-    return config if any(name.startswith(VISION) for name in names) else replace(config, vision=None)
+    return config if any(name.startswith(VISION) for name in names) else replace(config, vision=None, image_tokens=None)
 
 
 def arrange(stored: Mapping[str, Stored], config: ModelConfig, where: str) -> Arrangement:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_diffgemma.config import ImageTokens, ModelConfig
+from mlx_diffgemma.config import ImageTokens, ModelConfig, VisionConfig
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.images import BUDGETS, Image, ImageSource, check_budget, open_image, prepare
 from mlx_diffgemma.video import Clip, Film, Video, prepare_video
@@ -22,6 +22,7 @@ from mlx_diffgemma.video import Clip, Film, Video, prepare_video
 if TYPE_CHECKING:
     from mlx_diffgemma.model import DiffusionGemma
 
+T = TypeVar("T")
 Block = tuple[int, int]
 Medium: TypeAlias = "ImageSource | Video | Clip | Image | Film"
 
@@ -42,18 +43,16 @@ def prepare_media(sources: Sequence[Medium], config: ModelConfig, budget: int | 
     """Open and resize images and videos; what is so already stays.  ``budget`` of soft tokens None: the checkpoint's own, and 70
     for a frame of a video.
 
-    Errors: UserError for a checkpoint without eyes, and as ``open_image`` and ``prepare_video``.
+    Errors: UserError for what is no list, a checkpoint without eyes, what was prepared for another model, and as ``open_image``
+    and ``prepare_video``.
     """
-    if not sources:
+    if not check_list(sources):
         return []
-    vision, tokens = config.vision, config.image_tokens
-    if vision is None or tokens is None:
-        raise UserError("This checkpoint has no vision weights; take one that has them, such as 'nano-vision', or leave the images "
-                        "out.")
+    vision, tokens = check_eyes(config)
     made: list[Image | Film] = []
     for source in sources:
         if isinstance(source, Image | Film):
-            made.append(source)
+            made.append(_check_fits(source, vision))
         elif isinstance(source, Video | Clip):
             made.append(prepare_video(source, vision, BUDGETS[0] if budget is None else check_budget(budget)))
         else:
@@ -61,11 +60,42 @@ def prepare_media(sources: Sequence[Medium], config: ModelConfig, budget: int | 
     return made
 
 
+def check_list(sources: Sequence[T]) -> Sequence[T]:
+    """Errors: UserError for one image or video in place of a list of them."""
+    if isinstance(sources, str | bytes) or not isinstance(sources, Sequence):
+        raise UserError(f"images= takes a list, even of a single image or video, and got {type(sources).__name__}; give a list, "
+                        "images=[…].")
+    return sources
+
+
+def check_eyes(config: ModelConfig) -> tuple[VisionConfig, ImageTokens]:
+    """The tower and the image tokens.  Errors: UserError for a checkpoint that lacks either."""
+    if config.vision is None:
+        raise UserError("This checkpoint has no vision weights; take one that has them, such as 'nano-vision', or leave the images "
+                        "out.")
+    if config.image_tokens is None:
+        raise UserError("config.json must name boi_token_id, image_token_id and eoi_token_id, or images have no place in a prompt; "
+                        "download the file again, or leave the images out.")
+    return config.vision, config.image_tokens
+
+
+def _check_fits(medium: Image | Film, vision: VisionConfig) -> Image | Film:
+    """Errors: UserError for what was cut into patches for another tower."""
+    for image in medium.frames if isinstance(medium, Film) else (medium,):
+        own, wanted = (image.patch_size, image.side), (vision.patch_size, vision.pooling_kernel_size)
+        if own != wanted or max(image.grid) > vision.position_embedding_size:
+            raise UserError(f"An image was prepared for another model, with patches of {own[0]} pixels, {own[1]} x {own[1]} a soft "
+                            f"token, where this one takes {wanted[0]} and {wanted[1]} x {wanted[1]} and at most "
+                            f"{vision.position_embedding_size} in a row; prepare it with this model's config.")
+    return medium
+
+
 def place(ids: Sequence[int], media: Sequence[Image | Film], tokens: ImageTokens | None, tokenizer: TokenizerWrapper,
           ) -> tuple[list[int], tuple[PlacedImage, ...]]:
     """``ids`` with what stands for an image or video in the place of each marker, which is one image token.
 
-    A frame of a video comes behind its time: ``00:07 ``.  Errors: UserError for more markers than images, or fewer.
+    A frame of a video comes behind its time: ``00:07 ``.  Without ``tokens``, of a model without eyes, a marker is text.
+    Errors: UserError for more markers than images, or fewer.
     """
     markers = [] if tokens is None else [place for place, token in enumerate(ids) if token == tokens.image]
     if len(markers) != len(media):

@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 from mlx_diffgemma.config import ModelConfig, read_json
 from mlx_diffgemma.device import check_memory, compute_dtype
 from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.layouts import arrange, quantized_module
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Quantization
@@ -57,6 +58,9 @@ def check_supported(folder: Path) -> ModelConfig:
     config = ModelConfig.from_folder(folder)
     if config.quantization:
         Quantization.from_config(config.quantization)
+    if config.image_tokens and config.image_tokens.budget not in BUDGETS:
+        raise UserError(f"config.json: vision_soft_tokens_per_image is {config.image_tokens.budget}; an image takes at most "
+                        f"{', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}, so set one of these.")
     if (folder / INDEX).exists():
         size = (read_json(folder / INDEX).get("metadata") or {}).get("total_size", 0)
         check_memory(int(size) if mx.default_device() == mx.gpu else 0, folder.name)

@@ -24,6 +24,7 @@ from mlx_diffgemma.tuning.objective import Objective
 from mlx_diffgemma.tuning.state import write_safely
 from mlx_diffgemma.tuning.trainer import Trainer, TrainingOptions
 from mlx_diffgemma.weights import load_model
+from tests.variants import few
 
 RNG = np.random.default_rng(0)
 EXAMPLES = [Example(RNG.integers(7, 300, n).astype(np.int32), n // 2) for n in (30, 41, 25, 50, 33, 28)]
@@ -110,7 +111,7 @@ class TestPrepare:
                 prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": [key]}))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora", "full", "experts"])
+@pytest.mark.parametrize("kind", few(["lora", "dora", "full", "experts"], "dora", "experts"))
 def test_saved_and_loaded_is_the_same(divisible_folder, tmp_path, kind):
     options = AdapterOptions("lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts")
     before = outputs(load_model(divisible_folder))

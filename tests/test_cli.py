@@ -211,6 +211,7 @@ class TestOtherCommands:
             assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_with_what_was_finished(tmp_path):
     """A real process, interrupted in the middle of a long story that never ends."""
     folder = shutil.copytree(nano.FOLDER, tmp_path / "endless")

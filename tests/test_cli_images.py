@@ -1,6 +1,7 @@
 """Images on the command line: files, URLs, videos, and every mistake in one line."""
 
 import json
+import re
 
 import pytest
 from PIL import Image as pillow
@@ -64,6 +65,8 @@ class TestGenerate:
         (["--image", "circle.png", "--image-tokens", "100"], "560 or 1120 soft tokens, not 100"),
         (["--video", "clip.mp4", "--fps", "0"], "at most 120 frames a second, not 0"),
         (["--image", "circle.png", "--ignore-chat-template"], "0 image marker(s) and 1 image(s)"),
+        (["--image-tokens", "70"], "--image-tokens has no meaning without --image or --video"),
+        (["--image", "circle.png", "--fps", "1"], "--fps has no meaning without --video"),
         (["--image", "http://127.0.0.1:9/a.png"], "cannot be fetched"), (["--image", "http://[::1/a"], "cannot be fetched"),
         (["--image", "."], ". is a folder; give the file of the image"), (["--image", "~nosuchuser/a.png"], "is not the path"),
         (["--image", "data:image/png;base64,ü"], "data URL is not of the form"), (["--video", "."], ". is a folder"),
@@ -94,6 +97,29 @@ class TestChat:
         assert f"error: {folder} is a folder" in err.replace("\n", " ")
         assert err.count("error: ") == 4
 
+    def test_a_model_without_eyes_refuses_at_once(self, monkeypatch, capsys, folder):
+        code, out, err = run(monkeypatch, capsys, "chat", "--seed", "0", stdin=f"/image {folder / 'circle.png'}\nAdd 12 and 30.\n")
+        assert (code, out) == (0, "42\n")
+        assert err.startswith("error: This checkpoint has no vision weights")
+
+    def test_without_a_file(self, monkeypatch, capsys):
+        _, _, err = run(monkeypatch, capsys, "chat", "--model", nano.VISION, stdin="/image\n")
+        assert err.startswith("error: No file was named; give one")
+
+    def test_image_tokens(self, monkeypatch, capsys, folder):
+        lines, counts = f"/image {folder / 'circle.png'}\n{QUESTION}\n/stats\n", []
+        for tokens in ("70", "280"):
+            _, _, err = run(monkeypatch, capsys, "chat", "--model", nano.VISION, "--seed", "0", "--image-tokens", tokens, "-m", "8",
+                            stdin=lines)
+            counts.append(int(re.search(r"(\d+) encoded", err)[1]))
+        assert counts[1] - counts[0] == 16 * 16 - 8 * 8
+
+    def test_images_wait_for_a_turn_that_stands(self, monkeypatch, capsys, folder):
+        lines = f"/image {folder / 'circle.png'}\n{'word ' * 9000}\n{QUESTION}\n"
+        _, out, err = run(monkeypatch, capsys, "chat", "--model", nano.VISION, "--seed", "0", stdin=lines)
+        assert "leaves no room" in err
+        assert out == "a red circle\n"
+
 
 def test_questions_of_a_file(monkeypatch, capsys, folder, tmp_path):
     entries = [{"prompt": QUESTION, "images": ["circle.png"], "completion": "a red circle"},
@@ -102,6 +128,10 @@ def test_questions_of_a_file(monkeypatch, capsys, folder, tmp_path):
     code, out, _ = run(monkeypatch, capsys, "evaluate", "--model", nano.VISION, "--data", str(folder / "questions.jsonl"), "--json")
     assert code == 0
     assert [result["score"] for result in json.loads(out.splitlines()[-1])["results"]] == [1.0, 1.0]
+    tool = {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "completion": "c"}
+    (folder / "tool.jsonl").write_text(json.dumps(tool | {"images": ["circle.png"]}))
+    with pytest.raises(ValueError, match="line 1: 'images' belong to .*, and the last message is of role 'tool'"):
+        tasks_of_file(folder / "tool.jsonl")
     for images, message in ((["gone.png"], "line 1: there is no image"), ("circle.png", "'images' must be a list")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(entries[0] | {"images": images}))
         with pytest.raises(ValueError, match=message):

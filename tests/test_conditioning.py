@@ -10,6 +10,7 @@ from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.sampler import KEPT, Before, Flag, StepNumbers, sample_step
 from mlx_diffgemma.session import Loop, Session
+from tests.variants import few
 
 LENGTH, VOCABULARY = 24, 301  # of the tiny model
 
@@ -118,15 +119,16 @@ class TestLoop:
             loop.advance()
         return session.canvases[0].tokens.tolist(), session.canvases[0].steps
 
-    def test_same_ids_as_dense(self, nano_pair):
+    @pytest.mark.parametrize(("text", "seed"), few(
+        [("Sort these numbers: 42 17 91", 0), ("Add 12 and 30.", 1), ("Tell me a story about Leo the owl and a map.", 2)],
+        ("Sort these numbers: 42 17 91", 0), ("Add 12 and 30.", 1)))
+    def test_same_ids_as_dense(self, nano_pair, text, seed):
         from mlx_diffgemma import chat_ids
 
         model, tokenizer = nano_pair
-        texts = ("Sort these numbers: 42 17 91", "Add 12 and 30.", "Tell me a story about Leo the owl and a map.")
-        for seed, text in enumerate(texts):
-            ids = chat_ids(tokenizer, [{"role": "user", "content": text}])
-            generation = model.config.generation
-            assert self.tokens(model, generation, ids, 1 - 1e-6, seed) == self.tokens(model, generation, ids, None, seed)
+        ids = chat_ids(tokenizer, [{"role": "user", "content": text}])
+        generation = model.config.generation
+        assert self.tokens(model, generation, ids, 1 - 1e-6, seed) == self.tokens(model, generation, ids, None, seed)
 
     def test_the_dense_product_is_left_out_where_everything_is_covered(self, nano_pair, monkeypatch):
         from mlx_diffgemma import chat_ids

@@ -5,7 +5,8 @@ import pytest
 from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig, released_config
 from mlx_diffgemma.cost import count_parameters
 from mlx_diffgemma.errors import UserError
-from tests.checkpoints import SHAPES, config_dict
+from mlx_diffgemma.weights import load_model
+from tests.checkpoints import SHAPES, VISIONS, config_dict, make_checkpoint
 
 RELEASED = {**released_config().raw, "vision_config": {"model_type": "gemma4_vision"}, "image_token_id": 258880}
 
@@ -64,6 +65,40 @@ def test_what_cannot_be_run_is_refused(path, value, message):
     target[path[-1]] = value
     with pytest.raises(UserError, match=message):
         ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("num_key_value_heads", 0), ("patch_size", 0), ("patch_size", "24"), ("pooling_kernel_size", -1), ("hidden_size", True),
+    ("num_hidden_layers", 2.0), ("position_embedding_size", None), ("head_dim", 0), ("num_attention_heads", "3"),
+    ("intermediate_size", -8)], ids=str)
+def test_numbers_of_a_tower_are_positive_integers(key, value):
+    raw = config_dict(**SHAPES["five-and-one"]) | {"vision_config": VISIONS["plain"] | {key: value}}
+    with pytest.raises(UserError, match=rf"vision_config\.{key} must be a positive integer, got {value!r}"):
+        ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize("change", [{"rope_parameters": {"rope_theta": 0}}, {"rms_norm_eps": -1e-6}], ids=str)
+def test_a_tower_without_a_scale(change):
+    with pytest.raises(UserError, match="above 0"):
+        ModelConfig.from_dict(config_dict(**SHAPES["five-and-one"]) | {"vision_config": VISIONS["plain"] | change})
+
+
+def test_soft_tokens_an_image_are_checked_at_load(tmp_path):
+    folder = make_checkpoint(tmp_path, vision="plain")
+    raw = json.loads((folder / "config.json").read_text())
+    for budget, message in ((256, "is 256; an image takes at most 70,"), (0, "must be a positive integer, got 0"),
+                            ("70", "must be a positive integer")):
+        (folder / "config.json").write_text(json.dumps(raw | {"vision_soft_tokens_per_image": budget}))
+        with pytest.raises(UserError, match=rf"vision_soft_tokens_per_image {message}"):
+            load_model(folder)
+
+
+def test_image_tokens_are_those_of_a_tower():
+    raw = config_dict(**SHAPES["five-and-one"])
+    assert ModelConfig.from_dict(raw).image_tokens is None
+    tokens = ModelConfig.from_dict(raw | {"vision_config": VISIONS["plain"]}).image_tokens
+    assert (tokens.begin, tokens.end, tokens.image, tokens.budget, tokens.both_ways) == (
+        raw["boi_token_id"], raw["eoi_token_id"], raw["image_token_id"], 280, True)
 
 
 class TestGenerationConfig:

@@ -26,6 +26,7 @@ from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 from tests.test_cli import run
 from tests.test_layouts import tensors_of
+from tests.variants import few
 
 ROOT = Path(__file__).parents[1]
 module = importlib.import_module("mlx_diffgemma.convert")  # the package has the function under this name
@@ -51,13 +52,13 @@ def logits(model, seed=0):
 class TestRecipes:
     """For every recipe, on nano."""
 
-    @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+    @pytest.mark.parametrize("recipe", few(RECIPES.values(), "4bit", "nvfp4"), ids=lambda r: r.name)
     def test_convert_load_generate(self, recipe, tmp_path):
         model, tokenizer = load(str(convert("nano", tmp_path / "out", recipe=recipe.name)))
         prompt = chat_ids(tokenizer, [{"role": "user", "content": "Sort these numbers: 42 17 91"}])
         assert generate(model, tokenizer, prompt, seed=0) == "17 42 91"
 
-    @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+    @pytest.mark.parametrize("recipe", few(RECIPES.values(), "4bit"), ids=lambda r: r.name)
     def test_saved_and_loaded_is_quantised_in_memory(self, recipe, tmp_path):
         saved = load_model(convert("nano", tmp_path / "out", recipe=recipe.name))
         # MLX's own quantiser on the stored bfloat16 weights, then the cast that loading does
@@ -72,11 +73,12 @@ class TestRecipes:
         for a, b in zip(logits(saved), logits(memory)):
             assert mx.array_equal(a, b)
 
-    @pytest.mark.parametrize("recipe", RECIPES)
+    @pytest.mark.parametrize("recipe", few(RECIPES, "4bit"))
     def test_twice_gives_the_same_files(self, recipe, tmp_path):
         same_files(*(convert("nano", tmp_path / name, recipe=recipe) for name in ("one", "two")))
 
-    @pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if r.quantises], ids=lambda r: r.name)
+    @pytest.mark.parametrize("recipe", few([r for r in RECIPES.values() if r.quantises], "4bit-bf16-core", "nvfp4"),
+                             ids=lambda r: r.name)
     def test_every_class_gets_its_precision(self, recipe, tmp_path):
         source = make_checkpoint(tmp_path / "src", "divisible", vision="divisible")
         folder = convert(str(source), tmp_path / "out", recipe=recipe.name)
@@ -91,7 +93,7 @@ class TestRecipes:
                 for suffix, array in expected.items():
                     assert mx.array_equal(tensors[f"{path}.{suffix}"], array), (name, suffix)
 
-    @pytest.mark.parametrize("recipe", [r.name for r in RECIPES.values() if r.quantises])
+    @pytest.mark.parametrize("recipe", few([r.name for r in RECIPES.values() if r.quantises], "4bit", "nvfp4"))
     def test_dequantised_is_what_the_packed_weights_mean(self, recipe, tmp_path):
         packed = convert("nano", tmp_path / "q", recipe=recipe)
         plain = convert(str(packed), tmp_path / "d", dequantize=True, dtype="float32")

@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from mlx_diffgemma import cost
-from mlx_diffgemma.config import ModelConfig, released_config
+from mlx_diffgemma.config import ModelConfig, VisionConfig, released_config
 from mlx_diffgemma.convert import ConvertOptions, plan
 from mlx_diffgemma.recipes import RECIPES, kind_of
 from mlx_diffgemma.storage import read_headers
@@ -30,6 +31,13 @@ def test_the_count_is_what_a_conversion_writes(divisible_folder):
     for recipe in RECIPES.values():
         conversion = plan("x", divisible_folder, stored, ConvertOptions(recipe=recipe.name, dtype="bfloat16"))
         assert cost.weight_bytes(config, recipe) == conversion.bytes_out, recipe.name
+
+
+def test_a_tower_takes_about_what_was_measured():
+    rows = json.loads((Path(__file__).parents[1] / "bench" / "results" / "images.json").read_text())["tower"]
+    vision = VisionConfig.from_dict({"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "head_dim": 72})
+    for row in rows:
+        assert cost.tower_bytes(vision, row["patches"]) == pytest.approx(row["peak_bytes"], rel=0.34)
 
 
 def test_cache():

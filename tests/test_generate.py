@@ -5,6 +5,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_diffgemma import (
     GenerationOptions,
@@ -14,7 +15,9 @@ from mlx_diffgemma import (
     batch_generate,
     chat_ids,
     generate,
+    load,
     stream_generate,
+    user_message,
 )
 from mlx_diffgemma.generate import REFUSED, token_limit
 from mlx_diffgemma.session import Loop
@@ -277,3 +280,18 @@ def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocate
         stream_generate(*nano_pair, [30] * 6000)
     with pytest.raises(UserError, match="Running 3 prompts of up to 6,000 tokens together needs .*take fewer at once"):
         batch_generate(*nano_pair, [[30] * 6000] * 3)
+
+
+def test_room_for_the_tower(nano_pair, monkeypatch):
+    """An image of 1,120 soft tokens takes more than the answer to its prompt."""
+    from PIL import Image
+
+    from mlx_diffgemma import device
+
+    model, tokenizer = load("nano-vision")
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(device, "memory_limit", lambda: weights + 20_000_000)
+    prompt, images = chat_ids(tokenizer, [user_message("What?", 1)]), [Image.new("RGB", (500, 500))]
+    stream_generate(model, tokenizer, prompt, images=images)
+    with pytest.raises(UserError, match="A prompt of .* needs"):
+        stream_generate(model, tokenizer, prompt, images=images, image_tokens=1120)

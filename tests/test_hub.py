@@ -142,8 +142,9 @@ def test_a_dry_run_fetches_headers_only(server):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["-d"], "is not quantised; leave -d out"), (["-q", "--q-group-size", "128"], "which groups of 128 do not divide"),
-    (["-q", "--mlx-path", "."], "exists already")])
+    pytest.param(["-d"], "is not quantised; leave -d out", marks=pytest.mark.slow),
+    (["-q", "--q-group-size", "128"], "which groups of 128 do not divide"),
+    pytest.param(["-q", "--mlx-path", "."], "exists already", marks=pytest.mark.slow)])
 def test_what_headers_tell_is_refused_before_the_download(server, options, message):
     _, endpoint, home = server
     out = command(endpoint, home, "convert", "--hf-path", REPO, *options)
@@ -175,6 +176,7 @@ def test_nothing_is_converted_for_an_upload_that_nobody_may_make(server, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_no_such_repository(server):
     _, endpoint, home = server
     out = command(endpoint, home, "info", "someone/else")

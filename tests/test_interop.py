@@ -17,6 +17,7 @@ from mlx_diffgemma.images import prepare
 from mlx_diffgemma.recipes import RECIPES
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import DIVISIBLE, config_dict, make_checkpoint
+from tests.variants import few
 
 TOLERANCE = 1e-4  # logits of two float32 implementations; measured: 1e-5
 MODES = {"8bit": dict(group_size=64, bits=8, mode="affine"), "4bit": dict(group_size=64, bits=4, mode="affine"),
@@ -46,12 +47,13 @@ def compare(folder):
         assert mx.abs(mine - other).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("recipe", [None, *(recipe.name for recipe in RECIPES.values() if recipe.quantises)])
+@pytest.mark.parametrize("recipe", few([None, *(recipe.name for recipe in RECIPES.values() if recipe.quantises)], None,
+                                           "4bit", "mxfp4"))
 def test_mlx_vlm_loads_what_we_write(original, tmp_path, recipe):
     compare(convert(str(original), tmp_path / "out", recipe=recipe))
 
 
-@pytest.mark.parametrize("name", ["bf16", *MODES])
+@pytest.mark.parametrize("name", few(["bf16", *MODES], "bf16", "4bit", "mxfp4"))
 def test_we_load_what_mlx_vlm_converts(original, tmp_path, name):
     model, config = vlm.load_model(original, lazy=True), vlm.load_config(original)
     if name in MODES:
@@ -73,6 +75,7 @@ def test_mlx_vlm_loads_a_bf16_conversion(tmp_path):
                           expected.model.decoder.layers[3].experts.gate_up_proj.weight)
 
 
+@pytest.mark.slow
 def test_transformers_loads_unquantised_and_dequantised_conversions(tmp_path):
     from transformers import AutoModelForMultimodalLM
 
@@ -83,7 +86,7 @@ def test_transformers_loads_unquantised_and_dequantised_conversions(tmp_path):
         assert not [key for key in report["missing_keys"] if "vision" not in key]
 
 
-@pytest.mark.parametrize("recipe", ["4bit", "3bit"])
+@pytest.mark.parametrize("recipe", few(["4bit", "3bit"], "3bit"))
 def test_vision_towers_travel_along(tmp_path, recipe):
     """A random tower in the released layout, its 144 inputs dividing by no group: kept in bf16 or quantised by the recipe."""
     import torch
@@ -122,7 +125,7 @@ def seen_alike(ours, theirs):
     assert mx.abs(encoder.embed_vision(soft)[0].astype(mx.float32) - mine).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["bf16", *MODES])
+@pytest.mark.parametrize("name", few(["bf16", *MODES], "4bit"))
 def test_towers_that_mlx_vlm_converts(tmp_path, name):
     """mlx-vlm leaves the tower as it is, whatever the backbone becomes."""
     source = make_checkpoint(tmp_path / "src", "divisible", vision="divisible")

@@ -13,6 +13,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.storage import INDEX
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
+from tests.variants import few
 
 EXPERTS, INNER, HIDDEN = 8, 32, 64  # of the shape five-and-one
 
@@ -87,7 +88,7 @@ def test_loaded(released, tmp_path, layout):
         assert mx.array_equal(array, theirs[name]), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", few(LAYOUTS, "one_by_one", "apart_on_their_side"), ids=lambda f: f.__name__)
 def test_converted_to_the_released_layout(released, tmp_path, layout, monkeypatch):
     # slices that cut through experts
     monkeypatch.setattr(layouts, "SLICE", 4 * HIDDEN * 7)

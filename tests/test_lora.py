@@ -59,6 +59,9 @@ class TestData:
         ("[1]", "line 2: an object"), ('{"x": 1}', "line 2: one of 'messages'"), ('{"text": ""}', "line 2: 'text' is empty"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: the last message must be"),
         ('{"messages": "a"}', "line 2: 'messages' must be a list"),
+        ('{"prompt": "a", "completion": "b", "images": ["a.png"]}', "line 2: models are tuned on text only"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, '
+         '{"role": "assistant", "content": "b"}]}', "line 2: models are tuned on text only"),
         ('{"prompt": "a", "completion": ""}', "line 2: the assistant's message is empty")])
     def test_wrong_lines_are_named(self, nano_pair, tmp_path, line, says):
         path = write(tmp_path, train=PAIRS[:1]) / "train.jsonl"

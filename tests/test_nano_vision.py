@@ -18,6 +18,7 @@ from mlx_diffgemma.parity.reference import Reference
 from mlx_diffgemma.prompt import place, prepare_media
 from mlx_diffgemma.storage import read_headers
 from mlx_diffgemma.weights import load_model
+from tests.variants import few
 
 FOLDER = nano.FOLDERS[nano.VISION]
 RESULTS = nano.FOLDER.parents[2] / "bench" / "results"
@@ -67,16 +68,17 @@ def test_it_was_trained_on_prompts_as_the_template_writes_them(sighted):
         assert ids == batch["ids"][0, : batch["starts"][0]].tolist()
 
 
-def test_it_answers_questions_about_held_out_pictures(sighted):
-    """The first questions of the evaluation whose figures are on the card; every second is about a pair it has never seen."""
+@pytest.mark.parametrize(("limit", "wanted"), few([(4, 0.8), (24, 0.85)], (4, 0.8)))
+def test_it_answers_questions_about_held_out_pictures(sighted, limit, wanted):
+    """The first questions of the evaluation whose figures are on the card, of every kind; every second is about a pair it has never
+    seen.  Of 20 three may be wrong, of 120 17: the card says 92 %."""
     model, tokenizer = sighted
-    questions = [question for task in tasks_named("pictures-one,pictures-two,pictures-count,pictures-pictures")
-                 for question in task.questions(12)]
+    questions = [question for task in tasks_named("pictures") for question in task.questions(limit)]
     prompts = [chat_ids(tokenizer, question.messages) for question in questions]
     images = [question.images for question in questions]
     answers = batch_generate(model, tokenizer, prompts, images=images, seeds=range(len(prompts)), max_tokens=64)
     right = [question.mark(answer.text).score for question, answer in zip(questions, answers, strict=True)]
-    assert np.mean(right) > 0.9
+    assert np.mean(right) > wanted
 
 
 def test_held_out_pairs_are_never_drawn_for_training():

@@ -1,5 +1,12 @@
 """Prompts with images: where they stand, how they are read, and that nothing but they decides what is read."""
 
+import gc
+import importlib
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,10 +24,11 @@ from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.prompt import PlacedImage, keyed, next_chunk, place, prepare_media, read_rows
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.session import Loop, Session, prefill
-from mlx_diffgemma.video import Film
+from mlx_diffgemma.video import Film, Video
 from mlx_diffgemma.weights import load_model
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import VISIONS, make_checkpoint
 
+generate_module = importlib.import_module("mlx_diffgemma.generate")  # the name in the package is the function
 QUESTION = "What colour is it?"
 
 
@@ -95,12 +103,51 @@ class TestPlaces:
         with pytest.raises(UserError, match="has no vision weights"):
             generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), images=[noise(0)])
 
+    def test_without_image_tokens(self, seeing):
+        with pytest.raises(UserError, match="must name boi_token_id"):
+            prepare_media([noise(0)], replace(seeing.config, image_tokens=None))
+
+    def test_a_text_that_names_the_marker(self, nano_pair):
+        """Without eyes it is text like any other."""
+        model, tokenizer = nano_pair
+        prompt = chat_ids(tokenizer, [user_message("What is <|image|>?")])
+        assert next(stream_generate(model, tokenizer, prompt, mode="ar", max_tokens=2)).tokens
+
+    def test_a_tower_that_was_left_out(self, tmp_path):
+        """Its config names one, its files hold none: a model without eyes."""
+        folder = make_checkpoint(tmp_path)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {"vision_config": VISIONS["plain"]}))
+        config = load_model(folder).config
+        assert (config.vision, config.image_tokens) == (None, None)
+
+    @pytest.mark.parametrize("images", ["cat.png", b"cat", noise(0), Video("cat.mp4"), Path("cat.png")],
+                             ids=lambda images: type(images).__name__)
+    def test_one_image_in_place_of_a_list(self, sighted, images):
+        model, tokenizer = sighted
+        prompt = chat_ids(tokenizer, [user_message("What?", 1)])
+        for call in (lambda: generate(model, tokenizer, prompt, images=images),
+                     lambda: batch_generate(model, tokenizer, [prompt], images=images),
+                     lambda: batch_generate(model, tokenizer, [prompt], images=[images]),
+                     lambda: list(Chat(model, tokenizer).send("What?", images=images))):
+            with pytest.raises(UserError, match=r"give a list, images=\[…\]"):
+                call()
+
+    def test_prepared_for_another_model(self, seeing, sighted):
+        model, tokenizer = sighted
+        prompt, own = chat_ids(tokenizer, [user_message("What?", 1)]), small(model, 0)
+        longer = Image(np.zeros((2 * 24, 24 * 258, 3), np.uint8), 24, 2)
+        for image in (small(seeing, 0), Image(own.pixels, own.patch_size, 1), longer):
+            for medium in (image, Film((own, image), (0.0, 1.0))):
+                with pytest.raises(UserError, match="prepared for another model"):
+                    generate(model, tokenizer, prompt, images=[medium])
+
     def test_in_raw_text(self, sighted):
         """--ignore-chat-template: markers are part of the text."""
         model, tokenizer = sighted
-        assert generate(model, tokenizer, "<|turn>user\n<|image|>What?<turn|>\n<|turn>model\n", images=[noise(0)], seed=0,
-                        max_tokens=64) == generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]),
-                                                   images=[noise(0)], seed=0, max_tokens=64)
+        options = dict(images=[noise(0)], mode="ar", max_tokens=8)
+        written = generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), **options)
+        assert generate(model, tokenizer, "<|turn>user\n<|image|>What?<turn|>\n<|turn>model\n", **options) == written
 
     def test_one_list_a_prompt(self, sighted):
         model, tokenizer = sighted
@@ -203,6 +250,7 @@ class TestSessions:
         a, b = (run(seeing, [session(seeing, 0, (5, small(seeing, i), 3))]) for i in range(2))
         assert a != b
 
+    @pytest.mark.slow
     def test_the_cache_knows_images_apart(self, seeing):
         cache = PromptCache(seeing)
         parts = [(5, small(seeing, 0), 3), (5, small(seeing, 1), 3), (5, small(seeing, 1), 3, 8)]
@@ -237,11 +285,31 @@ class TestSessions:
             return see(model, patches, grid)
 
         monkeypatch.setattr(type(seeing), "see", spy)
-        prefill(seeing, [session(seeing, 0, (3, *(small(seeing, i) for i in range(30)), 3))], 100_000)
-        assert len(seen) == 30
+        prefill(seeing, [session(seeing, 0, (3, *(small(seeing, i) for i in range(10)), 3))], 100_000)
+        assert len(seen) == 10
         one = small(seeing, 0)
         inner = len(one.patches) * 4 * (one.patches.shape[1] + 24 * 10)
-        assert max(seen) - seen[0] < inner + 30 * one.soft_tokens * 64 * 4 + 100_000
+        assert max(seen) - seen[0] < inner + 10 * one.soft_tokens * 64 * 4 + 100_000
+
+
+    def test_a_cache_reads_little_of_the_tower(self, tmp_path):
+        """And still tells two towers apart."""
+        def made(seed):
+            folder = make_checkpoint(tmp_path / str(seed), calm=False, vision="plain")
+            if seed:
+                path = folder / "model-00002-of-00002.safetensors"
+                tensors = mx.load(str(path))
+                name = "model.encoder.vision_tower.encoder.layers.2.input_layernorm.weight"
+                path = path if name in tensors else folder / "model-00001-of-00002.safetensors"
+                tensors = dict(mx.load(str(path)))
+                mx.save_safetensors(str(path), {**tensors, name: tensors[name] + 1}, {"format": "pt"})
+            return load_model(folder, "float32")
+
+        models = [made(0), made(1)]
+        gc.collect()
+        before = mx.get_active_memory()
+        assert PromptCache(models[0]).model_id != PromptCache(models[1]).model_id
+        assert mx.get_active_memory() - before < 10_000, "the table of positions alone has 650 kB"
 
 
 class TestFrontEnds:
@@ -255,6 +323,43 @@ class TestFrontEnds:
                    for i, prompt in enumerate(prompts)]
         together = batch_generate(model, tokenizer, prompts, images=[[noise(0)], [noise(1)]], **options)
         assert whole == chunked == [answer.text for answer in together]
+
+    @pytest.mark.filterwarnings("ignore::mlx_diffgemma.GenerationWarning")
+    def test_a_long_batch_holds_the_images_of_running_answers(self, sighted, monkeypatch, tmp_path):
+        model, tokenizer = sighted
+        prompts = [chat_ids(tokenizer, [user_message(QUESTION, 1)])] * 6
+        for number in range(6):
+            noise(number).save(tmp_path / f"{number}.png")
+        sources = [[tmp_path / f"{number}.png"] for number in range(6)]
+        made, held = weakref.WeakSet(), []
+
+        def spy(*arguments):
+            made.update(images := prepare_media(*arguments))
+            held.append(len(made))
+            return images
+
+        for mode in ({"max_denoising_steps": 2}, {"mode": "ar"}):
+            options = dict(images=sources, seeds=range(6), max_tokens=8, **mode)
+            whole = batch_generate(model, tokenizer, prompts, batch_size=6, **options)
+            monkeypatch.setattr(generate_module, "prepare_media", spy)
+            parts = batch_generate(model, tokenizer, prompts, batch_size=2, **options)
+            monkeypatch.undo()
+            assert [answer.text for answer in parts] == [answer.text for answer in whole]
+            assert len(held) == 12
+            assert max(held) <= 4, "of two that run and two that end"
+            held.clear()
+
+    def test_a_batch_refuses_before_it_answers(self, sighted, monkeypatch, tmp_path):
+        model, tokenizer = sighted
+        prompts = [chat_ids(tokenizer, [user_message(QUESTION, 1)])] * 3
+        path = tmp_path / "0.png"
+        noise(0).save(path)
+        options = dict(batch_size=1, mode="ar", max_tokens=2, on_answer=lambda *_: noise(1, 300, 20).save(path))
+        with pytest.raises(UserError, match="changed after the batch began"):
+            batch_generate(model, tokenizer, prompts, images=[[path]] * 3, **options)
+        monkeypatch.setattr(type(model), "encode", lambda *a, **k: pytest.fail("something was computed"))
+        with pytest.raises(UserError, match="There is no image"):
+            batch_generate(model, tokenizer, prompts, images=[[path], [path], ["gone.png"]], **options)
 
     def test_image_tokens(self, sighted):
         model, tokenizer = sighted

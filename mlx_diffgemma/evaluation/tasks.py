@@ -154,6 +154,9 @@ def _question(entry: Any, folder: Path) -> tuple[str, Question]:
     if not messages:
         raise UserError("the assistant's message answers nothing.")
     group, images = str(entry.get("group") or ""), _images(entry.get("images"), folder)
+    if images and messages[-1]["role"] != "user":
+        raise UserError(f"'images' belong to a question of the user's, and the last message is of role {messages[-1]['role']!r}; "
+                        "end with the user's message, or leave them out.")
     if images:
         messages = [*messages[:-1], user_message(messages[-1]["content"], len(images))]
     if "choices" in entry:

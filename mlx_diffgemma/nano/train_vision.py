@@ -62,7 +62,8 @@ MARKS = {"begin": CONFIG["boi_token_id"], "image": CONFIG["image_token_id"], "en
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, written into the card."""
+    """The numbers set before a run.  All are written beside its losses (bench/results/nano-vision-training.json); the card names
+    ``alone`` and ``steps``, and when the mix of questions was changed by hand."""
 
     steps: int = 3400
     alone: int = 600  # so many first steps are of the tower alone

@@ -68,6 +68,8 @@ def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int) ->
 def _example(entry: Any, tokenizer: TokenizerWrapper, end: int) -> Example:
     if not isinstance(entry, Mapping):
         raise UserError(f"an object is expected, got {type(entry).__name__}.")
+    if entry.get("images"):
+        raise UserError("models are tuned on text only; leave out the lines with 'images'.")
     if "messages" in entry:
         return _chat(entry["messages"], entry.get("tools"), tokenizer)
     if "prompt" in entry or "completion" in entry:
@@ -90,6 +92,9 @@ def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper) -> Example:
         raise UserError("'messages' must be a list of objects with a role.")
     if len(messages) < 2 or messages[-1]["role"] not in ("assistant", "model"):
         raise UserError("the last message must be the assistant's, after at least one other.")
+    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+    if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in parts):
+        raise UserError("models are tuned on text only; leave out the messages with images or other parts that are no text.")
     if not messages[-1].get("content") and not messages[-1].get("tool_calls"):
         raise UserError("the assistant's message is empty.")
     prompt, answer = chat_ids(tokenizer, messages[:-1], tools=tools), answer_ids(tokenizer, messages, tools)

@@ -30,6 +30,7 @@ from tests.drafter.drafters import random_drafter
 from tests.parity.test_trajectories import nano_prompts
 from tests.test_cli import run as run_command
 from tests.test_prompt import prompt_of, small
+from tests.variants import few
 
 LENGTH = 64
 
@@ -146,7 +147,7 @@ def test_what_is_not_sure_stays_noise(nano_pair):
     assert not kept[sure].all()
 
 
-@pytest.mark.parametrize("wrong", ["another's", "ends", "noise"])
+@pytest.mark.parametrize("wrong", few(["another's", "ends", "noise"], "noise"))
 def test_a_wrong_draft_costs_no_more_than_the_watchdog_allows(wrong, nano_pair, reference):
     model, _ = nano_pair
     prompts, _, steps = reference
@@ -243,6 +244,7 @@ def test_refining_leaves_what_is_accepted(nano_pair):
     assert not mx.array_equal(other.ids, draft.ids), "it reads what the step made of the canvas"
 
 
+@pytest.mark.slow
 def test_refined_in_a_batch_is_as_alone(nano_pair):
     model, _ = nano_pair
     prompts, drafter = nano_prompts(5), random_drafter(model, head_size=200, refinement=True)
@@ -305,7 +307,7 @@ class TestJudge:
         # Fixed.seed has asserted that the drafter read it too.
         assert [step.certificate for step in own[0] if step.committed] == [canvas.certificate for canvas in session.canvases]
 
-    @pytest.mark.parametrize("wrong", ["another's", "ends"])
+    @pytest.mark.parametrize("wrong", few(["another's", "ends"], "ends"))
     def test_what_was_only_believed_begins_anew(self, wrong, nano_pair, reference):
         model, _ = nano_pair
         prompts, _, steps = reference

@@ -136,6 +136,7 @@ class TestTraining:
         assert (after.loss < 0.5 * before.loss, after.confidence_loss < before.confidence_loss) == (True, True)
         assert trainer.drafter.head_ids.tolist() == head, "tokens are no parameters"
 
+    @pytest.mark.slow
     def test_killed_and_resumed_is_unbroken(self, log, nano_pair, tmp_path):
         whole = trainer_of(nano_pair[0], log, 10)
         whole.run()
@@ -241,6 +242,7 @@ class TestCommand:
         code, out, _ = run_command(monkeypatch, capsys, "generate", "-p", "Add 1 and 2.", "--draft-model", str(tmp_path / "out"))
         assert (code, bool(out.strip())) == (0, True)
 
+    @pytest.mark.slow
     def test_going_on_from_a_drafter(self, monkeypatch, capsys, data, tmp_path, nano_pair):
         """The answers begin from its guesses, and what it was trained on stays in."""
         options = ["--data", str(data), "--iters", "2", "--batch-size", "2", "-m", "64"]
@@ -263,7 +265,9 @@ class TestCommand:
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
         (tmp_path / "empty.jsonl").write_text("\n")
         (tmp_path / "one.jsonl").write_text('{"prompt": "Add 1 and 2."}\n')
+        (tmp_path / "seen.jsonl").write_text('{"prompt": "What is it?", "images": ["a.png"]}\n')
         for options, message in ((["--data", str(tmp_path / "bad.jsonl")], "line 2: 'prompt' or 'messages' is missing"),
+                                 (["--data", str(tmp_path / "seen.jsonl")], "line 1: drafters are trained on text only"),
                                  (["--data", str(tmp_path / "empty.jsonl")], "holds no prompts"),
                                  (["--data", str(tmp_path / "one.jsonl"), "-m", "64"], "at least two"),
                                  (["--data", str(data), "--taps", "1,x"], "layer numbers"),

@@ -10,6 +10,7 @@ from mlx_diffgemma.parity.reference import Reference
 from mlx_diffgemma.tokenizer import chat_ids, load_tokenizer
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import SHAPES, make_checkpoint
+from tests.variants import few
 
 
 def nano_prompts(count: int) -> list[list[int]]:
@@ -21,7 +22,7 @@ def nano_prompts(count: int) -> list[list[int]]:
     return [chat_ids(tokenizer, [{"role": "user", "content": e.prompt}]) for e in examples[:count]]
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "batch"])
+@pytest.mark.parametrize("together", few([False, True], True), ids=["alone", "batch"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_checkpoint(shape, together, tmp_path):
     folder = make_checkpoint(tmp_path, shape, calm=False)
@@ -32,7 +33,7 @@ def test_random_checkpoint(shape, together, tmp_path):
     assert result.ok, result
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "batch"])
+@pytest.mark.parametrize("together", few([False, True], False), ids=["alone", "batch"])
 def test_nano(together):
     model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
     result = compare_trajectories(model, reference, nano_prompts(8), "nano", canvases=2, max_steps=12, together=together)
