@@ -32,7 +32,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.judge import text_of
 from mlx_diffgemma.model import DiffusionGemma, Segment
 from mlx_diffgemma.policy import Policy, Standing
-from mlx_diffgemma.sampler import Before, SamplerStep
+from mlx_diffgemma.sampler import Before, SamplerStep, StepNumbers
 from mlx_diffgemma.session import Session, sampled_together
 
 OWN_STEPS = 2**32  # the drafter draws under step numbers that no policy reaches
@@ -236,6 +236,10 @@ class DraftPolicy:
 
     def schedule(self, step: int) -> float:
         return self.base.schedule(step)
+
+    @staticmethod
+    def numbers(*_: object) -> StepNumbers:
+        raise TypeError("the policy underneath samples")
 
     @staticmethod
     def sample(*_: object) -> SamplerStep:

@@ -24,7 +24,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.drafting import CanvasDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.sampler import Before, SamplerStep, StepNumbers, sample_step
+from mlx_diffgemma.sampler import Before, Forced, SamplerStep, StepNumbers, sample_step
 
 MAX_TEMPERATURE = 2.0
 
@@ -95,11 +95,15 @@ class Policy(Protocol):
         """Temperature of step 0, 1, …"""
 
     @staticmethod
-    def sample(policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, before: Before, eos_ids: mx.array) -> SamplerStep:
-        """One sampler step of a batch whose rows stand at different ``steps``; shapes as in ``sample_step``.
+    def numbers(policies: Sequence[Any], steps: Sequence[int]) -> StepNumbers:
+        """What the rules of a step depend on."""
 
-        ``positions``: with how many each canvas began, which may be more than are left of it.
+    @staticmethod
+    def sample(policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
+               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Forced | None = None) -> SamplerStep:
+        """One sampler step of a batch whose rows stand at different ``steps``; shapes and ``forced`` as in ``sample_step``.
+
+        ``positions``: with how many free ones each canvas began, which may be other than are left of it.
         """
 
     def confident(self, standing: Standing) -> bool:
@@ -196,7 +200,6 @@ class ReferencePolicy:
 
     @classmethod
     def numbers(cls, policies: Sequence[Any], steps: Sequence[int]) -> StepNumbers:
-        """What the rules of a step depend on."""
         top_k, top_p, coverage = ([getattr(p, name) for p in policies] for name in ("top_k", "top_p", "coverage"))
         greedy = [p.temperature == 0 for p in policies]
         return StepNumbers(
@@ -212,12 +215,12 @@ class ReferencePolicy:
 
     @classmethod
     def sample(cls, policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, before: Before, eos_ids: mx.array) -> SamplerStep:
+               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Forced | None = None) -> SamplerStep:
         numbers = cls.numbers(policies, steps)
         if any(count != logits.shape[1] for count in positions):
             numbers = replace(numbers, positions=mx.array(positions, dtype=mx.float32))
         draws = None if all(p.temperature == 0 for p in policies) else mx.array(u)
-        return sample_step(logits, draws, mx.array(renoise), before, numbers, eos_ids)
+        return sample_step(logits, draws, mx.array(renoise), before, numbers, eos_ids, forced)
 
     def confident(self, standing: Standing) -> bool:
         return standing.entropies[-1] < self.confidence_threshold

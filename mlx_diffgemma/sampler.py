@@ -69,6 +69,13 @@ class SamplerStep(NamedTuple):
     uncovered: mx.array | None = None
 
 
+class Forced(NamedTuple):
+    """What a step takes in place of the most probable and of the drawn tokens: ids ``argmax`` and ``drawn`` [batch, length]."""
+
+    argmax: mx.array
+    drawn: mx.array
+
+
 def sample_step(
     logits: mx.array,
     u: mx.array | None,
@@ -76,11 +83,12 @@ def sample_step(
     before: Before,
     numbers: StepNumbers,
     eos_ids: mx.array,
+    forced: Forced | None = None,
 ) -> SamplerStep:
     """One step from soft-capped float32 ``logits`` [batch, length, vocabulary].
 
     ``u`` and ``renoise`` [batch, length] are the step's draws; without ``u`` every row takes the argmax.  The argmax canvas
-    of the last step run is what gets committed.
+    of the last step run is what gets committed.  ``forced`` replaces both, where a constraint decides them for the whole canvas.
     """
     temperature = numbers.temperature[:, None, None]
     argmax = mx.argmax(logits, axis=-1)
@@ -89,9 +97,16 @@ def sample_step(
     total = _sums(weights).sum(axis=-1)
     # -sum p log p with log p = scaled - top - log total
     entropy = mx.maximum(mx.log(total) - _sums(weighted).sum(axis=-1) / total, 0.0)
-    drawn = argmax if u is None else inverse_cdf(truncate(weights, numbers), u)
-    if u is not None and numbers.greedy is not None:
-        drawn = mx.where(numbers.greedy[:, None], argmax, drawn)
+    logprob = -mx.log(total)
+    if forced is not None:
+        argmax, drawn = forced
+        logprob = logprob + ((mx.take_along_axis(logits, argmax[..., None], axis=-1) - top) / temperature)[..., 0]
+    elif u is None:
+        drawn = argmax
+    else:
+        drawn = inverse_cdf(truncate(weights, numbers), u)
+        if numbers.greedy is not None:
+            drawn = mx.where(numbers.greedy[:, None], argmax, drawn)
     mean_entropy = entropy.mean(axis=-1) if numbers.positions is None else entropy.sum(axis=-1) / numbers.positions
     stop = is_stable(argmax, before.history) & (mean_entropy < numbers.confidence)
     if numbers.threshold is None:
@@ -114,7 +129,7 @@ def sample_step(
         argmax=argmax,
         accepted=accepted,
         entropy=entropy,
-        logprob=-mx.log(total),
+        logprob=logprob,
         flags=flags.astype(mx.float32),
         kept=kept,
         uncovered=None if kept is None else uncovered,

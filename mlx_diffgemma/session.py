@@ -23,9 +23,11 @@ import numpy as np
 
 from mlx_diffgemma import conditioning
 from mlx_diffgemma.cache import ROOM, Cache
+from mlx_diffgemma.demands import Demands
 from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
+from mlx_diffgemma.grammar.constraint import Masses
 from mlx_diffgemma.judge import Verdict, consult, settle, text_of
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, Standing
@@ -105,14 +107,18 @@ class Session:
     ``max_tokens`` limits the answer; the canvases needed for it run whole, and cutting the text is the caller's part.
     ``draws`` gives the random numbers; parity and tests put their own in its place.  ``ids`` are all it has read or
     written; where ``images`` stand in them, those are read.  With a ``prompt_cache`` only what that does not hold of the prompt
-    is encoded.  Errors: UserError for one beside a drafter, which reads the hidden states of the whole prompt.
+    is encoded.  ``demands`` are what its canvases must hold.  Errors: UserError for a drafter beside a prompt_cache, as it reads
+    the hidden states of the whole prompt, or beside demands, which it does not know.
     """
 
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
                  eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
-                 prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = ()):
+                 prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = (), demands: Demands | None = None):
         if policy.drafter and prompt_cache:
             raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
+        if policy.drafter and demands:
+            raise UserError("A drafter knows nothing of pins and constraints; leave one of them out.")
+        self.demands = demands
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
@@ -149,7 +155,10 @@ class Session:
         length = self.policy.canvas_length(self.canvas_index, self.max_tokens - self.start, self.full_length)
         self.length = min(length, self.context - len(self.ids))
         self.canvas = mx.array(self.policy.seed(self.draws, self.canvas_index, self.retry, self.start, self.length))
-        self.accepted = mx.zeros((self.length,), dtype=mx.bool_)
+        self.accepted, self.free = mx.zeros((self.length,), dtype=mx.bool_), self.length
+        if self.demands:
+            self.demands.open(self.start, self.length)
+            self.canvas, self.accepted, self.free = self.demands.pin(self.canvas), self.demands.fixed, self.demands.free
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
         self.entropies: list[float] = []
         self.ends: list[int] = []
@@ -205,6 +214,8 @@ class Session:
             self.canvas, self.accepted, self.signal = step.canvas[:rows], step.accepted[:rows], None
             self.guess = None if self.guess is None else self.guess[:rows]
             self.history = tuple(argmax[:rows] for argmax in (*self.history, step.argmax)[1:]) if self.history else ()
+            if self.demands and rows < step.canvas.size:
+                self.demands.open(self.start, rows)
         elif step.rejected:
             # An empty one is no answer to come back to, nor is a draft that watchdog or judge ended.
             if step.reason not in ("converged", "watchdog", "judge") and self.ends[-1]:
@@ -221,9 +232,10 @@ class Session:
         argmax = np.array(step.argmax)
         ends = np.flatnonzero(np.isin(argmax, self.eos_ids))
         kept = argmax[: ends[0] + 1] if ends.size else argmax
+        whole = self.demands.commit(kept) if self.demands else False
         guess = np.full(kept.size, -1) if step.draft is None else np.array(step.draft)[: kept.size]
         self.canvases.append(Canvas(kept, np.array(step.logprob)[: kept.size], self.steps, self.rows,
-                                    step.reason == "converged", ends.size > 0, self.retry, int((guess >= 0).sum()),
+                                    step.reason == "converged", ends.size > 0 or whole, self.retry, int((guess >= 0).sum()),
                                     int((guess == kept).sum()), step.certificate, self.passes, self.judged, self.judged_rows))
         self.pending, self.canvas, self.rejected = argmax, None, []
         self.guess = self.signal = None
@@ -231,7 +243,7 @@ class Session:
         self.retry = self.steps = self.rows = self.passes = self.judged = self.judged_rows = 0
         self.ids += argmax.tolist()
         self.start += argmax.size
-        self.finished = ends.size > 0 or self.start >= self.max_tokens
+        self.finished = ends.size > 0 or whole or self.start >= self.max_tokens
 
 
 def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, progress: Progress | None = None) -> None:
@@ -389,13 +401,21 @@ class Loop:
             taps.append({layer: output.taps[layer][stop - length : stop] for layer in own})
         for session in fused:
             session.encoded()
-        logits, outcomes, start = [], list[SamplerStep](), 0
+        logits, masses, start = list[mx.array](), list[list[Masses | None]](), 0
         for group in groups:
             length = _canvas(group[0]).size
             stop = start + len(group) * length
             logits.append(flat[start:stop].reshape(len(group), length, -1))
-            outcomes.append(_sample(group, logits[-1]))
+            masses.append([])
+            if demands := group[0].demands:  # which is alone in its group
+                logits[-1] = demands.restrict(logits[-1][0])[None]
+                masses[-1] = demands.masses(logits[-1][0], group[0].policy.schedule(group[0].step))
             start = stop
+        mx.eval(masses)
+        outcomes = []
+        for place, (group, found) in enumerate(zip(groups, masses, strict=True)):
+            logits[place], outcome = _sample(group, logits[place], found)
+            outcomes.append(outcome)
         mx.eval([array for outcome in outcomes for array in outcome if array is not None],
                 [session.cache.arrays for session in fused], [list(own.values()) for own in taps])
         return logits, outcomes, taps
@@ -480,18 +500,23 @@ def _canvas(session: Session) -> mx.array:
 
 def sampled_together(sessions: Sequence[Session]) -> list[list[Session]]:
     """Those that can be sampled together."""
-    groups: dict[tuple[type, int, int], list[Session]] = {}
+    groups: dict[tuple[type, int, int, int], list[Session]] = {}
     for session in sessions:
-        groups.setdefault((type(session.policy.sampling), session.policy.stability, _canvas(session).size), []).append(session)
+        alone = id(session) if session.demands else 0  # the dynamic programme is one for each
+        own = type(session.policy.sampling), session.policy.stability, _canvas(session).size, alone
+        groups.setdefault(own, []).append(session)
     return list(groups.values())
 
 
-def _sample(group: Sequence[Session], logits: mx.array) -> SamplerStep:
+def _sample(group: Sequence[Session], logits: mx.array, masses: Sequence[Masses | None]) -> tuple[mx.array, SamplerStep]:
+    """(The logits the step believes in, which constraints bend to their marginals; what the sampler makes of them.)"""
     length = logits.shape[1]
     draws = [s.draws.step(s.canvas_index, s.retry, s.step, s.start, length) for s in group]
     history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, length), dtype=mx.int32) for s in group])
     before = Before(mx.stack([_canvas(s) for s in group]), mx.stack([s.accepted for s in group]), history)
-    policies = [s.policy.sampling for s in group]
-    return policies[0].sample(policies, [s.step for s in group], [s.length for s in group], logits,
-                                  np.stack([d.u for d in draws]), np.stack([d.renoise for d in draws]), before,
-                                  mx.array(group[0].eos_ids))
+    policies, steps, forced = [s.policy.sampling for s in group], [s.step for s in group], None
+    if group[0].demands and any(masses):
+        marginal, forced = group[0].demands.force(logits[0], masses, draws[0].u, policies[0].numbers(policies, steps))
+        logits = marginal[None]
+    return logits, policies[0].sample(policies, steps, [max(1, s.free) for s in group], logits, np.stack([d.u for d in draws]),
+                                      np.stack([d.renoise for d in draws]), before, mx.array(group[0].eos_ids), forced)

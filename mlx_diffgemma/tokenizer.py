@@ -21,6 +21,7 @@ from mlx_diffgemma.errors import UserError
 
 CHANNEL_START, CHANNEL_END = "<|channel>", "<channel|>"
 TOOL_START, TOOL_END = "<|tool_call>", "<tool_call|>"
+MARKERS = (CHANNEL_START, CHANNEL_END, TOOL_START, TOOL_END)
 THOUGHT = "thought"
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
@@ -138,7 +139,7 @@ class ResponseParser:
     def __init__(self, tokenizer: TokenizerWrapper):
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab()
-        self._markers = {vocabulary[text]: text for text in (CHANNEL_START, CHANNEL_END, TOOL_START, TOOL_END)
+        self._markers = {vocabulary[text]: text for text in MARKERS
                          if text in vocabulary}
         self._ends = set(tokenizer.eos_token_ids)
         self._state, self._stream = "answer", TextStream(tokenizer)

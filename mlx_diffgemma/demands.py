@@ -1,0 +1,172 @@
+"""What the canvases of one answer must hold: pins, fixed tokens at some positions, and constraints on the text of others.
+
+``Demands`` belongs to a session, which tells it of each canvas it opens and commits.  A step's logits go through ``restrict``,
+which binds pins, and through the dynamic programme of a constraint, whose marginals, most probable text and draw take the place of
+those of the positions one by one (see :mod:`mlx_diffgemma.grammar.program`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar.constraint import Constraint, Masses
+from mlx_diffgemma.grammar.program import IMPOSSIBLE, Band, Span, solve
+from mlx_diffgemma.sampler import Forced, StepNumbers, inverse_cdf, truncate
+
+FREE = -1  # in place of a pin's token
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A ``constraint`` on the text from position ``start`` of the answer on: up to ``stop``, which it then fills exactly, or, where
+    ``stop`` is None, to the end of the answer."""
+
+    constraint: Constraint
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Positions of a canvas, and what governs them: a constraint, as far as its texts reach there, or nothing."""
+
+    place: slice
+    constraint: Constraint | None = None
+    band: Band | None = None
+
+
+class Demands:
+    """``pins`` int [positions]: the token at each position of the answer, FREE where none; they may be more than one canvas.
+
+    Before the last pin the answer cannot end.  ``stretches`` do not overlap.  ``limit``: of the answer's tokens.  Errors: UserError
+    for pins that contradict a constraint or the limit, and for a constraint whose shortest text the limit does not hold.
+    """
+
+    def __init__(self, eos_ids: Sequence[int], limit: int, pins: Sequence[int] | np.ndarray = (),
+                 stretches: Sequence[Stretch] = ()) -> None:
+        self.eos_ids, self.limit = tuple(eos_ids), limit
+        self.pins = np.array(pins, dtype=np.int32).reshape(-1)
+        bound = np.flatnonzero(self.pins != FREE)
+        self.last_pin = int(bound[-1]) if bound.size else -1
+        if self.last_pin >= limit:
+            raise UserError(f"A pin stands at position {self.last_pin} of an answer of at most {limit} tokens; raise "
+                            f"max_tokens or leave "
+                            "it out.")
+        self.stretches = sorted(stretches, key=lambda one: one.start)
+        self._states = {id(one): 0 for one in self.stretches}
+        for one in self.stretches:
+            shortest = int(one.constraint.automaton.distance[0])
+            if one.stop is None and shortest > limit - one.start:
+                raise UserError(f"The shortest text that the constraint admits has {shortest} tokens, more than the "
+                                f"{limit - one.start} allowed; raise max_tokens or widen the constraint.")
+
+    def open(self, start: int, length: int) -> None:
+        """The canvas of ``length`` positions that begins at ``start`` of the answer."""
+        self.start, self.length = start, length
+        self.pinned = np.full(length, FREE, dtype=np.int32)
+        own = self.pins[start : start + length]
+        self.pinned[: own.size] = own
+        self._bound = mx.array(self.pinned) if (self.pinned != FREE).any() else None
+        unended = min(max(0, self.last_pin + 1 - start), length)  # the positions before these do not end the answer
+        self._unended = mx.arange(length)[:, None] < unended if unended else None
+        self._parts: list[_Part] = []
+        at = 0
+        for one in self.stretches:
+            first = max(one.start, start) - start
+            last = min(start + length if one.stop is None else one.stop, start + length) - start
+            if first < last:
+                band = Band(one.constraint.chain, self._span(one, slice(first, last), max(0, unended - first)))
+                if not band.possible:
+                    raise UserError("No text that the constraint admits fits between and under the pins; move them, or "
+                                    "change the number "
+                                    "of tokens.")
+                self._parts += [_Part(slice(at, first)), _Part(slice(first, last), one.constraint, band)]
+                at = last
+        self._parts = [part for part in (*self._parts, _Part(slice(at, length))) if part.place.start < part.place.stop]
+
+    def _span(self, one: Stretch, here: slice, unended: int) -> Span:
+        pinned, column_of = self.pinned[here], one.constraint.column_of
+        forced = np.where(pinned == FREE, -1, column_of[np.maximum(pinned, 0)]) if (pinned != FREE).any() else None
+        length, state = here.stop - here.start, self._states[id(one)]
+        if one.stop is None:
+            return Span(state, length, self.limit - self.start - here.start, forced=forced, unended=unended)
+        return Span(state, length, closed=True, more=one.stop - self.start - here.stop, forced=forced)
+
+    @property
+    def free(self) -> int:
+        """How many positions of the canvas are not pinned."""
+        return int((self.pinned == FREE).sum())
+
+    @property
+    def constrained(self) -> bool:
+        return any(part.band is not None for part in self._parts)
+
+    def pin(self, canvas: mx.array) -> mx.array:
+        """``canvas`` ids [length] with the pins put in."""
+        return canvas if self._bound is None else mx.where(self._bound != FREE, self._bound, canvas).astype(canvas.dtype)
+
+    @property
+    def fixed(self) -> mx.array:
+        """Mask [length] of the pins."""
+        return mx.array(self.pinned != FREE)
+
+    def restrict(self, logits: mx.array) -> mx.array:
+        """``logits`` [length, vocabulary] under which a pin is certain and no end token comes before the last pin."""
+        tokens = mx.arange(logits.shape[-1])
+        if self._unended is not None:
+            ends = (tokens[:, None] == mx.array(self.eos_ids)).any(axis=-1)
+            logits = mx.where(self._unended & ends, IMPOSSIBLE, logits)
+        if self._bound is not None:
+            bound = self._bound[:, None]
+            logits = mx.where((bound != FREE) & (bound != tokens), IMPOSSIBLE, logits)
+        return logits
+
+    def masses(self, logits: mx.array, temperature: float) -> list[Masses | None]:
+        """What the constraints need to know of the restricted ``logits``, part by part of the canvas."""
+        return [part.constraint.masses(logits[part.place], temperature) if part.constraint else None for part in self._parts]
+
+    def force(self, logits: mx.array, masses: Sequence[Masses | None], u: np.ndarray, numbers: StepNumbers) -> tuple[mx.array,
+    Forced]:
+        """(logits whose softmax are the exact marginals; the most probable text and the drawn one) of restricted ``logits``.
+
+        ``masses`` were made of the same logits; ``u`` [length].  Positions under no constraint are left as they are, and their draw
+        follows from ``u`` as it does without constraints.
+        """
+        marginal, argmax, drawn = list[mx.array](), list[mx.array](), list[mx.array]()
+        for part, found in zip(self._parts, masses, strict=True):
+            own, draws = logits[part.place], u[part.place]
+            if part.band is None or part.constraint is None or found is None:
+                weights = mx.exp((own - own.max(axis=-1, keepdims=True)) / numbers.temperature)
+                argmax.append(mx.argmax(own, axis=-1).astype(mx.int32))
+                drawn.append(inverse_cdf(truncate(weights[None], numbers), mx.array(draws)[None])[0])
+            else:
+                mass, best = np.array(found.mass, dtype=np.float64), np.array(found.best, dtype=np.float64)
+                # Logits that are no numbers are found by the sampler; nothing can be made of them here.
+                solution = solve(part.band, np.nan_to_num(mass), np.nan_to_num(best), draws)
+                argmax.append(found.token[mx.arange(len(own)), mx.array(solution.path)].astype(mx.int32))
+                drawn.append(part.constraint.draw(own, solution.drawn, solution.rest, numbers))
+                own = own + numbers.temperature * part.constraint.spread(mx.array(solution.bias.astype(np.float32)))
+            marginal.append(own)
+        forced = Forced(mx.concatenate(argmax)[None], mx.concatenate(drawn)[None])
+        if numbers.greedy is not None:
+            forced = Forced(forced.argmax, forced.argmax)
+        return mx.concatenate(marginal), forced
+
+    def commit(self, tokens: np.ndarray) -> bool:
+        """Take note of the canvas's committed ``tokens``; whether they end the answer though no end token stands there."""
+        done = False
+        for one in self.stretches:
+            last = len(tokens) if one.stop is None else min(len(tokens), max(0, one.stop - self.start))
+            own = tokens[max(0, one.start - self.start) : last]
+            own = own[~np.isin(own, self.eos_ids)]
+            state = one.constraint.automaton.advance(self._states[id(one)], own)
+            assert state >= 0, "a committed canvas is admitted by its constraint"
+            self._states[id(one)] = state
+            done = done or (one.stop is None and bool(one.constraint.automaton.ends[state]) and self.start + len(tokens) >
+            self.last_pin)
+        return done

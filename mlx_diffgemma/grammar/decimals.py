@@ -1,0 +1,133 @@
+"""Numbers within bounds, as JSON writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar.language import EMPTY, Chars, Choice, Language, Repeat, chars, choice, concat, optional, text
+
+DIGITS = 15  # of a whole number without bounds, and behind the point
+PLACES = 6  # behind the point of a number with bounds, or as many as these have
+DIGIT = Chars(((ord("0"), ord("9")),))
+
+
+def number(schema: Mapping[str, Any], whole: bool, where: str) -> Language:
+    """Numbers within the bounds, plain ones where there are any, else also with an exponent."""
+    low, low_open = _bound(schema, "minimum", "exclusiveMinimum", max)
+    high, high_open = _bound(schema, "maximum", "exclusiveMaximum", min)
+    if low is None and high is None:
+        magnitude: Language = concat([_natural(), *([] if whole else [optional(_fraction()), optional(_exponent())])])
+        return concat([optional(text("-")), magnitude])
+    places = 0 if whole else max(PLACES, *(_places(bound) for bound in (low, high) if bound is not None))
+    if places > 2 * DIGITS:
+        raise UserError(f"The bounds of a number at #{where} have more than {2 * DIGITS} decimal places; round them.")
+    unit = Decimal(1).scaleb(-places)
+    first = None if low is None else _steps(low, unit, up=True) + (low_open and low == (low // unit) * unit)
+    last = None if high is None else _steps(high, unit, up=False) - (high_open and high == (high // unit) * unit)
+    parts: list[Language] = []
+    if last is None or last >= 0:
+        parts.append(_between(max(0, first or 0), last, places))
+    if first is None or first < 0:
+        parts.append(concat([text("-"), _between(max(1, -(last if last is not None and last < 0 else -1)),
+                                                 None if first is None else -first, places)]))
+    return choice(parts)
+
+
+def _bound(schema: Mapping[str, Any], inclusive: str, exclusive: str, tighter: Any) -> tuple[Decimal | None, bool]:
+    bounds = [(Decimal(str(schema[name])), name == exclusive) for name in (inclusive, exclusive) if name in schema]
+    if not bounds:
+        return None, False
+    value = tighter(bound for bound, _ in bounds)
+    return value, any(is_open for bound, is_open in bounds if bound == value)
+
+
+def _places(bound: Decimal) -> int:
+    exponent = bound.normalize().as_tuple().exponent
+    return max(0, -int(exponent))
+
+
+def _steps(bound: Decimal, unit: Decimal, up: bool) -> int:
+    """How many times ``unit`` goes into ``bound``, rounded inwards."""
+    quotient = (bound / unit).to_integral_value(rounding="ROUND_CEILING" if up else "ROUND_FLOOR")
+    return int(quotient)
+
+
+def _between(first: int, last: int | None, places: int) -> Language:
+    """The decimals from ``first`` to ``last``, counted in units of the last of ``places``; at most DIGITS before the point where
+    there is no ``last``, or more where ``first`` needs them."""
+    scale = 10**places
+    if last is None:
+        last = max(10**DIGITS, 10 ** (len(str(first // scale)) + 1)) * scale - 1
+    if last < first:
+        return Choice(())
+    if not places:
+        return _naturals(first, last)
+    low, high = first // scale, last // scale
+    parts: list[Language] = []
+    if low == high:
+        return concat([text(str(low)), _fractions(first % scale, last % scale, places)])
+    parts.append(concat([text(str(low)), _fractions(first % scale, scale - 1, places)]))
+    if high - low > 1:
+        parts.append(concat([_naturals(low + 1, high - 1), _fractions(0, scale - 1, places)]))
+    parts.append(concat([text(str(high)), _fractions(0, last % scale, places)]))
+    return choice(parts)
+
+
+def _naturals(first: int, last: int) -> Language:
+    """The whole numbers from ``first`` to ``last``, both at least 0, without leading zeros."""
+    parts: list[Language] = []
+    while first <= last:
+        end = min(last, 10 ** len(str(first)) - 1)
+        parts.append(_digits(str(first), str(end)))
+        first = end + 1
+    return choice(parts)
+
+
+def _digits(first: str, last: str) -> Language:
+    """The strings of digits, as long as both, from one to the other."""
+    if not first:
+        return EMPTY
+    if first == "0" * len(first) and last == "9" * len(last):
+        return Repeat(DIGIT, len(first), len(first))
+    if first[0] == last[0]:
+        return concat([text(first[0]), _digits(first[1:], last[1:])])
+    rest = len(first) - 1
+    low, high = int(first[0]), int(last[0])
+    parts: list[Language] = []
+    if first[1:] != "0" * rest:
+        parts.append(concat([text(first[0]), _digits(first[1:], "9" * rest)]))
+        low += 1
+    top = high if last[1:] == "9" * rest else high - 1
+    if low <= top:
+        parts.append(concat([Chars(((ord("0") + low, ord("0") + top),)), Repeat(DIGIT, rest, rest)]))
+    if top < high:
+        parts.append(concat([text(last[0]), _digits("0" * rest, last[1:])]))
+    return choice(parts)
+
+
+def _fractions(first: int, last: int, places: int) -> Language:
+    """What may stand behind a whole number so that the digits behind the point, filled up to ``places``, lie from ``first`` to
+    ``last``; nothing at all, where that is within."""
+    parts: list[Language] = [EMPTY] if first == 0 else []
+    for length in range(1, places + 1):
+        scale = 10 ** (places - length)
+        low, high = -(-first // scale), last // scale
+        if low <= high:
+            parts.append(concat([text("."), _digits(f"{low:0{length}d}", f"{high:0{length}d}")]))
+    return choice(parts)
+
+
+def _natural() -> Language:
+    return choice([text("0"), concat([Chars(((ord("1"), ord("9")),)), Repeat(DIGIT, 0, DIGITS - 1)])])
+
+
+def _fraction() -> Language:
+    return concat([text("."), Repeat(DIGIT, 1, DIGITS)])
+
+
+def _exponent() -> Language:
+    sign = optional(chars([(ord("+"), ord("+")), (ord("-"), ord("-"))]))
+    return concat([chars([(ord("E"), ord("E")), (ord("e"), ord("e"))]), sign, Repeat(DIGIT, 1, 2)])

@@ -1,0 +1,233 @@
+"""From an automaton over bytes to one over the tokens of a vocabulary, and the classes of tokens it tells apart.
+
+A token leads from each state to at most one other.  Tokens that do so alike from every state are one class: of 262,144 tokens
+a schema of 30 fields makes a few hundred classes, and all the dynamic programme sees are these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar.automaton import MAX_SECONDS, Automaton
+from mlx_diffgemma.tokenizer import MARKERS
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+AT_ONCE = 16  # states whose tokens are looked up together
+MAX_EDGES = 400_000
+NEVER = np.iinfo(np.int32).max
+
+
+class Vocabulary:
+    """The bytes each token of a tokenizer adds to a text, as a tree of their beginnings.
+
+    Tokens that add none (markers, end tokens) are no part of it.  Errors: UserError for a tokenizer that does not simply put the
+    texts of its tokens one behind the other.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, size: int) -> None:
+        self.size = size
+        self.texts = token_bytes(tokenizer, size)
+        ids = np.array(sorted(self.texts), dtype=np.int32)
+        texts = [self.texts[i] for i in ids.tolist()]
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        joined = np.frombuffer(b"".join(texts), dtype=np.uint8)
+        begins = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        node = np.zeros(len(ids), dtype=np.int64)  # of each token, as deep as it has been followed
+        parents, letters, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1
+        for depth in range(int(lengths.max(initial=0))):
+            going = np.flatnonzero(lengths > depth)
+            keys, inverse = np.unique(node[going] * 256 + joined[begins[going] + depth], return_inverse=True)
+            node[going] = count + inverse.reshape(-1)
+            parents.append(keys // 256)
+            letters.append(keys % 256)
+            count += len(keys)
+        parent = np.concatenate(parents)  # of nodes 1, 2, …
+        order = np.argsort(parent, kind="stable")
+        self.children, self.letters = order + 1, np.concatenate(letters)[order].astype(np.int64)
+        self.first_child = np.searchsorted(parent[order], np.arange(count + 1))
+        order = np.argsort(node, kind="stable")
+        self.tokens, self.first_token = ids[order], np.searchsorted(node[order], np.arange(count + 1))
+
+
+def token_bytes(tokenizer: TokenizerWrapper, size: int) -> dict[int, bytes]:
+    """The bytes of every token below ``size`` that is text.  Errors: UserError for a tokenizer of another kind."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    replaced, levels = _decoding(state.get("decoder"))
+    markers = {token["id"] for token in state["added_tokens"] if token["special"] or token["content"] in MARKERS}
+    markers |= set(tokenizer.eos_token_ids)
+    found: dict[int, bytes] = {}
+    for content, token in tokenizer.get_vocab().items():
+        if token in markers or token >= size:
+            continue
+        if match := BYTE.fullmatch(content):
+            found[token] = bytes([int(match[1], 16)])
+        elif levels:
+            found[token] = bytes(levels[character] for character in content if character in levels)
+        else:
+            text = content
+            for old, new in replaced:
+                text = text.replace(old, new)
+            found[token] = text.encode("utf-8", "surrogatepass")
+    return {token: text for token, text in found.items() if text}
+
+
+def _decoding(decoder: dict[str, Any] | None) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(what is replaced in a token's text, the bytes its characters stand for if they do) of a decoder of ``tokenizers``."""
+    steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    replaced, levels = list[tuple[str, str]](), dict[str, int]()
+    for step in steps:
+        if step["type"] == "Replace" and "String" in step["pattern"]:
+            replaced.append((step["pattern"]["String"], step["content"]))
+        elif step["type"] == "ByteLevel":
+            levels = _byte_level()
+        elif step["type"] not in ("ByteFallback", "Fuse"):
+            raise UserError(f"This tokenizer's decoder has a step {step['type']!r}, which constraints do not know; use one that "
+                            "puts the texts of its tokens one behind the other.")
+    return replaced, levels
+
+
+def _byte_level() -> dict[str, int]:
+    """The printable characters that stand for bytes in vocabularies of GPT-2's kind."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAutomaton:
+    """``behind`` int32 [states, classes]: the state behind a token of each class, -1 where none of it may come; state 0 is the
+    first.  ``accepting`` bool [states].  ``class_of`` int32 [vocabulary]: the class of each token; ``classes`` for one that may
+    never come.  ``distance`` int32 [states]: how many tokens it takes at least until the text may end."""
+
+    behind: np.ndarray
+    accepting: np.ndarray
+    class_of: np.ndarray
+    distance: np.ndarray
+
+    @property
+    def states(self) -> int:
+        return len(self.accepting)
+
+    @property
+    def classes(self) -> int:
+        return self.behind.shape[1]
+
+    @cached_property
+    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(state, class, state behind) of every step there is."""
+        source, cls = np.nonzero(self.behind >= 0)
+        return source, cls, self.behind[source, cls].astype(np.int64)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """[states] whether the text is finished there and cannot go on."""
+        return self.accepting & (self.behind < 0).all(axis=1)
+
+    def advance(self, state: int, tokens: np.ndarray) -> int:
+        """The state behind ``tokens``, or -1."""
+        for token in tokens.tolist():
+            cls = int(self.class_of[token])
+            state = int(self.behind[state, cls]) if state >= 0 and cls < self.classes else -1
+        return state
+
+    def accepts(self, tokens: np.ndarray) -> bool:
+        state = self.advance(0, tokens)
+        return state >= 0 and bool(self.accepting[state])
+
+
+def compile_tokens(automaton: Automaton, vocabulary: Vocabulary, seconds: float = MAX_SECONDS) -> TokenAutomaton:
+    """Errors: UserError when no text of the automaton can be written in the vocabulary, or it takes more than ``seconds``."""
+    deadline = time.monotonic() + seconds
+    numbers, waiting = np.full(automaton.states, -1, dtype=np.int64), [0]
+    numbers[0] = 0
+    reached = [0]
+    hashes = np.zeros(vocabulary.size, dtype=np.uint64)
+    while waiting:
+        taken, waiting = np.array(waiting[:AT_ONCE]), waiting[AT_ONCE:]
+        if time.monotonic() > deadline:
+            raise UserError("The constraint takes too long to compile for this vocabulary; lower the bounds of its repeats "
+                            "(maxLength, maxItems), or split it.")
+        origins, tokens, targets = _followed(automaton, vocabulary, taken)
+        np.add.at(hashes, tokens, _mixed(origins * automaton.states + targets))
+        new = np.unique(targets)
+        new = new[numbers[new] < 0]
+        numbers[new] = np.arange(len(reached), len(reached) + len(new))
+        reached += new.tolist()
+        waiting += new.tolist()
+    values, representatives, class_of = np.unique(hashes, return_index=True, return_inverse=True)
+    class_of = class_of.reshape(-1)
+    if len(values) and values[0] == 0:  # tokens that may never come, which go last
+        representatives, class_of = representatives[1:], np.where(class_of == 0, len(values) - 1, class_of - 1)
+    behind = np.full((len(reached), len(representatives)), -1, dtype=np.int32)
+    for cls, token in enumerate(representatives.tolist()):
+        state = np.array(reached)
+        for byte in vocabulary.texts[token]:
+            state = np.where(state >= 0, automaton.delta[state, byte], -1)
+        behind[:, cls] = np.where(state >= 0, numbers[state], -1)
+    accepting = automaton.accepting[reached]
+    distance = _distances(behind, accepting)
+    if distance[0] == NEVER:
+        raise UserError("No text of the constraint can be written with this model's vocabulary; widen it.")
+    # States from which no text can be finished in tokens are not entered.
+    behind = np.where((behind >= 0) & (distance[behind] < NEVER), behind, -1).astype(np.int32)
+    if (edges := int((behind >= 0).sum())) > MAX_EDGES:
+        raise UserError(f"The constraint is too large for this vocabulary: {edges:,} steps from state to state, of at most "
+                        f"{MAX_EDGES:,}; lower the bounds of its repeats (maxLength, maxItems), or split it.")
+    return TokenAutomaton(behind, accepting, class_of.astype(np.int32), distance)
+
+
+def _followed(automaton: Automaton, vocabulary: Vocabulary, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(state, token, state behind it) of every token that may come in one of ``states``."""
+    origin, state, node = states.astype(np.int64), states.astype(np.int64), np.zeros(len(states), dtype=np.int64)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while node.size:
+        counts = vocabulary.first_child[node + 1] - vocabulary.first_child[node]
+        row = np.repeat(np.arange(node.size), counts)
+        child = _places(vocabulary.first_child[node], counts)
+        state = automaton.delta[state[row], vocabulary.letters[child]].astype(np.int64)
+        alive = state >= 0
+        origin, state, node = origin[row[alive]], state[alive], vocabulary.children[child[alive]]
+        counts = vocabulary.first_token[node + 1] - vocabulary.first_token[node]
+        row = np.repeat(np.arange(node.size), counts)
+        place = _places(vocabulary.first_token[node], counts)
+        found.append((origin[row], vocabulary.tokens[place].astype(np.int64), state[row]))
+    origins, tokens, targets = zip(*found, strict=True)
+    return np.concatenate(origins), np.concatenate(tokens), np.concatenate(targets)
+
+
+def _places(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers from each of ``first`` on, as many as ``counts`` says, one run behind the other."""
+    return np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each number (the finalizer of splitmix64)."""
+    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _distances(behind: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    source, cls = np.nonzero(behind >= 0)
+    pairs = np.unique(source * len(accepting) + behind[source, cls])
+    source, target = pairs // len(accepting), pairs % len(accepting)
+    order = np.argsort(target, kind="stable")
+    source, first = source[order], np.searchsorted(target[order], np.arange(len(accepting) + 1))
+    distance = np.where(accepting, 0, NEVER).astype(np.int32)
+    frontier, steps = np.flatnonzero(accepting), 0
+    while frontier.size:
+        steps += 1
+        before = np.unique(np.concatenate([source[first[state] : first[state + 1]] for state in frontier.tolist()]))
+        frontier = before[distance[before] == NEVER]
+        distance[frontier] = steps
+    return distance
