@@ -110,6 +110,10 @@ Videos = Annotated[list[str], typer.Option("--video", help="A video file before 
                                            "again.")]
 ImageTokens = Annotated[int | None, typer.Option(help="Soft tokens an image may take: 70, 140, 280, 560 or 1120; more see finer. "
                                                  "Default: the checkpoint's number, 70 for a frame of a video.")]
+Schema = Annotated[Path | None, typer.Option("--json-schema", help="The answer is JSON that the schema in this file admits, "
+                                             "whatever the model thinks. See docs/structure.md.")]
+Regex = Annotated[str | None, typer.Option(help="The answer is a text that this expression matches as a whole.")]
+Choices = Annotated[str | None, typer.Option(help="The answer is one of these texts, separated by commas.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -156,6 +160,9 @@ def generate_command(
     image: Images = [],  # noqa: B006 (typer copies it)
     video: Videos = [],  # noqa: B006
     image_tokens: ImageTokens = DEFAULTS.image_tokens,
+    json_schema: Schema = None,
+    regex: Regex = None,
+    choices: Choices = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second that are taken of a video, at most 60 in all. "
                                               f"Default: {Video.fps:g}.")] = None,
     num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens the drafter may guess at once. Default: as many as "
@@ -174,6 +181,8 @@ def generate_command(
         raise UserError("The prompt is empty; give at least one character.")
     if ignore_chat_template and (system_prompt or think or variables):
         raise UserError("--ignore-chat-template leaves no place for --system-prompt, --think or --chat-template-config.")
+    if think and (json_schema or regex or choices):
+        raise UserError("--think lets the answer begin with a thought, which a constraint does not admit; leave one of them out.")
     if image_tokens is not None and not (image or video):
         raise UserError("--image-tokens has no meaning without --image or --video; leave it out.")
     if fps is not None and not video:
@@ -816,8 +825,20 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
     if options.get("canvas_length") is not None:
         with contextlib.suppress(ValueError):
             options["canvas_length"] = int(options["canvas_length"])
+    if options.get("json_schema") is not None:
+        options["json_schema"] = _text_of(options["json_schema"], "JSON schema")
+    if options.get("choices") is not None:
+        options["choices"] = [one.strip() for one in options["choices"].split(",")]
     GenerationOptions.from_keywords(options)
     return options
+
+
+def _text_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"The {what} {path} cannot be read ({reason}).") from None
 
 
 def _status(text: str) -> Any:

@@ -24,11 +24,12 @@ FREE = -1  # in place of a pin's token
 @dataclass(frozen=True)
 class Stretch:
     """A ``constraint`` on the text from position ``start`` of the answer on: up to ``stop``, which it then fills exactly, or, where
-    ``stop`` is None, to the end of the answer."""
+    ``stop`` is None, to the end of the answer.  ``begun``: tokens of that text that stand before the answer."""
 
     constraint: Constraint
     start: int = 0
     stop: int | None = None
+    begun: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ class Demands:
                             f"max_tokens or leave "
                             "it out.")
         self.stretches = sorted(stretches, key=lambda one: one.start)
-        self._states = {id(one): 0 for one in self.stretches}
+        self._states: dict[int, int] = {}
         for one in self.stretches:
-            shortest = int(one.constraint.automaton.distance[0])
+            state = one.constraint.automaton.advance(0, np.array(one.begun, dtype=np.int32))
+            if state < 0:
+                raise UserError("The constraint admits no text that begins with what was given as its begin; change one of them.")
+            self._states[id(one)] = state
+            shortest = int(one.constraint.automaton.distance[state])
             if one.stop is None and shortest > limit - one.start:
                 raise UserError(f"The shortest text that the constraint admits has {shortest} tokens, more than the "
                                 f"{limit - one.start} allowed; raise max_tokens or widen the constraint.")

@@ -28,10 +28,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_diffgemma import cost, hub
 from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, CausalToken, causal_sessions
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.demands import Demands, Stretch
 from mlx_diffgemma.device import check_memory, generation_memory
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar.constraint import check_constraint, compile_constraint
 from mlx_diffgemma.images import check_budget
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy, check_coverage, check_sampling
@@ -39,7 +41,7 @@ from mlx_diffgemma.prompt import Medium, PlacedImage, check_list, place, prepare
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Canvas, CanvasStep, Loop, Session, run
-from mlx_diffgemma.tokenizer import ResponseParser, encode_prompt, load_tokenizer
+from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt, load_tokenizer
 from mlx_diffgemma.tuning.adapters import load_adapter
 from mlx_diffgemma.video import VideoWarning
 from mlx_diffgemma.weights import check_supported, load_model
@@ -84,6 +86,9 @@ class GenerationOptions:
     ``rules.RulesPolicy``, all off by default.  ``num_draft_tokens``: how many tokens a ``draft_model`` may propose at once with
     ``mode="ar"``; None: as many as its blocks hold.  ``image_tokens``: how many soft tokens an image may take (70, 140, 280, 560
     or 1,120); None: the checkpoint's number, and 70 for each frame of a video.
+
+    ``json_schema`` (an object, or its text), ``regex`` or ``choices`` (texts): the answer is one that these admit, whatever the
+    model thinks (docs/structure.md); what stands in ``prefix`` is taken as its begin.
     """
 
     max_tokens: int | None = None
@@ -112,6 +117,9 @@ class GenerationOptions:
     retry_unconverged: int | None = None
     num_draft_tokens: int | None = None
     image_tokens: int | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
     prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
@@ -158,6 +166,15 @@ class GenerationOptions:
         self._policy(GenerationConfig(max_denoising_steps=10**9, t_min=1e-9, t_max=1e9))
         if self.mode == "ar" and (diffusion := [name for name in DIFFUSION_ONLY if getattr(self, name) is not None]):
             raise UserError(f"{diffusion[0]} has no meaning with mode 'ar', which runs no denoising steps; leave it out.")
+        if self.constraints:
+            if self.mode == "ar":
+                raise UserError(f"{next(iter(self.constraints))} constrains canvases; leave it out with mode 'ar'.")
+            check_constraint(**self.constraints)
+
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """Those of json_schema, regex and choices that were given."""
+        return {name: getattr(self, name) for name in CONSTRAINTS if getattr(self, name) is not None}
 
     def chosen(self, name: str) -> Any:
         """The option itself, or what the preset says, or None."""
@@ -197,6 +214,7 @@ RULES = {"threshold": "threshold", "min_denoising_steps": "min_steps", "temperat
          "retry_unconverged": "retry_unconverged"}
 POLICY_FIELDS = NUMBERS | RULES
 DIFFUSION_ONLY = (*POLICY_FIELDS, "self_conditioning", "coverage", "preset", "diffusion_sampler")
+CONSTRAINTS = ("json_schema", "regex", "choices")
 
 
 @dataclass(frozen=True)
@@ -386,6 +404,7 @@ class _Request:
     opened: Callable[[], tuple[list[int], tuple[PlacedImage, ...]]]  # opens the images again
     images: tuple[PlacedImage, ...] = ()
     patches: int = 0  # of the largest image
+    demands: Demands | None = None
     began: float = 0.0
     prefill_seconds: float = 0.0
     produced: int = 0  # tokens, end token included
@@ -417,10 +436,14 @@ class _Request:
         parser = ResponseParser(tokenizer)
         parser.feed(prefix)
         chosen = options.seed if seed is None else seed
-        return cls(ids, token_limit(len(ids), options.max_tokens, length, model.config.text.max_position_embeddings),
-                   int.from_bytes(os.urandom(4), "little") if chosen is None else chosen, parser,
-                   model.config.generation.eos_token_ids, opened, placed,
-                   max((math.prod(p.image.grid) for p in placed), default=0))
+        limit = token_limit(len(ids), options.max_tokens, length, model.config.text.max_position_embeddings)
+        eos_ids = model.config.generation.eos_token_ids
+        demands = None
+        if options.constraints:
+            constraint = compile_constraint(tokenizer, model.config, **options.constraints)
+            demands = Demands(eos_ids, limit, stretches=[Stretch(constraint, begun=tuple(answer_part(tokenizer, prefix)))])
+        return cls(ids, limit, int.from_bytes(os.urandom(4), "little") if chosen is None else chosen, parser, eos_ids, opened,
+                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands)
 
     def draws(self, model: DiffusionGemma) -> Draws:
         return Draws(self.seed, model.config.text.vocab_size)
@@ -457,7 +480,9 @@ class _Request:
             rest = self.parser.finish()
             text, thought = text + rest.answer, thought + rest.thought
         self.anything = self.anything or bool(text.strip() or calls)
-        reason = None if not done else "length" if not ended else "stop" if self.anything else "empty"
+        # A constraint can tell that nothing follows before an end token comes.
+        whole = ended or (self.demands is not None and canvas is not None and canvas.ended)
+        reason = None if not done else "length" if not whole else "stop" if self.anything else "empty"
         now, index = time.perf_counter(), len(self.responses) if canvas else 0
         if canvas:
             logprobs = logprobs[: len(tokens)]
@@ -553,6 +578,8 @@ def _check_policy(policy: Policy | None, options: dict[str, Any]) -> None:
 
 def _check_draft(draft: DraftModel | None, options: GenerationOptions) -> None:
     """Errors: UserError for options of a draft model that have no meaning."""
+    if draft is not None and options.constraints:
+        raise UserError(f"A draft_model knows nothing of {next(iter(options.constraints))}; leave one of them out.")
     if options.num_draft_tokens is not None and (draft is None or options.mode != "ar"):
         raise UserError("num_draft_tokens has no meaning without a draft_model and mode 'ar'; leave it out.")
 
@@ -564,7 +591,7 @@ def _policy(model: DiffusionGemma, given: Policy | None, options: GenerationOpti
 
 def _session(model: DiffusionGemma, request: _Request, policy: Policy, prompt_cache: PromptCache | None = None) -> Session:
     return Session(model, request.ids, policy, request.draws(model), request.eos_ids, request.limit, prompt_cache=prompt_cache,
-                   images=request.images)
+                   images=request.images, demands=request.demands)
 
 
 def _stream_canvases(model: DiffusionGemma, request: _Request, policy: Policy, options: GenerationOptions,

@@ -94,6 +94,13 @@ def encode_prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=special))
 
 
+def answer_part(tokenizer: TokenizerWrapper, ids: Sequence[int]) -> list[int]:
+    """Of ``ids`` that begin an answer those behind the last marker, such as the end of a thought."""
+    vocabulary = tokenizer.get_vocab()
+    markers = {vocabulary[marker] for marker in MARKERS if marker in vocabulary}
+    return list(ids)[max((place + 1 for place, token in enumerate(ids) if token in markers), default=0) :]
+
+
 class TextStream:
     """Ids to text, piece by piece, never splitting a character."""
 

@@ -117,7 +117,7 @@ class Constraint:
 
 
 _vocabularies: weakref.WeakKeyDictionary[TokenizerWrapper, Vocabulary] = weakref.WeakKeyDictionary()
-_compiled: OrderedDict[tuple[int, str, str], tuple[Vocabulary, Constraint]] = OrderedDict()
+_compiled: OrderedDict[tuple[int, str], tuple[Vocabulary, Constraint]] = OrderedDict()
 
 
 def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json_schema: Any = None, regex: str | None = None,
@@ -126,15 +126,11 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
 
     The last REMEMBERED are kept.  Errors: UserError for none or two of them, and for what cannot be guaranteed or is too large.
     """
-    given = {"json_schema": json_schema, "regex": regex, "choices": choices}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise UserError(f"Give one of json_schema, regex and choices, got {' and '.join(named) or 'none'}.")
+    check_constraint(json_schema, regex, choices)
     vocabulary = _vocabularies.get(tokenizer)
     if vocabulary is None:
         vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer, config.text.vocab_size)
-    content = given[named[0]]
-    key = id(vocabulary), named[0], content if isinstance(content, str) else json.dumps(content)
+    key = id(vocabulary), json.dumps((json_schema, regex, choices))
     if key in _compiled:
         _compiled.move_to_end(key)
         return _compiled[key][1]
@@ -144,9 +140,7 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
     elif regex is not None:
         language = regexes.parse(regex)
     else:
-        assert choices is not None
-        check_choices(choices)
-        language = choice([text(one) for one in choices])
+        language = choice([text(one) for one in choices or ()])
     automaton = compile_language(language, seconds)
     tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
     constraint = Constraint(tokens, config.generation.eos_token_ids, time.monotonic() - began, automaton.states)
@@ -156,8 +150,18 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
     return constraint
 
 
-def check_choices(choices: Sequence[str]) -> None:
-    """Errors: UserError unless they are several different texts."""
+def check_constraint(json_schema: Any = None, regex: str | None = None, choices: Sequence[str] | None = None) -> None:
+    """Errors: UserError unless one of them is given, and is a schema, an expression or different texts."""
+    given = {"json_schema": json_schema, "regex": regex, "choices": choices}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise UserError(f"Give one of json_schema, regex and choices, got {' and '.join(named) or 'none'}.")
+    if json_schema is not None and not isinstance(json_schema, str | dict | bool):
+        raise UserError(f"json_schema is an object or its text, got {type(json_schema).__name__}.")
+    if regex is not None and not isinstance(regex, str):
+        raise UserError(f"regex is a text, got {type(regex).__name__}.")
+    if choices is None:
+        return
     if isinstance(choices, str) or not all(isinstance(one, str) for one in choices):
         raise UserError("choices are a list of texts.")
     if not choices or not all(choices):
