@@ -133,6 +133,8 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
     vocabulary = _vocabularies.get(tokenizer)
     if vocabulary is None:
         vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer, config.text.vocab_size)
+    if choices is not None:
+        check_choices(choices)
     content = given[named[0]]
     key = id(vocabulary), named[0], content if isinstance(content, str) else json.dumps(content)
     if key in _compiled:
@@ -145,7 +147,6 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
         language = regexes.parse(regex)
     else:
         assert choices is not None
-        check_choices(choices)
         language = choice([text(one) for one in choices])
     automaton = compile_language(language, seconds)
     tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
@@ -158,7 +159,7 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
 
 def check_choices(choices: Sequence[str]) -> None:
     """Errors: UserError unless they are several different texts."""
-    if isinstance(choices, str) or not all(isinstance(one, str) for one in choices):
+    if not isinstance(choices, list | tuple) or not all(isinstance(one, str) for one in choices):
         raise UserError("choices are a list of texts.")
     if not choices or not all(choices):
         raise UserError("choices must be at least one text, none of them empty.")
