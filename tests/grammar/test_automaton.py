@@ -15,7 +15,8 @@ from mlx_diffgemma.grammar.language import ANY, EMPTY, Chars, Choice, Concat, Re
 EDGES = [0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xD800, 0xDFFF, 0xE000, 0xFFFF, 0x10000, 0x3FFFF, 0x40000, 0x10FFFF]
 CODES = st.one_of(st.sampled_from(EDGES), st.builds(lambda edge, by: min(max(edge + by, 0), 0x10FFFF), st.sampled_from(EDGES),
                                                     st.integers(-70, 70)), st.integers(0, 0x10FFFF))
-LANGUAGES = st.recursive(st.one_of(st.sampled_from("abé").map(text), st.just(EMPTY), st.just(Chars(((97, 98),))), st.just(Choice(()))),
+LETTERS = st.sampled_from("abé").map(text)
+LANGUAGES = st.recursive(st.one_of(LETTERS, st.just(EMPTY), st.just(Chars(((97, 98),))), st.just(Choice(()))),
                          lambda part: st.one_of(st.lists(part, max_size=3).map(lambda parts: Concat(tuple(parts))),
                                                 st.lists(part, max_size=3).map(lambda parts: Choice(tuple(parts))),
                                                 st.builds(Repeat, part, st.integers(0, 2), st.none()),
@@ -60,7 +61,7 @@ def told_apart(delta, accepting):
     while True:
         alive = delta >= 0
         both = alive[:, None] & alive[None]
-        behind = (both & apart[np.where(alive, delta, 0)[:, None], np.where(alive, delta, 0)[None]]) | (alive[:, None] != alive[None])
+        behind = (both & apart[delta[:, None], delta[None]]) | (alive[:, None] != alive[None])
         grown = apart | behind.any(axis=-1)
         if (grown == apart).all():
             return apart
@@ -147,6 +148,10 @@ class TestCompile:
     def test_too_long(self, language):
         with pytest.raises(UserError, match="too long to compile"):
             compile_language(language, seconds=-1.0)
+
+    def test_positions_alone_may_take_too_long(self):
+        with pytest.raises(UserError, match="too long to compile"):
+            automata._Ways(deadline=-1.0).build(text("a"), 0)
 
     def test_deep_languages(self):
         """Deeper than Python's recursion goes."""

@@ -16,7 +16,8 @@ from tests.grammar.walks import walk
 ALPHABET = "aAbkKK9٣_ \n-]^.éÉſ猫😀"
 LITERALS = st.sampled_from([re.escape(c) for c in ALPHABET] + [r"\x41", r"\u732b", r"\U0001F600", r"\n", r"\t", r"\101"])
 KINDS = st.sampled_from([r"\d", r"\D", r"\w", r"\W", r"\s", r"\S"])
-MEMBERS = st.lists(st.one_of(LITERALS, KINDS, st.sampled_from(["a-f", "A-Z", "0-9", "é-ſ", "一-龥", "\U0001F300-\U0001F6FF", " -~"])),
+MEMBERS = st.lists(st.one_of(LITERALS, KINDS, st.sampled_from(["a-f", "A-Z", "0-9", "é-ſ", "一-龥",
+                                                   "\U0001F300-\U0001F6FF", " -~"])),
                    min_size=1, max_size=3)
 CLASSES = st.builds(lambda negated, members: f"[{negated}{''.join(members)}]", st.sampled_from(["", "^"]), MEMBERS)
 ATOMS = st.one_of(LITERALS, LITERALS, KINDS, CLASSES, st.just("."))
@@ -48,7 +49,8 @@ def test_language_is_that_of_fullmatch(pattern, texts, seed):
         try:
             automaton = compiled(pattern)
         except UserError as error:
-            assert "no text at all" in str(error)
+            if "no text at all" not in str(error):
+                raise
             return
         expected = re.compile(pattern)
     rng = np.random.default_rng(seed)
@@ -61,7 +63,8 @@ def test_language_is_that_of_fullmatch(pattern, texts, seed):
         assert automaton.accepts(text.encode()) == bool(expected.fullmatch(text)), text
 
 
-@pytest.mark.parametrize("pattern", [r"\d+", "a.c", "[^a-z]", "(?i)straße", "(?i)[k]", "(?a)(?u:\\w)", "(?a)\\w", "(?u:(?a:\\d))", "."])
+@pytest.mark.parametrize("pattern",
+                         [r"\d+", "a.c", "[^a-z]", "(?i)straße", "(?i)[k]", "(?a)(?u:\\w)", "(?a)\\w", "(?u:(?a:\\d))", "."])
 def test_every_character(pattern):
     """Of all planes, one for one."""
     automaton, expected = compiled(pattern), re.compile(pattern)
@@ -75,7 +78,8 @@ def test_every_character(pattern):
     ("(?=a)a", "looking ahead or behind"), ("(?<=a)b", "looking ahead or behind"), ("(?!a)b", "looking ahead or behind"),
     ("(?<!a)b", "looking ahead or behind"), (r"\ba", r"\b"), (r"a\Bb", r"\B"), ("a^b", "^ within"), ("a$b", "$ within"),
     (r"a\Ab", r"\A within"), (r"a\Zb", r"\Z within"), ("(^a)*", "^ within"), ("(a$)+b", "$ within"), ("a$\n", "$ within"),
-    ("(?L)a", "no regular expression"), ("(a", "no regular expression"), ("[z-a]", "no regular expression"), ("a**", "multiple repeat"),
+    ("(?L)a", "no regular expression"), ("(a", "no regular expression"), ("[z-a]", "no regular expression"),
+    ("a**", "multiple repeat"),
     ("\ud800", "surrogate"), ("(" * 2000 + "a" + ")" * 2000, "nested too deeply"), (5, "got int"),
 ])
 def test_what_cannot_be_is_refused_by_name(pattern, named):
@@ -92,7 +96,8 @@ def test_what_cannot_be_is_refused_by_name_from_python_3_11_on(pattern, named):
 
 @pytest.mark.parametrize(("pattern", "text"), [
     ("", ""), ("^$", ""), ("(^a|b)c$", "ac"), ("(?x) a b  # both", "ab"), ("(?P<year>\\d{4})-\\d\\d", "2024-01"), ("(?m)^a$", "a"),
-    ("(?:|a)*b", "aab"), ("^(?:yes|no)$", "no"), ("(?i:a)b", "Ab"), (r"\$\{\}", "${}"), ("a{0}b", "b"), ("(?:a$)?", "a"), ("a{,2}", "aa"),
+    ("(?:|a)*b", "aab"), ("^(?:yes|no)$", "no"), ("(?i:a)b", "Ab"), (r"\$\{\}", "${}"), ("a{0}b", "b"), ("(?:a$)?", "a"),
+    ("a{,2}", "aa"),
 ])
 def test_plain_patterns(pattern, text):
     assert re.fullmatch(pattern, text)
