@@ -58,6 +58,8 @@ class Demands:
             raise UserError(f"A pin stands at position {self.last_pin} of an answer of at most {limit} tokens; raise "
                             f"max_tokens or leave "
                             "it out.")
+        if np.isin(self.pins[: max(0, self.last_pin)], self.eos_ids).any():
+            raise UserError("An end token is pinned before the last pin; pins behind the end of an answer are no part of it.")
         self.stretches = sorted(stretches, key=lambda one: one.start)
         self._states: dict[int, int] = {}
         for one in self.stretches:
@@ -77,7 +79,7 @@ class Demands:
         own = self.pins[start : start + length]
         self.pinned[: own.size] = own
         self._bound = mx.array(self.pinned) if (self.pinned != FREE).any() else None
-        unended = min(max(0, self.last_pin + 1 - start), length)  # the positions before these do not end the answer
+        unended = min(max(0, self.last_pin - start), length)  # before so many positions the answer does not end
         self._unended = mx.arange(length)[:, None] < unended if unended else None
         self._parts: list[_Part] = []
         at = 0

@@ -7,9 +7,10 @@ Positions of the language become states of an automaton with several ways, which
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 
@@ -63,6 +64,9 @@ def _too_large(deadline: float) -> UserError:
                      "split it.")
 
 
+_Building: TypeAlias = Generator[tuple[Language, int], int, int]  # asks for parts that lead to states, and returns the first state
+
+
 class _Ways:
     """An automaton with several ways, built from the end of the language to its begin."""
 
@@ -82,39 +86,51 @@ class _Ways:
 
     def build(self, language: Language, end: int) -> int:
         """The state from which ``language`` leads to ``end``; shared parts of a language that lead to one end are built once."""
-        key = id(language), end
-        if key not in self._known:
-            self._known[key] = self._build(language, end)
-            self._kept.append(language)
-        return self._known[key]
+        running, built = [self._build(language, end)], -1  # not by recursion, which objects of many properties would exhaust
+        while running:
+            try:
+                part, behind = next(running[-1]) if built < 0 else running[-1].send(built)
+            except StopIteration as finished:
+                running.pop()
+                built = finished.value
+            else:
+                built = self._known.get((id(part), behind), -1)
+                if built < 0:
+                    running.append(self._build(part, behind))
+        return built
 
-    def _build(self, language: Language, end: int) -> int:
+    def _build(self, language: Language, end: int) -> _Building:
         if isinstance(language, Chars):
-            return self._chars(language, end)
-        if isinstance(language, Concat):
+            start = self._chars(language, end)
+        elif isinstance(language, Concat):
+            start = end
             for part in reversed(language.parts):
-                end = self.build(part, end)
-            return end
-        if isinstance(language, Choice):
+                start = yield part, start
+        elif isinstance(language, Choice):
             start = self.state()
-            self.jumps[start] = [self.build(part, end) for part in language.parts]
-            return start
-        return self._repeat(language, end)
+            for part in language.parts:
+                self.jumps[start].append((yield part, end))
+        else:
+            start = yield from self._repeat(language, end)
+        self._known[id(language), end] = start
+        self._kept.append(language)
+        return start
 
-    def _repeat(self, language: Repeat, end: int) -> int:
+    def _repeat(self, language: Repeat, end: int) -> _Building:
         if language.high is None:
             last = self.state()
-            self.jumps[last] = [self.build(language.part, last), end]
+            self.jumps[last] = [(yield language.part, last), end]
             end = last
         else:
             # x{0,3} as (x(x(x)?)?)?: each may jump to the end, and no further than that.
             final = end
             for _ in range(language.high - language.low):
                 start = self.state()
-                self.jumps[start] = [self.build(language.part, end), final]
+                self.jumps[start] = [(yield language.part, end), final]
                 end = start
         for _ in range(language.low):
-            before, end = end, self.build(language.part, end)
+            before = end
+            end = yield language.part, end
             if end == before:  # a part that is empty
                 break
         return end

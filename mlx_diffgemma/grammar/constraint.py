@@ -162,7 +162,7 @@ def check_constraint(json_schema: Any = None, regex: str | None = None, choices:
         raise UserError(f"regex is a text, got {type(regex).__name__}.")
     if choices is None:
         return
-    if isinstance(choices, str) or not all(isinstance(one, str) for one in choices):
+    if not isinstance(choices, list | tuple) or not all(isinstance(one, str) for one in choices):
         raise UserError("choices are a list of texts.")
     if not choices or not all(choices):
         raise UserError("choices must be at least one text, none of them empty.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 from mlx_diffgemma.errors import UserError
@@ -12,12 +12,14 @@ from mlx_diffgemma.grammar.language import EMPTY, Chars, Choice, Language, Repea
 DIGITS = 15  # of a whole number without bounds, and behind the point
 PLACES = 6  # behind the point of a number with bounds, or as many as these have
 DIGIT = Chars(((ord("0"), ord("9")),))
+LARGEST = 308  # power of ten of a bound, as that of a number in float64
+EXACT = Context(prec=1000)  # digits, more than any bound has
 
 
 def number(schema: Mapping[str, Any], whole: bool, where: str) -> Language:
     """Numbers within the bounds, plain ones where there are any, else also with an exponent."""
-    low, low_open = _bound(schema, "minimum", "exclusiveMinimum", max)
-    high, high_open = _bound(schema, "maximum", "exclusiveMaximum", min)
+    low, low_open = _bound(schema, where, "minimum", "exclusiveMinimum", max)
+    high, high_open = _bound(schema, where, "maximum", "exclusiveMaximum", min)
     if low is None and high is None:
         magnitude: Language = concat([_natural(), *([] if whole else [optional(_fraction()), optional(_exponent())])])
         return concat([optional(text("-")), magnitude])
@@ -25,8 +27,8 @@ def number(schema: Mapping[str, Any], whole: bool, where: str) -> Language:
     if places > 2 * DIGITS:
         raise UserError(f"The bounds of a number at #{where} have more than {2 * DIGITS} decimal places; round them.")
     unit = Decimal(1).scaleb(-places)
-    first = None if low is None else _steps(low, unit, up=True) + (low_open and low == (low // unit) * unit)
-    last = None if high is None else _steps(high, unit, up=False) - (high_open and high == (high // unit) * unit)
+    first = None if low is None else _steps(low, unit, low_open)
+    last = None if high is None else -_steps(high.copy_negate(), unit, high_open)
     parts: list[Language] = []
     if last is None or last >= 0:
         parts.append(_between(max(0, first or 0), last, places))
@@ -36,23 +38,33 @@ def number(schema: Mapping[str, Any], whole: bool, where: str) -> Language:
     return choice(parts)
 
 
-def _bound(schema: Mapping[str, Any], inclusive: str, exclusive: str, tighter: Any) -> tuple[Decimal | None, bool]:
-    bounds = [(Decimal(str(schema[name])), name == exclusive) for name in (inclusive, exclusive) if name in schema]
+def _bound(schema: Mapping[str, Any], where: str, inclusive: str, exclusive: str, tighter: Any) -> tuple[Decimal | None, bool]:
+    bounds = [(_exact(schema[name]), name == exclusive) for name in (inclusive, exclusive) if name in schema]
     if not bounds:
         return None, False
+    for bound, _ in bounds:
+        if not bound.is_finite() or abs(bound.adjusted()) > LARGEST:
+            raise UserError(f"A number at #{where} has the bound {bound:.6g}, beyond those of float64; leave it out.")
     value = tighter(bound for bound, _ in bounds)
     return value, any(is_open for bound, is_open in bounds if bound == value)
 
 
+def _exact(bound: float) -> Decimal:
+    """As it was most likely written; where whole numbers are no longer told apart, as it is."""
+    return Decimal(bound if abs(bound) >= 2**53 else str(bound))
+
+
 def _places(bound: Decimal) -> int:
-    exponent = bound.normalize().as_tuple().exponent
+    exponent = bound.normalize(EXACT).as_tuple().exponent
     return max(0, -int(exponent))
 
 
-def _steps(bound: Decimal, unit: Decimal, up: bool) -> int:
-    """How many times ``unit`` goes into ``bound``, rounded inwards."""
-    quotient = (bound / unit).to_integral_value(rounding="ROUND_CEILING" if up else "ROUND_FLOOR")
-    return int(quotient)
+def _steps(bound: Decimal, unit: Decimal, is_open: bool) -> int:
+    """The first multiple of ``unit`` that is at least ``bound``, or above it where the bound is open."""
+    quotient = EXACT.divide(bound, unit)
+    if is_open:
+        return int(quotient.to_integral_value(ROUND_FLOOR, EXACT)) + 1
+    return int(quotient.to_integral_value(ROUND_CEILING, EXACT))
 
 
 def _between(first: int, last: int | None, places: int) -> Language:

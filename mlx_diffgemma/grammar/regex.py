@@ -32,11 +32,15 @@ KEPT = re.IGNORECASE | re.ASCII | re.DOTALL  # the flags that decide what one ch
 
 def parse(pattern: str) -> Language:
     """The texts that ``re.fullmatch(pattern, text)`` accepts.  Errors: UserError for what is no expression or not supported."""
+    if not isinstance(pattern, str):
+        raise UserError(f"A regular expression is a text, got {type(pattern).__name__}.")
     try:
         parsed = parser.parse(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        return _sequence(list(parsed), parsed.state.flags, True, True, pattern)
+    except (re.error, OverflowError) as error:
         raise UserError(f"{_shown(pattern)} is no regular expression: {error}.") from None
-    return _sequence(list(parsed), parsed.state.flags, True, True, pattern)
+    except RecursionError:
+        raise UserError(f"{_shown(pattern)} is nested too deeply; write it with fewer groups.") from None
 
 
 def _shown(pattern: str) -> str:
@@ -68,6 +72,8 @@ def _item(op: str, value: Any, flags: int, begins: bool, ends: bool, pattern: st
         return Choice(tuple(_sequence(list(branch), flags, begins, ends, pattern) for branch in value[1]))
     if op == "SUBPATTERN":
         _, added, removed, inner = value
+        if added & (re.ASCII | re.UNICODE):  # of these two one holds
+            flags &= ~(re.ASCII | re.UNICODE)
         return _sequence(list(inner), (flags | added) & ~removed, begins, ends, pattern)
     if op in ("MAX_REPEAT", "MIN_REPEAT"):
         low, high, inner = value

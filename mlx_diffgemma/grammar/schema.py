@@ -8,9 +8,11 @@ schema says nothing of is nested at most ``FREE_DEPTH`` deep.  A keyword that ca
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import jsonschema
 
@@ -75,15 +77,25 @@ def parse(schema: Any) -> Language:
     if not isinstance(schema, dict | bool):
         raise UserError(f"A JSON schema is an object, got {type(schema).__name__}.")
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise UserError(f"This is no JSON schema: {error.message} at {_place(error.absolute_path)}.") from None
-    return _Translator(schema).value(schema, "", ())
+        _check_schema(schema, "")
+        return _Translator(schema).value(schema, "", ())
+    except RecursionError:
+        raise TOO_DEEP from None
+
+
+TOO_DEEP = UserError("The JSON schema is nested too deeply; write it with fewer levels.")
 
 
 def any_object() -> Language:
     """Any JSON object, nested at most FREE_DEPTH deep."""
     return _free_object(FREE_DEPTH)
+
+
+def _check_schema(schema: Any, which: str) -> None:
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise UserError(f"This is no JSON schema{which}: {error.message} at {_place(error.absolute_path)}.") from None
 
 
 def _place(path: Sequence[Any]) -> str:
@@ -93,6 +105,7 @@ def _place(path: Sequence[Any]) -> str:
 class _Translator:
     def __init__(self, root: Any) -> None:
         self.root = root
+        self._known: dict[str, Language] = {}  # what references lead to
 
     def value(self, schema: Any, where: str, inside: tuple[str, ...]) -> Language:
         """``inside``: the references being followed."""
@@ -139,8 +152,9 @@ class _Translator:
                             "guaranteed; write the combined schema out.")
         if keyword == "$ref":
             return self._referred(schema["$ref"], where, inside)
-        parts = [{"type": schema["type"], **part} if beside and isinstance(part, dict) and "type" not in part else part
-                 for part in schema[keyword]]
+        parts = [{} if part is True else part for part in schema[keyword]]
+        if beside:
+            parts = [{"type": schema["type"], **part} if isinstance(part, dict) else part for part in parts]
         if beside and any(isinstance(part, dict) and not _narrows(part.get("type"), schema["type"]) for part in parts):
             raise UserError(f"The JSON schema has {keyword!r} beside another 'type' at #{where}; write the combined schema out.")
         if keyword == "allOf":
@@ -161,7 +175,7 @@ class _Translator:
                     raise UserError(f"The JSON schema uses 'oneOf' at #{where} with parts that one value could fit at once; use "
                                     "'anyOf', or give them different types or a required constant each.")
 
-    def _apart(self, one: Any, other: Any) -> bool:
+    def _apart(self, one: Any, other: Any, depth: int = 8) -> bool:
         if one is False or other is False:
             return True
         if not (isinstance(one, dict) and isinstance(other, dict)):
@@ -171,9 +185,9 @@ class _Translator:
             return not any(_same(a, b) for a in left for b in right)
         if not _kinds(one) & _kinds(other):
             return True
-        if one.get("type") == other.get("type") == "object":
+        if depth and one.get("type") == other.get("type") == "object":
             shared = set(one.get("required", ())) & set(other.get("required", ()))
-            return any(self._apart(self._resolved(one["properties"][name]), self._resolved(other["properties"][name]))
+            return any(self._apart(self._resolved(one["properties"][name]), self._resolved(other["properties"][name]), depth - 1)
                        for name in shared if name in one.get("properties", {}) and name in other.get("properties", {}))
         return False
 
@@ -185,10 +199,10 @@ class _Translator:
 
     def _target(self, reference: str, where: str) -> Any:
         found: Any = self.root
-        if not reference.startswith("#"):
-            raise UserError(f"The JSON schema refers to {reference!r} at #{where}; only references within the schema are followed.")
-        for step in filter(None, reference[1:].split("/")):
-            key = step.replace("~1", "/").replace("~0", "~")
+        if reference[:2] not in ("#", "#/"):
+            raise UserError(f"The JSON schema refers to {reference!r} at #{where}; only paths within it (#/…) are followed.")
+        for step in reference.split("/")[1:]:
+            key = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(found, list) and key.isdigit() and int(key) < len(found):
                 found = found[int(key)]
             elif isinstance(found, dict) and key in found:
@@ -201,7 +215,11 @@ class _Translator:
         if reference in inside:
             raise UserError(f"The JSON schema comes back to {reference!r} at #{where}; a constraint cannot nest without end, so "
                             "write the levels out.")
-        return self.value(self._target(reference, where), reference.removeprefix("#"), (*inside, reference))
+        if reference not in self._known:
+            target = self._target(reference, where)
+            _check_schema(target, f", where {reference!r} leads")
+            self._known[reference] = self.value(target, reference.removeprefix("#"), (*inside, reference))
+        return self._known[reference]
 
     def _typed(self, kind: str, schema: Mapping[str, Any], where: str, inside: tuple[str, ...]) -> Language:
         if kind == "null":
@@ -290,6 +308,8 @@ def _json(value: Any) -> Language:
     elif isinstance(value, list):
         members = [_json(inner) for inner in value]
     else:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"The JSON schema lists {value}, which JSON cannot write.")
         return text(json.dumps(value, ensure_ascii=False))
     begin, end = ("{", "}") if isinstance(value, dict) else ("[", "]")
     parts = [part for member in members for part in (COMMA, member)][1:]

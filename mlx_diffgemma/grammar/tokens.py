@@ -71,7 +71,9 @@ def token_bytes(tokenizer: TokenizerWrapper, size: int) -> dict[int, bytes]:
         if match := BYTE.fullmatch(content):
             found[token] = bytes([int(match[1], 16)])
         elif levels:
-            found[token] = bytes(levels[character] for character in content if character in levels)
+            # A token with any other character in it, as added ones may be, is written as it is.
+            known = levels.keys() >= set(content)
+            found[token] = bytes(levels[character] for character in content) if known else content.encode()
         else:
             text = content
             for old, new in replaced:
@@ -82,7 +84,10 @@ def token_bytes(tokenizer: TokenizerWrapper, size: int) -> dict[int, bytes]:
 
 def _decoding(decoder: dict[str, Any] | None) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """(what is replaced in a token's text, the bytes its characters stand for if they do) of a decoder of ``tokenizers``."""
-    steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    if decoder is None:
+        raise UserError("This tokenizer has no decoder and writes a blank between its tokens; give it one that puts them "
+                        "one behind the other.")
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     replaced, levels = list[tuple[str, str]](), dict[str, int]()
     for step in steps:
         if step["type"] == "Replace" and "String" in step["pattern"]:

@@ -1,0 +1,174 @@
+"""Pins and constraints on the canvases of a session."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mlx_diffgemma import batch_generate, chat_ids, generate, load, stream_generate
+from mlx_diffgemma.demands import FREE, Demands, Stretch
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.generate import GenerationOptions
+from mlx_diffgemma.grammar.constraint import compile_constraint
+from mlx_diffgemma.session import Session, run
+
+PROMPT = [{"role": "user", "content": "Write as JSON: Anna is 23 years old and lives in Paris."}]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load("nano")
+
+
+def answered(nano, demands, seed=0, limit=64, beside=(), **options):
+    """The tokens of an answer under ``demands``, and its steps."""
+    model, tokenizer = nano
+    vocabulary, eos = model.config.text.vocab_size, model.config.generation.eos_token_ids
+    policy = GenerationOptions(max_tokens=limit, **options).policy(model)
+    session, *others = (Session(model, chat_ids(tokenizer, PROMPT), policy, Draws(seed, vocabulary), eos, limit, demands=one)
+                        for one in (demands, *beside))
+    steps = [step for own, step in run(model, [session, *others], 4) if own is session]
+    return np.concatenate([canvas.tokens for canvas in session.canvases]), steps
+
+
+def ids(nano, text):
+    return nano[1].encode(text, add_special_tokens=False)
+
+
+class TestPins:
+    @pytest.mark.parametrize("options", [{}, {"diffusion_sampler": "confidence-threshold"}, {"preset": "fast"},
+                                         {"temperature": 0.0}, {"self_conditioning": "dense"}])
+    def test_come_back_and_are_certain_at_every_step(self, nano, options):
+        """The text between two pinned ones is the one that fits; the canvas converges, as pins do not count."""
+        eos = nano[0].config.generation.eos_token_ids
+        head, tail = ids(nano, '{"name": "Anna", "age": 2'), ids(nano, ', "city": "Paris"}')
+        pins = [*head, FREE, *tail, 5]
+        tokens, steps = answered(nano, Demands(eos, 64, pins), **options)
+        assert tokens.tolist() == [*head, *ids(nano, "3"), *tail, 5]
+        fixed = np.flatnonzero(np.array(pins) != FREE)
+        for step in steps:
+            assert (np.array(step.canvas)[fixed] == np.array(pins)[fixed]).all()
+            assert np.array(step.entropy)[fixed].max() == 0
+            assert np.array(step.accepted)[fixed].all()
+        assert steps[-1].reason == "converged"
+        assert len(steps) < 10
+
+    def test_span_canvases(self, nano):
+        """Pins of a second canvas are kept, and no answer ends before them."""
+        model, eos = nano[0], nano[0].config.generation.eos_token_ids
+        length = model.config.canvas_length
+        pins = np.full(length + 10, FREE)
+        pins[length + 3 : length + 10] = ids(nano, " and Paris.")[0]
+        tokens, _ = answered(nano, Demands(eos, 2 * length, pins), limit=2 * length)
+        assert (tokens[length + 3 : length + 10] == pins[length + 3 : length + 10]).all()
+        assert not np.isin(tokens[: length + 10], eos).any()
+
+    def test_free_positions_alone_are_counted(self, nano):
+        """The mean entropy is that of the free positions."""
+        eos = nano[0].config.generation.eos_token_ids
+        _, steps = answered(nano, Demands(eos, 64, [*ids(nano, '{"name": "'), *[FREE] * 54]))
+        free = len(ids(nano, '{"name": "'))
+        for step in steps:
+            assert step.mean_entropy == pytest.approx(np.array(step.entropy)[free:].mean(), rel=1e-4, abs=1e-6)
+
+    @pytest.mark.parametrize(("pins", "message"), [([FREE] * 64 + [7], "A pin stands at position 64"),
+                                                   ([7, 5, 7], "An end token is pinned before the last pin")])
+    def test_refused(self, nano, pins, message):
+        with pytest.raises(UserError, match=message):
+            Demands(nano[0].config.generation.eos_token_ids, 64, pins)
+
+
+class TestConstraints:
+    @pytest.mark.parametrize("options", [{}, {"diffusion_sampler": "confidence-threshold"}, {"preset": "fast"},
+                                         {"temperature": 0.0}, {"top_k": 3, "top_p": 0.9}, {"canvas_length": "growing"}])
+    def test_every_argmax_of_every_step_is_admitted(self, nano, options):
+        """What would be committed now is always a beginning of an admitted text that still fits, with every rule."""
+        model, tokenizer = nano
+        eos = model.config.generation.eos_token_ids
+        constraint = compile_constraint(tokenizer, model.config, regex="[a-f]{70,80}")
+        tokens, steps = answered(nano, Demands(eos, 128, stretches=[Stretch(constraint)]), limit=128, **options)
+        text = tokens[~np.isin(tokens, eos)]
+        assert constraint.automaton.accepts(text)
+        state = 0
+        for _, own in itertools.groupby(steps, key=lambda step: step.canvas_index):
+            for step in own:
+                kept = np.array(step.argmax)
+                kept = kept[: np.argmax(np.append(np.isin(kept, eos), True))]
+                behind = constraint.automaton.advance(state, kept)
+                assert behind >= 0
+            state = behind
+
+    def test_pins_within_a_constraint(self, nano):
+        model, tokenizer = nano
+        constraint = compile_constraint(tokenizer, model.config, regex="[0-9]+")
+        seven = ids(nano, "7")[0]
+        tokens, _ = answered(nano, Demands(model.config.generation.eos_token_ids, 64, [FREE, seven, FREE, seven],
+                                           [Stretch(constraint)]))
+        text = tokenizer.decode(tokens[:-1].tolist())
+        assert text.isdigit()
+        assert (text[1], text[3]) == ("7", "7")
+
+    def test_a_stretch_between_pins_is_filled_exactly(self, nano):
+        """A hole of five tokens under an expression, pinned text around it."""
+        model, tokenizer = nano
+        constraint = compile_constraint(tokenizer, model.config, regex="[0-9]{5}")
+        head, tail = ids(nano, '{"age": '), ids(nano, "}")
+        demands = Demands(model.config.generation.eos_token_ids, 64, [*head, *[FREE] * 5, *tail, 5],
+                          [Stretch(constraint, len(head), len(head) + 5)])
+        tokens, _ = answered(nano, demands)
+        assert tokens[: len(head)].tolist() == head
+        assert tokenizer.decode(tokens[len(head) : len(head) + 5].tolist()).isdigit()
+        assert tokens[len(head) + 5 :].tolist() == [*tail, 5]
+
+    @pytest.mark.parametrize(("regex", "pins", "message"), [
+        ("[0-9]+", "x", "No text that the constraint admits fits between and under the pins"),
+        ("a{65}", "", "The shortest text that the constraint admits has 65 tokens, more than the 64 allowed")])
+    def test_refused(self, nano, regex, pins, message):
+        model, tokenizer = nano
+        constraint = compile_constraint(tokenizer, model.config, regex=regex)
+        with pytest.raises(UserError, match=message):
+            Demands(model.config.generation.eos_token_ids, 64, ids(nano, pins) if pins else (), [Stretch(constraint)]).open(0, 64)
+
+    def test_alone_is_as_beside_others(self, nano):
+        model, tokenizer = nano
+        eos = model.config.generation.eos_token_ids
+        constraint = compile_constraint(tokenizer, model.config, regex="[a-z ]{20,30}")
+
+        def demands():
+            return Demands(eos, 64, stretches=[Stretch(constraint)])
+
+        alone, _ = answered(nano, demands())
+        assert np.array_equal(alone, answered(nano, demands(), beside=[None, demands(), None])[0])
+
+
+class TestGenerate:
+    SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 30}},  # noqa: RUF012
+              "required": ["name", "age"], "additionalProperties": False}
+
+    def test_all_doors_say_the_same(self, nano):
+        model, tokenizer = nano
+        prompt = chat_ids(tokenizer, PROMPT)
+        whole = generate(model, tokenizer, prompt, seed=0, json_schema=self.SCHEMA)
+        assert whole.startswith('{"name": "Anna"')
+        assert "".join(r.text for r in stream_generate(model, tokenizer, prompt, seed=0, json_schema=self.SCHEMA)) == whole
+        batch = batch_generate(model, tokenizer, [prompt] * 3, seeds=[0, 1, 0], json_schema=self.SCHEMA)
+        assert [batch[0].text, batch[2].text] == [whole] * 2
+        assert {response.finish_reason for response in batch} == {"stop"}
+
+    def test_a_begin_that_is_given(self, nano):
+        model, tokenizer = nano
+        begin = ids(nano, '{"name":"Bo')
+        text = generate(model, tokenizer, chat_ids(tokenizer, PROMPT) + begin, prefix=begin, seed=0, json_schema=self.SCHEMA)
+        assert text.rstrip().endswith("}")
+        with pytest.raises(UserError, match="admits no text that begins with what was given"):
+            generate(model, tokenizer, chat_ids(tokenizer, PROMPT) + begin, prefix=begin, regex="[0-9]+")
+
+    @pytest.mark.parametrize(("options", "message"), [
+        ({"regex": "a", "choices": ["a"]}, "Give one of json_schema, regex and choices, got regex and choices"),
+        ({"regex": "a", "mode": "ar"}, "regex constrains canvases; leave it out with mode 'ar'"),
+        ({"choices": "yes"}, "choices are a list of texts"), ({"regex": "a{9}", "max_tokens": 8}, "shortest text"),
+        ({"json_schema": {"type": "array", "uniqueItems": True}}, "'uniqueItems' at #")])
+    def test_refused(self, nano, options, message):
+        with pytest.raises(UserError, match=message):
+            generate(*nano, "Hello.", **options)
