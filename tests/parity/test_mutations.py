@@ -87,8 +87,8 @@ def test_frozen_positions_are_noticed(tmp_path, monkeypatch):
     assert compare_trajectories(*sides, "plain").ok
     sample, frozen = policy.sample_step, {}
 
-    def freezing(logits, u, renoise, before, numbers, eos):
-        step = sample(logits, u, renoise, before, numbers, eos)
+    def freezing(logits, u, renoise, before, numbers, eos, forced):
+        step = sample(logits, u, renoise, before, numbers, eos, forced)
         first = bool((before.history[:, -1] == -1).all().item())
         mask, canvas = (mx.zeros(step.accepted.shape, dtype=mx.bool_), step.canvas) if first else frozen["last"]
         canvas = mx.where(mask, canvas, step.canvas)
