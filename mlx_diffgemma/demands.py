@@ -55,9 +55,8 @@ class Demands:
         bound = np.flatnonzero(self.pins != FREE)
         self.last_pin = int(bound[-1]) if bound.size else -1
         if self.last_pin >= limit:
-            raise UserError(f"A pin stands at position {self.last_pin} of an answer of at most {limit} tokens; raise "
-                            f"max_tokens or leave "
-                            "it out.")
+            raise UserError(f"A pin stands at position {self.last_pin} of an answer of at most {limit} tokens; raise max_tokens or "
+                            "leave it out.")
         if np.isin(self.pins[: max(0, self.last_pin)], self.eos_ids).any():
             raise UserError("An end token is pinned before the last pin; pins behind the end of an answer are no part of it.")
         self.stretches = sorted(stretches, key=lambda one: one.start)
@@ -74,7 +73,7 @@ class Demands:
 
     def open(self, start: int, length: int) -> None:
         """The canvas of ``length`` positions that begins at ``start`` of the answer."""
-        self.start, self.length = start, length
+        self.start = start
         self.pinned = np.full(length, FREE, dtype=np.int32)
         own = self.pins[start : start + length]
         self.pinned[: own.size] = own
@@ -89,9 +88,8 @@ class Demands:
             if first < last:
                 band = Band(one.constraint.chain, self._span(one, slice(first, last), max(0, unended - first)))
                 if not band.possible:
-                    raise UserError("No text that the constraint admits fits between and under the pins; move them, or "
-                                    "change the number "
-                                    "of tokens.")
+                    raise UserError("No text that the constraint admits fits between and under the pins; move them, or change the "
+                                    "number of tokens.")
                 self._parts += [_Part(slice(at, first)), _Part(slice(first, last), one.constraint, band)]
                 at = last
         self._parts = [part for part in (*self._parts, _Part(slice(at, length))) if part.place.start < part.place.stop]
@@ -108,10 +106,6 @@ class Demands:
     def free(self) -> int:
         """How many positions of the canvas are not pinned."""
         return int((self.pinned == FREE).sum())
-
-    @property
-    def constrained(self) -> bool:
-        return any(part.band is not None for part in self._parts)
 
     def pin(self, canvas: mx.array) -> mx.array:
         """``canvas`` ids [length] with the pins put in."""
@@ -137,8 +131,8 @@ class Demands:
         """What the constraints need to know of the restricted ``logits``, part by part of the canvas."""
         return [part.constraint.masses(logits[part.place], temperature) if part.constraint else None for part in self._parts]
 
-    def force(self, logits: mx.array, masses: Sequence[Masses | None], u: np.ndarray, numbers: StepNumbers) -> tuple[mx.array,
-    Forced]:
+    def force(self, logits: mx.array, masses: Sequence[Masses | None], u: np.ndarray, numbers: StepNumbers,
+              ) -> tuple[mx.array, Forced]:
         """(logits whose softmax are the exact marginals; the most probable text and the drawn one) of restricted ``logits``.
 
         ``masses`` were made of the same logits; ``u`` [length].  Positions under no constraint are left as they are, and their draw
@@ -174,6 +168,6 @@ class Demands:
             state = one.constraint.automaton.advance(self._states[id(one)], own)
             assert state >= 0, "a committed canvas is admitted by its constraint"
             self._states[id(one)] = state
-            done = done or (one.stop is None and bool(one.constraint.automaton.ends[state]) and self.start + len(tokens) >
-            self.last_pin)
+            if one.stop is None and one.constraint.automaton.ends[state]:
+                done = done or self.start + len(tokens) > self.last_pin
         return done

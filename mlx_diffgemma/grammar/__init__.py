@@ -2,8 +2,10 @@
 
     language    what texts are: sequences, choices and repeats of characters
     regex       from a regular expression to a language, as ``re.fullmatch`` understands it
-    schema      from a JSON schema to a language, or a refusal that names the keyword; its numbers in decimals
+    decimals    languages of numbers within bounds
+    schema      from a JSON schema to a language, or a refusal that names the keyword
     automaton   from a language to a minimal automaton over bytes
     tokens      from that to an automaton over the tokens of a vocabulary, and their classes
     program     the dynamic programme over positions, states and classes: marginals, best path, draw
+    constraint  all of it for one model: compiled once, then from a step's logits to classes and from classes to tokens
 """

@@ -49,11 +49,11 @@ KNOWN = GENERAL | ANNOTATIONS | {keyword for keywords in OF_TYPE.values() for ke
 # Words that change nothing at these values.
 NEUTRAL: dict[str, Any] = {"uniqueItems": False, "minProperties": 0, "unevaluatedProperties": True, "unevaluatedItems": True,
                            "dependentRequired": {}, "dependentSchemas": {}, "patternProperties": {}}
-DATE = (r"(?a:\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8])))")
+DATE = (r"(?a:[1-9]\d{3}-"
+        r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8])))")
 TIME = r"(?a:(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d))"
 FORMATS = {
-    "date": DATE.replace(r"\d{4}", r"(?:[1-9]\d{3})"), "time": TIME,
-    "date-time": DATE.replace(r"\d{4}", r"(?:[1-9]\d{3})") + "T" + TIME,
+    "date": DATE, "time": TIME, "date-time": DATE + "T" + TIME,
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])\.){3}(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])",
     "email": r"[a-z0-9]+(?:[._-][a-z0-9]+)*@[a-z0-9]+(?:-[a-z0-9]+)*(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)+",
@@ -80,15 +80,7 @@ def parse(schema: Any) -> Language:
         _check_schema(schema, "")
         return _Translator(schema).value(schema, "", ())
     except RecursionError:
-        raise TOO_DEEP from None
-
-
-TOO_DEEP = UserError("The JSON schema is nested too deeply; write it with fewer levels.")
-
-
-def any_object() -> Language:
-    """Any JSON object, nested at most FREE_DEPTH deep."""
-    return _free_object(FREE_DEPTH)
+        raise UserError("The JSON schema is nested too deeply; write it with fewer levels.") from None
 
 
 def _check_schema(schema: Any, which: str) -> None:
@@ -354,12 +346,8 @@ def _mapping(value: Language) -> Language:
     return concat([text("{"), optional(concat([member, Repeat(concat([COMMA, member]), 0, None)])), text("}")])
 
 
-def _free_object(depth: int) -> Language:
-    return _mapping(_free(depth - 1))
-
-
 def _free(depth: int) -> Language:
     """Any value, nested at most ``depth`` deep."""
     plain = [text("null"), text("true"), text("false"), number({}, False, ""),
              concat([QUOTE, Repeat(_quoted(ANY), 0, None), QUOTE])]
-    return choice(plain + ([_list([], _free(depth - 1), 0, None), _free_object(depth)] if depth else []))
+    return choice(plain + ([_list([], _free(depth - 1), 0, None), _mapping(_free(depth - 1))] if depth else []))
