@@ -16,6 +16,7 @@ from mlx_diffgemma.generate import (
     load,
     stream_generate,
 )
+from mlx_diffgemma.infill import Fill, Hole, Infilled, batch_infill, edit, infill, stream_infill
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, user_message
@@ -24,7 +25,8 @@ from mlx_diffgemma.video import Video, VideoWarning
 __version__ = "0.1.0"
 
 __all__ = [
-    "CanvasStep", "CheckpointWarning", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError",
-    "PromptCache", "UserError", "Video", "VideoWarning",
-    "batch_generate", "chat_ids", "convert", "generate", "load", "stream_generate", "user_message",
+    "CanvasStep", "CheckpointWarning", "Fill", "GenerationOptions", "GenerationResponse", "GenerationWarning", "Hole", "Infilled",
+    "NonFiniteLogitsError", "PromptCache", "UserError", "Video", "VideoWarning",
+    "batch_generate", "batch_infill", "chat_ids", "convert", "edit", "generate", "infill", "load", "stream_generate",
+    "stream_infill", "user_message",
 ]

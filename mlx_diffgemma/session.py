@@ -107,13 +107,15 @@ class Session:
     ``max_tokens`` limits the answer; the canvases needed for it run whole, and cutting the text is the caller's part.
     ``draws`` gives the random numbers; parity and tests put their own in its place.  ``ids`` are all it has read or
     written; where ``images`` stand in them, those are read.  With a ``prompt_cache`` only what that does not hold of the prompt
-    is encoded.  ``demands`` are what its canvases must hold.  Errors: UserError for a drafter beside a prompt_cache, as it reads
+    is encoded, and with a ``cache``, which becomes the session's own, what lies behind it.  ``demands`` are what its canvases must
+    hold.  Errors: UserError for a drafter beside a prompt_cache, as it reads
     the hidden states of the whole prompt, or beside demands, which it does not know.
     """
 
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
                  eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
-                 prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = (), demands: Demands | None = None):
+                 prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = (), demands: Demands | None = None,
+                 cache: Cache | None = None):
         if policy.drafter and prompt_cache:
             raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
         if policy.drafter and demands:
@@ -124,7 +126,8 @@ class Session:
         self.max_tokens = max_tokens
         self.full_length, self.context = canvas_length or model.config.canvas_length, model.config.text.max_position_embeddings
         self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
-        self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else Cache(model.config.text)
+        own = cache or Cache(model.config.text)
+        self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else own
         self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
@@ -139,7 +142,8 @@ class Session:
         self.guess: mx.array | None = None  # what it put into the current canvas, -1 where nothing
         self.signal: mx.array | None = None  # and the first step's self-conditioning
         self.drafts = 0  # how many attempts at the current canvas before this one had guesses
-        self.next_logits: mx.array | None = None  # [vocabulary] of the causal mode behind what it has read, beside a drafter
+        self.wants_next = policy.drafter is not None
+        self.next_logits: mx.array | None = None  # where it wants them, [vocabulary] of the causal mode behind what it has read
         self.verdict: Verdict | None = None  # what it last said about this canvas
 
     @property
@@ -255,19 +259,19 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
         sizes = [next_chunk(s.pending.size, s.cache.length, s.images, chunk) for s in waiting]
         read = [read_rows(model, s.pending[:size], s.cache.length, s.images) for s, size in zip(waiting, sizes, strict=True)]
         taps = sorted({layer for s in waiting if s.policy.drafter for layer in s.policy.drafter.taps})
-        drafted = _drafted(waiting)
-        output = model.encode([rows for rows, _ in read], [s.cache for s in waiting], logits="last" if drafted else "none",
+        drafted, asking = _drafted(waiting), [row for row, session in enumerate(waiting) if session.wants_next]
+        output = model.encode([rows for rows, _ in read], [s.cache for s in waiting], logits="last" if asking else "none",
                               taps=taps, blocks=[blocks for _, blocks in read])
         for drafter, rows in drafted.items():
             drafter.read([waiting[row] for row in rows], [{layer: output.taps[layer][row] for layer in drafter.taps}
                                                           for row in rows])
-            for row in rows:
-                assert output.logits is not None
-                waiting[row].next_logits = output.logits[row][-1]
+        for row in asking:
+            assert output.logits is not None
+            waiting[row].next_logits = output.logits[row][-1]
         for session, size in zip(waiting, sizes, strict=True):
             session.pending = session.pending[size:]
         mx.eval([array for s in waiting for array in s.cache.arrays],
-                [waiting[row].next_logits for rows in drafted.values() for row in rows])
+                [waiting[row].next_logits for row in asking])
         mx.clear_cache()
         done += sum(sizes)
         if progress:

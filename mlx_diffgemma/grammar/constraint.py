@@ -23,7 +23,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
 from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
-from mlx_diffgemma.grammar.language import choice, text
+from mlx_diffgemma.grammar.language import choice, concat, text
 from mlx_diffgemma.grammar.program import Chain
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
 from mlx_diffgemma.sampler import StepNumbers, inverse_cdf, truncate
@@ -69,6 +69,19 @@ class Constraint:
     def nbytes(self) -> int:
         """Of the compiled arrays."""
         return sum(a.nbytes for a in (self.automaton.behind, self.automaton.class_of, self.automaton.distance))
+
+    def lengths(self, most: int) -> list[int]:
+        """How many tokens, up to ``most``, an admitted text can have."""
+        source, _, target = self.automaton.edges
+        reached = np.arange(self.automaton.states) == 0
+        found = []
+        for length in range(most + 1):
+            if (reached & self.automaton.accepting).any():
+                found.append(length)
+            ahead = np.zeros_like(reached)
+            ahead[target[reached[source]]] = True
+            reached = ahead
+        return found
 
     @cached_property
     def _buckets(self) -> list[tuple[np.ndarray, mx.array, mx.array]]:
@@ -121,8 +134,8 @@ _compiled: OrderedDict[tuple[int, str], tuple[Vocabulary, Constraint]] = Ordered
 
 
 def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json_schema: Any = None, regex: str | None = None,
-                       choices: Sequence[str] | None = None, seconds: float = MAX_SECONDS) -> Constraint:
-    """Of one of a JSON schema (an object, or its text), a regular expression or a list of texts.
+                       choices: Sequence[str] | None = None, begin: str = "", seconds: float = MAX_SECONDS) -> Constraint:
+    """Of one of a JSON schema (an object, or its text), a regular expression or a list of texts; ``begin`` comes before each text.
 
     The last REMEMBERED are kept.  Errors: UserError for none or two of them, and for what cannot be guaranteed or is too large.
     """
@@ -130,7 +143,7 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
     vocabulary = _vocabularies.get(tokenizer)
     if vocabulary is None:
         vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer, config.text.vocab_size)
-    key = id(vocabulary), json.dumps((json_schema, regex, choices))
+    key = id(vocabulary), json.dumps((json_schema, regex, choices, begin))
     if key in _compiled:
         _compiled.move_to_end(key)
         return _compiled[key][1]
@@ -141,7 +154,7 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
         language = regexes.parse(regex)
     else:
         language = choice([text(one) for one in choices or ()])
-    automaton = compile_language(language, seconds)
+    automaton = compile_language(concat([text(begin), language]), seconds)
     tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
     constraint = Constraint(tokens, config.generation.eos_token_ids, time.monotonic() - began, automaton.states)
     _compiled[key] = vocabulary, constraint
