@@ -6,6 +6,7 @@
 """
 
 from mlx_diffgemma.convert import convert
+from mlx_diffgemma.decide import Decision, Question, decide
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
 from mlx_diffgemma.generate import (
     GenerationOptions,
@@ -24,7 +25,7 @@ from mlx_diffgemma.video import Video, VideoWarning
 __version__ = "0.1.0"
 
 __all__ = [
-    "CanvasStep", "CheckpointWarning", "GenerationOptions", "GenerationResponse", "GenerationWarning", "NonFiniteLogitsError",
-    "PromptCache", "UserError", "Video", "VideoWarning",
-    "batch_generate", "chat_ids", "convert", "generate", "load", "stream_generate", "user_message",
+    "CanvasStep", "CheckpointWarning", "Decision", "GenerationOptions", "GenerationResponse", "GenerationWarning",
+    "NonFiniteLogitsError", "PromptCache", "Question", "UserError", "Video", "VideoWarning",
+    "batch_generate", "chat_ids", "convert", "decide", "generate", "load", "stream_generate", "user_message",
 ]
