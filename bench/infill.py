@@ -39,7 +39,8 @@ class Case(NamedTuple):
     prefix: str
     hole: str
     suffix: str
-    length: int
+    length: int  # in tokens
+    counted: int  # with the blanks before it
 
 
 def main() -> None:
@@ -67,7 +68,9 @@ def cases(tokenizer: TokenizerWrapper, kind: str, limit: int) -> list[Case]:
         stop = start + length
         prefix, hole, suffix = (tokenizer.decode(part) for part in (ids[:start], ids[start:stop], ids[stop:]))
         assert prefix + hole + suffix == example.answer
-        found.append(Case(example.prompt, prefix, hole, suffix, length))
+        blanks = prefix[len(prefix.rstrip(" ")) :]  # which a hole counts with it
+        counted = len(tokenizer.encode(blanks + hole, add_special_tokens=False))
+        found.append(Case(example.prompt, prefix, hole, suffix, length, counted))
     return found
 
 
@@ -105,7 +108,7 @@ def compared(texts: dict[str, list[str]], asked: list[Case]) -> dict[str, Any]:
 
 def by_canvas(model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: list[Case], searched: bool, batch_size: int,
               ) -> dict[str, Any]:
-    texts = [f"{case.prefix}<|hole|>{case.suffix}" if searched else f"{case.prefix}<|hole:{case.length}|>{case.suffix}"
+    texts = [f"{case.prefix}<|hole|>{case.suffix}" if searched else f"{case.prefix}<|hole:{case.counted}|>{case.suffix}"
              for case in asked]
     found = batch_infill(model, tokenizer, texts, [case.prompt for case in asked], hole=Hole(SEARCHED),
                          seeds=range(len(asked)), batch_size=batch_size)

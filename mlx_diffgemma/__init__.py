@@ -6,6 +6,7 @@
 """
 
 from mlx_diffgemma.convert import convert
+from mlx_diffgemma.decide import Decision, Question, decide
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
 from mlx_diffgemma.generate import (
     GenerationOptions,
@@ -25,8 +26,8 @@ from mlx_diffgemma.video import Video, VideoWarning
 __version__ = "0.1.0"
 
 __all__ = [
-    "CanvasStep", "CheckpointWarning", "Fill", "GenerationOptions", "GenerationResponse", "GenerationWarning", "Hole", "Infilled",
-    "NonFiniteLogitsError", "PromptCache", "UserError", "Video", "VideoWarning",
-    "batch_generate", "batch_infill", "chat_ids", "convert", "edit", "generate", "infill", "load", "stream_generate",
+    "CanvasStep", "CheckpointWarning", "Decision", "Fill", "GenerationOptions", "GenerationResponse", "GenerationWarning", "Hole",
+    "Infilled", "NonFiniteLogitsError", "PromptCache", "Question", "UserError", "Video", "VideoWarning",
+    "batch_generate", "batch_infill", "chat_ids", "convert", "decide", "edit", "generate", "infill", "load", "stream_generate",
     "stream_infill", "user_message",
 ]

@@ -25,8 +25,30 @@ from rich.table import Column, Table
 
 from drafter.commands import app as drafting
 from mlx_diffgemma import __version__, nano
+from mlx_diffgemma.decide_command import decide_command
 from mlx_diffgemma.device import memory_limit
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
+from mlx_diffgemma.flags import (
+    Adapter,
+    Choices,
+    Dtype,
+    Images,
+    ImageTokens,
+    Json,
+    Model,
+    Preset,
+    PromptCacheFile,
+    Regex,
+    Revision,
+    Sampler,
+    Schema,
+    Seed,
+    Steps,
+    SystemPrompt,
+    Threshold,
+    constraints_of,
+    prompt_cache_at,
+)
 from mlx_diffgemma.generate import (
     GenerationOptions,
     GenerationResponse,
@@ -36,10 +58,10 @@ from mlx_diffgemma.generate import (
     summary,
 )
 from mlx_diffgemma.images import open_image
+from mlx_diffgemma.infill_command import edit_command, infill_command
 from mlx_diffgemma.prompt import check_eyes, prepare_media
-from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.recipes import MODES, RECIPES
-from mlx_diffgemma.rules import LENGTHS, PRESETS, SAMPLERS
+from mlx_diffgemma.rules import LENGTHS
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt, user_message
 from mlx_diffgemma.tuning.commands import lora
@@ -60,22 +82,11 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
 SHOWN = (GenerationWarning, CheckpointWarning, VideoWarning)  # warnings meant for the user
 
-Model = Annotated[str, typer.Option("--model", help=f"'{nano.NAME}' (built in), a checkpoint folder, or a Hub id.")]
-Adapter = Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
-Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16. Default: the checkpoint's on "
-                                                "a GPU, float32 on a CPU.")]
 SelfConditioning = Annotated[str | None, typer.Option(help="'dense': over the whole vocabulary, as the reference; 'sparse': from "
                                                       "the 64 most probable tokens where they hold --coverage of the mass. "
                                                       "Default: sparse.")]
 Coverage = Annotated[float | None, typer.Option(help="Of sparse self-conditioning. Default: 0.999999, which changes no token in "
                                                 "practice; lower is faster and does.")]
-Steps = Annotated[int | None, typer.Option("--max-denoising-steps", help="Steps a canvas may take. Default: the checkpoint's.")]
-Preset = Annotated[str | None, typer.Option(help=f"A set of the rules below: {', '.join(PRESETS)}; other options override it. "
-                                            "What each costs and gains: docs/speed.md. Default: reference.")]
-Sampler = Annotated[str | None, typer.Option(help=f"{' or '.join(SAMPLERS)}. Default: {SAMPLERS[0]}.")]
-Threshold = Annotated[float | None, typer.Option(help="Rule: probability from which the sampler confidence-threshold accepts a "
-                                                 "token. Default: 0.9.")]
 EntropyBound = Annotated[float | None, typer.Option(help="Acceptance bound in nats. Default: the checkpoint's.")]
 Confidence = Annotated[float | None, typer.Option(help="A canvas converges below this mean entropy, in nats. Default: the "
                                                   "checkpoint's.")]
@@ -104,18 +115,8 @@ Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, fol
                                            "docs/drafting.md.")]
 Rules = Annotated[str | None, typer.Option("--draft-rules", help="How canvases are drafted: gate=0.9,passes=2,refine=on,judge=off "
                                            "and the like. See docs/drafting.md.")]
-Images = Annotated[list[str], typer.Option("--image", help="An image before the prompt, file or URL; may be given again. Needs the "
-                                           "extra vision, and a checkpoint that has eyes: 'nano-vision' is built in.")]
 Videos = Annotated[list[str], typer.Option("--video", help="A video file before the prompt, one frame a second of it; may be given "
                                            "again.")]
-ImageTokens = Annotated[int | None, typer.Option(help="Soft tokens an image may take: 70, 140, 280, 560 or 1120; more see finer. "
-                                                 "Default: the checkpoint's number, 70 for a frame of a video.")]
-Schema = Annotated[Path | None, typer.Option("--json-schema", help="The answer is JSON that the schema in this file admits, "
-                                             "whatever the model thinks. See docs/structure.md.")]
-Regex = Annotated[str | None, typer.Option(help="The answer is a text that this expression matches as a whole.")]
-Choices = Annotated[str | None, typer.Option(help="The answer is one of these texts, separated by commas.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
-
 
 @app.command("generate")
 def generate_command(
@@ -123,7 +124,7 @@ def generate_command(
     model: Model = nano.NAME,
     revision: Revision = None,
     adapter_path: Adapter = None,
-    system_prompt: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
+    system_prompt: SystemPrompt = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
     prefill_response: Annotated[str | None, typer.Option(help="Text the answer begins with.")] = None,
     ignore_chat_template: Annotated[bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
@@ -134,7 +135,7 @@ def generate_command(
                                                "probable token. With --mode ar: absent or 0 is greedy.")] = DEFAULTS.temperature,
     top_k: Annotated[int, typer.Option(help="Draw among the k most probable tokens; 0 is off.")] = DEFAULTS.top_k,
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that hold this mass; 1 is off.")] = DEFAULTS.top_p,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = DEFAULTS.seed,
+    seed: Seed = DEFAULTS.seed,
     dtype: Dtype = None,
     max_denoising_steps: Steps = None,
     entropy_bound: EntropyBound = None,
@@ -167,8 +168,7 @@ def generate_command(
                                               f"Default: {Video.fps:g}.")] = None,
     num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens the drafter may guess at once. Default: as many as "
                                                          "its blocks hold.")] = DEFAULTS.num_draft_tokens,
-    prompt_cache_file: Annotated[Path | None, typer.Option(help="Keep in this file what was encoded; a next prompt that begins "
-                                                           "alike encodes only the rest.")] = None,
+    prompt_cache_file: PromptCacheFile = None,
     show: Annotated[bool, typer.Option("--show", help="Show the canvas resolving, on a terminal only.")] = False,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print figures, and the thought, on standard error.")] = False,
@@ -197,7 +197,7 @@ def generate_command(
     else:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         ids = chat_ids(tokenizer, [*system, user_message(text, len(media))], think=think, **variables)
-    cache = _prompt_cache(prompt_cache_file, network, tokenizer)
+    cache = prompt_cache_at(prompt_cache_file, network, tokenizer)
     prefix = tokenizer.encode(prefill_response, add_special_tokens=False) if prefill_response else []
     live = None
     if show and mode == "diffusion" and output.is_terminal:
@@ -222,16 +222,6 @@ def _drafter(name: str | None, rules: str | None, mode: str, network: DiffusionG
     drafter = load_drafter(name, network, tokenizer=tokenizer)
     drafter.rules = DraftRules.parse(rules) if rules is not None else None
     return drafter
-
-
-def _prompt_cache(path: Path | None, network: Any, tokenizer: Any) -> PromptCache | None:
-    if path is None:
-        return None
-    if path.exists():
-        return PromptCache.load(path, network, tokenizer)
-    if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written, there is no folder {path.parent}.")
-    return PromptCache(network)
 
 
 def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: bool, verbose: bool) -> None:
@@ -788,6 +778,9 @@ def parity(
         raise typer.Exit(1)
 
 
+app.command("decide")(decide_command)
+app.command("infill")(infill_command)
+app.command("edit")(edit_command)
 app.command("lora")(lora)
 app.add_typer(drafting)
 
@@ -825,20 +818,10 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
     if options.get("canvas_length") is not None:
         with contextlib.suppress(ValueError):
             options["canvas_length"] = int(options["canvas_length"])
-    if options.get("json_schema") is not None:
-        options["json_schema"] = _text_of(options["json_schema"], "JSON schema")
-    if options.get("choices") is not None:
-        options["choices"] = [one.strip() for one in options["choices"].split(",")]
+    if "json_schema" in options:
+        options |= constraints_of(options["json_schema"], options["regex"], options["choices"])
     GenerationOptions.from_keywords(options)
     return options
-
-
-def _text_of(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"The {what} {path} cannot be read ({reason}).") from None
 
 
 def _status(text: str) -> Any:

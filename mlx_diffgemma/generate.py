@@ -309,7 +309,7 @@ def stream_generate(
     _check_policy(policy, options)
     _check_draft(draft_model, chosen)
     request = _Request.prepare(model, tokenizer, prompt, chosen, prefix, images=images)
-    _check_room(model, [request], 1)
+    check_room(model, [len(request.ids)], 1, request.patches)
     if chosen.mode == "ar":
         if on_step is not None:
             raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
@@ -368,7 +368,7 @@ def batch_generate(
         if len(prompts) > batch_size:  # every image was looked at, but only those of running answers are held
             request.images = ()
         requests.append(request)
-    _check_room(model, requests, batch_size)
+    check_room(model, [len(r.ids) for r in requests], batch_size, max((r.patches for r in requests), default=0))
     answers: list[GenerationResponse | None] = [None] * len(requests)
     if chosen.mode == "ar":
         run = _batch_causal(model, requests, chosen, batch_size, draft_model)
@@ -420,12 +420,7 @@ class _Request:
                 prefix: Sequence[int] = (), seed: int | None = None, images: Sequence[Medium] = ()) -> _Request:
         """Errors: UserError for an empty prompt, ids out of the vocabulary, images without a place, or an answer that would pass
         the context."""
-        ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in np.array(prompt)]
-        vocabulary = model.config.text.vocab_size
-        if not ids or (isinstance(prompt, str) and not prompt.strip()):
-            raise UserError("The prompt is empty; give at least one character.")
-        if not all(0 <= token < vocabulary for token in ids):
-            raise UserError(f"The prompt holds token ids outside 0 to {vocabulary - 1}; it was made with another tokenizer.")
+        ids = prompt_ids(model, tokenizer, prompt)
 
         def opened(asked: list[int] = ids) -> tuple[list[int], tuple[PlacedImage, ...]]:
             media = prepare_media(images, model.config, options.image_tokens)
@@ -536,6 +531,17 @@ class _Request:
                           GenerationWarning, stacklevel=4)
 
 
+def prompt_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
+    """Ids of a prompt, a marker for each image.  Errors: UserError for an empty prompt, or ids out of the vocabulary."""
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in np.array(prompt)]
+    vocabulary = model.config.text.vocab_size
+    if not ids or (isinstance(prompt, str) and not prompt.strip()):
+        raise UserError("The prompt is empty; give at least one character.")
+    if not all(0 <= token < vocabulary for token in ids):
+        raise UserError(f"The prompt holds token ids outside 0 to {vocabulary - 1}; it was made with another tokenizer.")
+    return ids
+
+
 def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context: int) -> int:
     """How many tokens an answer may have; whole canvases must fit the ``context`` behind the ``prompt``.
 
@@ -553,14 +559,15 @@ def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context
     return max_tokens
 
 
-def _check_room(model: DiffusionGemma, requests: Sequence[_Request], batch_size: int) -> None:
-    """Errors: UserError when weights, caches and logits of ``batch_size`` answers cannot be held, before they are allocated."""
+def check_room(model: DiffusionGemma, lengths: Sequence[int], batch_size: int = 1, patches: int = 0) -> None:
+    """Errors: UserError when weights, caches and logits of ``batch_size`` answers to prompts of these ``lengths``, and the largest
+    image of so many ``patches``, cannot be held, before they are allocated."""
     config, element = model.config, model.dtype.size
-    longest = sorted((len(request.ids) for request in requests), reverse=True)[:batch_size] or [0]
+    longest = sorted(lengths, reverse=True)[:batch_size] or [0]
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     needed = weights + sum(cost.run_bytes(config, 0, length + config.canvas_length, element) for length in longest)
     if config.vision:  # one image at a time
-        needed += cost.tower_bytes(config.vision, max((request.patches for request in requests), default=0))
+        needed += cost.tower_bytes(config.vision, patches)
     many = len(longest) > 1
     size = f"{longest[0]:,} tokens"
     what = f"Running {len(longest)} prompts of up to {size} together" if many else f"A prompt of {size}"

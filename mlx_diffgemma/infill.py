@@ -26,12 +26,12 @@ from mlx_diffgemma.demands import FREE, Demands, Stretch
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.generate import CONSTRAINTS, GenerationOptions, GenerationWarning
+from mlx_diffgemma.generate import CONSTRAINTS, GenerationOptions, GenerationWarning, check_room
 from mlx_diffgemma.grammar.constraint import check_constraint, compile_constraint
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.session import Loop, Session, prefill
-from mlx_diffgemma.tokenizer import answer_ids, chat_ids, user_message
+from mlx_diffgemma.tokenizer import chat_ids, encode_literally, turn_end, user_message
 
 LENGTHS = (1, 16)  # between which a length is searched that nobody gave
 TRIED = 16  # lengths that run as one batch; of more, so many are tried first and then those about the best
@@ -44,7 +44,8 @@ Messages: TypeAlias = "str | Sequence[Mapping[str, Any]]"
 class Hole:
     """A hole of ``length`` tokens: so many; between two numbers (fewest, most); or None, which is searched between LENGTHS.
 
-    One of ``json_schema``, ``regex`` and ``choices`` may say which texts it can hold.  Errors: UserError for lengths below 1 or out
+    Blanks before a hole are counted with it, since tokens hold a blank together with the word behind it.  One of ``json_schema``,
+    ``regex`` and ``choices`` may say which texts it can hold.  Errors: UserError for lengths below 1 or out
     of order, and for two constraints.
     """
 
@@ -124,8 +125,8 @@ def infill(model: DiffusionGemma, tokenizer: TokenizerWrapper, text: str | Seque
 def stream_infill(model: DiffusionGemma, tokenizer: TokenizerWrapper, text: str | Sequence[str], prompt: Messages | None = None, *,
                   hole: Hole | Sequence[Hole] = Hole(), batch_size: int = 8, **options: Any) -> Iterator[Fill]:  # noqa: B008
     """As ``infill``, yielding each ``Fill`` as soon as it is known, in the order of the text."""
-    run = _Run(model, tokenizer, [text], None if prompt is None else [prompt], hole, None, options)
-    return (fill for _, fill in run.fills(batch_size))
+    run = _Run(model, tokenizer, [text], None if prompt is None else [prompt], hole, None, batch_size, options)
+    return (fill for _, fill in run.fills())
 
 
 def batch_infill(model: DiffusionGemma, tokenizer: TokenizerWrapper, texts: Sequence[str | Sequence[str]],
@@ -134,8 +135,8 @@ def batch_infill(model: DiffusionGemma, tokenizer: TokenizerWrapper, texts: Sequ
                  on_fill: Callable[[int, Fill], None] | None = None, **options: Any) -> list[Infilled]:
     """As ``infill`` for each of ``texts``; what runs beside a text does not change its fills.  ``on_fill`` is told of each, with
     the index of its text."""
-    run = _Run(model, tokenizer, texts, prompts, hole, seeds, options)
-    for index, fill in run.fills(batch_size):
+    run = _Run(model, tokenizer, texts, prompts, hole, seeds, batch_size, options)
+    for index, fill in run.fills():
         if on_fill:
             on_fill(index, fill)
     return [filling.result() for filling in run.fillings]
@@ -155,7 +156,7 @@ def edit(model: DiffusionGemma, tokenizer: TokenizerWrapper, text: str, span: tu
                         "the one behind its last.")
     given = hole or Hole()
     if given.length is None:
-        size = len(_encode(tokenizer, text[start:stop]))
+        size = len(encode_literally(tokenizer, text[start:stop]))
         about = max(2, size // 4)
         given = replace(given, length=(max(1, size - about), size + about))
     return infill(model, tokenizer, (text[:start], text[stop:]), f"{prompt}\n\n{text}", hole=given, **options)
@@ -182,23 +183,21 @@ def read_length(text: str) -> int | tuple[int, int]:
     return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
 
 
-def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """Ids of text in which nothing is a control token, whatever it looks like."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-
-
 class _Run:
     """Some texts on their way, whose canvases share forwards."""
 
     def __init__(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, texts: Sequence[str | Sequence[str]],
                  prompts: Sequence[Messages] | None, hole: Hole | Sequence[Hole], seeds: Sequence[int] | None,
-                 options: dict[str, Any]) -> None:
+                 batch_size: int, options: dict[str, Any]) -> None:
         """Errors: UserError for everything that can be refused."""
         if prompts is not None and len(prompts) != len(texts):
             raise UserError(f"prompts must have one entry a text: got {len(prompts)} for {len(texts)} texts.")
         if seeds is not None and len(seeds) != len(texts):
             raise UserError(f"seeds must have one entry a text: got {len(seeds)} for {len(texts)} texts.")
-        self.model, self.options = model, GenerationOptions.from_keywords(_check_options(options))
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model, self.batch_size = model, batch_size
+        self.options = GenerationOptions.from_keywords(_check_options(options))
         policy, seed = self.options.policy(model), self.options.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "little")
@@ -211,8 +210,9 @@ class _Run:
                 holes = [hole] * (len(parts) - 1) if isinstance(hole, Hole) else list(hole)
             self.fillings.append(_Filling(model, tokenizer, parts, holes, prompts[index] if prompts else None, policy,
                                           self.options.prefill_step_size, seed if seeds is None else seeds[index]))
+        check_room(model, [filling.most for filling in self.fillings for _ in range(batch_size)], batch_size)
 
-    def fills(self, batch_size: int) -> Iterator[tuple[int, Fill]]:
+    def fills(self) -> Iterator[tuple[int, Fill]]:
         """(index of a text, what was filled) as it comes."""
         loop = Loop(self.model, (), self.options.prefill_step_size)
         todo, waiting = deque(enumerate(self.fillings)), deque[Session]()
@@ -220,7 +220,7 @@ class _Run:
         with generation_memory():
             while True:
                 loop.sessions = loop.active
-                while len(loop.sessions) < batch_size and (waiting or todo):
+                while len(loop.sessions) < self.batch_size and (waiting or todo):
                     if not waiting:
                         index, filling = todo.popleft()
                         waiting += _Round(index, filling).begin(running)
@@ -296,25 +296,24 @@ class _Filling:
                 raise UserError("This tokenizer has no token for the begin of a text; give a prompt.")
             self.known = [int(tokenizer.bos_token_id)]
         else:
-            messages: list[Mapping[str, Any]] = [user_message(prompt)] if isinstance(prompt, str) else list(prompt)
-            self.known = chat_ids(tokenizer, messages)
-            self.ends = answer_ids(tokenizer, [*messages, {"role": "assistant", "content": "."}])[-1:]
+            self.known = chat_ids(tokenizer, [user_message(prompt)] if isinstance(prompt, str) else prompt)
+            self.ends = [turn_end(tokenizer)]
         self.begin = len(self.known)  # of the text, among the ids that are known
         # A blank before a hole belongs to the word that comes: tokens hold it with the word.
         self.blanks = [re.search(r"[ \t]*\Z", part)[0] for part in parts[:-1]]  # type: ignore[index]
         try:
-            self.parts = [_encode(tokenizer, part[: len(part) - len(blank)])
+            self.parts = [encode_literally(tokenizer, part[: len(part) - len(blank)])
                           for part, blank in zip(parts, [*self.blanks, ""], strict=True)]
         except (TypeError, UnicodeEncodeError):
             raise UserError("The text is not valid Unicode; decode the file with its own encoding.") from None
         self.constraints = [compile_constraint(tokenizer, model.config, begin=blank, **hole.constraint)
                             for blank, hole in zip(self.blanks, holes, strict=True)]
         self.lengths = [self._lengths(number) for number in range(len(holes))]
-        whole = self.begin + sum(map(len, self.parts)) + sum(own[-1] for own in self.lengths)
+        self.most = self.begin + sum(map(len, self.parts)) + sum(own[-1] for own in self.lengths)  # tokens
         context = model.config.text.max_position_embeddings
-        if whole + self.size > context:
-            raise UserError(f"The text may come to {whole:,} tokens, and the context holds {context:,} with a canvas of {self.size}"
-                            "; shorten it.")
+        if self.most + self.size > context:
+            raise UserError(f"The text may come to {self.most:,} tokens, and the context holds {context:,} with a canvas of "
+                            f"{self.size}; shorten it.")
         self.cache = Cache(model.config.text)  # what comes before the canvases
         self.next_logits = mx.zeros(0)  # [vocabulary] of the causal mode behind it
         self.unseen = 0
@@ -342,7 +341,7 @@ class _Filling:
                 if len(self.lengths[number]) == 1:
                     tried[new[0]] = 0.0, trials[0]
                     break
-                tried |= {length: (self._score(trial), trial) for length, trial in zip(new, trials, strict=True)}
+                tried |= {length: (self._score(number, trial), trial) for length, trial in zip(new, trials, strict=True)}
             self._take(number, tried)
 
     def _trials(self, number: int, lengths: Sequence[int]) -> list[_Trial]:
@@ -391,22 +390,28 @@ class _Filling:
                 ids += [FREE] * self.lengths[place][0]
         return ids, holes
 
-    def _score(self, trial: _Trial) -> float:
-        """Mean log-probability in nats that the causal mode gives to the tokens from the hole on.  That of the canvas mode knows
-        nothing of lengths: whatever stands on a canvas was made to fit (bench/LOG.md)."""
+    def _score(self, number: int, trial: _Trial) -> float:
+        """Log-probability in nats that the causal mode gives to what stands from the hole on, by tokens, of which the hole has as
+        many as the tokenizer would write it with: a word spelled letter by letter is no better for having more of them.
+
+        That of the canvas mode says nothing of lengths: whatever stands on a canvas was made to fit (bench/LOG.md).
+        """
         ids, cache = mx.array(trial.tokens), self.cache.copy()
         output = self.model.encode([ids], [cache], logits="all", write="hold")
         cache.accept(0)
         assert output.logits is not None
-        logits = mx.concatenate((self.next_logits[None], output.logits[0][:-1]))[trial.spots[0].start :]
-        chosen = mx.take_along_axis(logits, ids[trial.spots[0].start :, None], axis=-1)[:, 0]
-        return float((chosen - mx.logsumexp(logits, axis=-1)).mean().item())
+        hole = trial.spots[0]
+        logits = mx.concatenate((self.next_logits[None], output.logits[0][:-1]))[hole.start :]
+        chosen = mx.take_along_axis(logits, ids[hole.start :, None], axis=-1)[:, 0]
+        tokens = len(encode_literally(self.tokenizer, self.blanks[number] + self._text(number, trial, 0))) + ids.size - hole.stop
+        return float((chosen - mx.logsumexp(logits, axis=-1)).sum().item()) / tokens
 
     def _take(self, number: int, tried: Mapping[int, tuple[float, _Trial]]) -> None:
         """Fill the hole as the best trial did, and those that are on its canvas too."""
         _, best = max(tried.values(), key=lambda one: one[0])
         if not best.converged:
-            warnings.warn(f"The canvas of hole {number + 1} did not converge; its text may be faulty.", GenerationWarning, stacklevel=2)
+            warnings.warn(f"The canvas of hole {number + 1} did not converge; its text may be faulty.", GenerationWarning,
+                          stacklevel=2)
         candidates = tuple(Candidate(self._text(number, trial, 0), length, score, trial.converged)
                            for length, (score, trial) in sorted(tried.items())) if len(tried) > 1 else ()
         steps = sum(canvas.steps for _, trial in tried.values() for canvas in trial.session.canvases)

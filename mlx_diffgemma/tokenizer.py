@@ -78,6 +78,18 @@ def answer_ids(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]
     return ids[: ends[-1] + 1]
 
 
+def turn_end(tokenizer: TokenizerWrapper) -> int:
+    """The token that ends the model's turn: the chat template's, or the tokenizer's own where there is none."""
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ends = [token for token in _render(tokenizer, messages, tokenize=True) if token in tokenizer.eos_token_ids]
+        if ends:
+            return int(ends[-1])
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no end token; take one that has.")
+    return int(tokenizer.eos_token_id)
+
+
 def _render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
     """Text or ids of the chat template.  Errors: UserError when there is none, or it refuses the messages."""
     if not tokenizer.has_chat_template:
@@ -92,6 +104,11 @@ def encode_prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     """Ids of plain text, with the start token unless the text brings it."""
     special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
     return list(tokenizer.encode(text, add_special_tokens=special))
+
+
+def encode_literally(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Ids of text in which nothing is a control token, whatever it looks like."""
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def answer_part(tokenizer: TokenizerWrapper, ids: Sequence[int]) -> list[int]:

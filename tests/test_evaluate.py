@@ -3,16 +3,14 @@
 import json
 from dataclasses import replace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import chat_ids
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.draws import Draws
+from mlx_diffgemma import Question as Decided
+from mlx_diffgemma import chat_ids, decide
+from mlx_diffgemma.decide import average, read_labels, read_prompt
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.evaluation.choices import read_choices
-from mlx_diffgemma.evaluation.run import _Answer, _bootstrap, _result, _wilson, evaluate
+from mlx_diffgemma.evaluation.run import _Answer, _bootstrap, _choice_ids, _result, _wilson, evaluate
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task, tasks_named, tasks_of_file
 from mlx_diffgemma.generate import GenerationResponse
 from mlx_diffgemma.nano.tasks import TASKS
@@ -137,27 +135,23 @@ class TestFile:
 
 
 class TestChoices:
-    def test_probabilities_of_one_token_are_the_canvas_modes_own(self, nano_pair):
+    def test_a_choice_is_a_whole_answer(self, nano_pair):
+        """It ends with the turn's end, and is read as a decision of four reads is."""
         model, tokenizer = nano_pair
-        prompt, ids = chat_ids(tokenizer, [{"role": "user", "content": "Is 3 greater than 90?"}]), [[100], [200], [300]]
-        cache = Cache(model.config.text)
-        model.encode([mx.array(prompt)], [cache])
-        noise = Draws(5, model.config.text.vocab_size).step(0, 0, 0, 0, 64).initial
-        wanted = mx.softmax(model.denoise(mx.array(noise[None]), [cache]).logits[0, 0][mx.array([100, 200, 300])])
-        assert read_choices(model, prompt, ids, seed=5, reads=1) == pytest.approx(np.array(wanted), rel=1e-4)
+        message = {"role": "user", "content": "Add 12 and 30."}
+        question = replace(Question([message], lambda text: Mark(float(text == "42"))), choices=("42", "4"))
+        labels = _choice_ids(model, tokenizer, question)
+        assert {ids[-1] for ids in labels.ids} == {tokenizer.convert_tokens_to_ids("<turn|>")}
+        (result,) = evaluate(model, tokenizer, [Task("t", lambda _: [question])]).results
+        assert (result.score, result.canvases) == (1, 0)
+        (own,) = decide(model, tokenizer, chat_ids(tokenizer, [message]), [Decided.choice(["42", "4"])], reads=4)
+        (found,) = read_labels(model, read_prompt(model, chat_ids(tokenizer, [message])), [labels], [16], 4, 0)
+        assert average(found).tolist() == list(own.probabilities.values())
 
-    def test_order_and_company_do_not_matter_to_the_odds(self, tiny):
-        read = [[9], [30, 7], [40]]
-        forward, back = (read_choices(tiny, [5, 6, 7], order) for order in (read, read[::-1]))
-        assert forward == pytest.approx(back[::-1], rel=1e-5)
-        pair = read_choices(tiny, [5, 6, 7], read[:2])
-        assert pair[0] / pair[1] == pytest.approx(forward[0] / forward[1], rel=1e-4)
-
-    def test_refusals(self, tiny):
-        with pytest.raises(UserError, match="same"):
-            read_choices(tiny, [5], [[1], [1]])
-        with pytest.raises(UserError, match="between 1 and 24"):
-            read_choices(tiny, [5], [[1], []])
+    def test_choices_that_are_the_same_tokens(self, nano_pair):
+        question = replace(Question.from_prompt("a", lambda _: Mark(0.0)), choices=("yes", "yes "))
+        with pytest.raises(UserError, match="same tokens"):
+            evaluate(*nano_pair, [Task("t", lambda _: [question])])
 
     def test_nano_compares_numbers_by_reading(self, nano_pair, tmp_path):
         pairs = [(a, word, b) for a, word, b in ((12, "greater", 40), (80, "less", 9), (33, "less", 71), (64, "greater", 5),

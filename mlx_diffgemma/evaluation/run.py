@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_diffgemma.decide import Labels, average, canvas_for, read_labels, read_prompt
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.evaluation.choices import read_choices
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task
 from mlx_diffgemma.generate import GenerationResponse, GenerationWarning, batch_generate
 from mlx_diffgemma.model import DiffusionGemma
@@ -120,10 +120,12 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
         for seed in seeds:
             own = [seed * 1_000_003 + index for index in range(len(questions))]
             if own_choices:
-                for question, ids, number in zip(questions, own_choices, own, strict=True):
+                for question, labels, number in zip(questions, own_choices, own, strict=True):
                     media = prepare_media(question.images, model.config)
                     prompt, placed = place(chat_ids(tokenizer, question.messages), media, model.config.image_tokens, tokenizer)
-                    shares = read_choices(model, prompt, ids, READS * number, READS, placed)
+                    (found,) = read_labels(model, read_prompt(model, prompt, placed), [labels], [canvas_for(model, labels)], READS,
+                                           READS * number)
+                    shares = average(found)
                     answers.append(_Answer(question, question.mark(question.choices[int(shares.argmax())]), None))
                     count()
                 continue
@@ -137,13 +139,14 @@ def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence
     return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype), tuple(results))
 
 
-def _choice_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question) -> list[list[int]]:
-    """Each choice is a whole answer: it ends with the turn's end.  Errors: UserError for one longer than a canvas."""
+def _choice_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question) -> Labels:
+    """Each choice is a whole answer: it ends with the turn's end.  Errors: UserError for one longer than a canvas, or two that are
+    the same tokens."""
     ids = [answer_ids(tokenizer, [*question.messages, {"role": "assistant", "content": choice}]) for choice in question.choices]
     for choice, own in zip(question.choices, ids, strict=True):
         if len(own) > model.config.canvas_length:
             raise UserError(f"The choice {choice[:40]!r} has {len(own)} tokens, a canvas {model.config.canvas_length}.")
-    return ids
+    return Labels(tuple(map(tuple, ids)))
 
 
 def _result(task: Task, answers: Sequence[_Answer], questions: int) -> TaskResult:
