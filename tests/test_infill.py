@@ -145,9 +145,9 @@ class TestConstraints:
         assert [one.length for one in found.fills[0].candidates] == [2, 3, 4]  # of a blank and digits
 
     def test_each_hole_its_own(self, nano_pair):
-        holes = (Hole(3, choices=["31", "13"]), Hole(json_schema={"enum": ["Paris", "Rome"]}))
-        found = infill(*nano_pair, ('{"age": ', ', "city": ', "}"), PROMPT, hole=holes, seed=0)
-        assert found.text == '{"age": 31, "city": "Paris"}'
+        holes = (Hole(3, choices=["31", "13"]), Hole((2, 6), json_schema={"enum": ["Paris", "Rome"]}))
+        found = infill(*nano_pair, ('{"name": "Anna", "age": ', ', "city": ', "}"), PROMPT, hole=holes, seed=0)
+        assert found.text == '{"name": "Anna", "age": 31, "city": "Paris"}'
 
     def test_whatever_the_model_thinks(self, nano_pair):
         fills = infill(*nano_pair, '{"name": "Anna", "age": <|hole|>, "city": "Paris"}', PROMPT, hole=Hole(regex="-[a-d]{3,4}"),
