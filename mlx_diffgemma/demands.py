@@ -168,6 +168,7 @@ class Demands:
             state = one.constraint.automaton.advance(self._states[id(one)], own)
             assert state >= 0, "a committed canvas is admitted by its constraint"
             self._states[id(one)] = state
-            if one.stop is None and one.constraint.automaton.ends[state]:
+            # At the limit no place is left for an end token, and only finished texts reach it.
+            if one.stop is None and (one.constraint.automaton.ends[state] or self.start + len(tokens) >= self.limit):
                 done = done or self.start + len(tokens) > self.last_pin
         return done
