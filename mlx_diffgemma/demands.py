@@ -86,7 +86,7 @@ class Demands:
             first = max(one.start, start) - start
             last = min(start + length if one.stop is None else one.stop, start + length) - start
             if first < last:
-                band = Band(one.constraint.chain, self._span(one, slice(first, last), max(0, unended - first)))
+                band = Band(one.constraint.chain, self._span(one, slice(first, last)))
                 if not band.possible:
                     raise UserError("No text that the constraint admits fits between and under the pins; move them, or change the "
                                     "number of tokens.")
@@ -94,12 +94,14 @@ class Demands:
                 at = last
         self._parts = [part for part in (*self._parts, _Part(slice(at, length))) if part.place.start < part.place.stop]
 
-    def _span(self, one: Stretch, here: slice, unended: int) -> Span:
-        pinned, column_of = self.pinned[here], one.constraint.column_of
+    def _span(self, one: Stretch, here: slice) -> Span:
+        start = self.start + here.start
+        # Pins of later canvases too, which what stands in this one must leave possible.
+        pinned, column_of = self.pins[start : self.last_pin + 1 if one.stop is None else one.stop], one.constraint.column_of
         forced = np.where(pinned == FREE, -1, column_of[np.maximum(pinned, 0)]) if (pinned != FREE).any() else None
         length, state = here.stop - here.start, self._states[id(one)]
         if one.stop is None:
-            return Span(state, length, self.limit - self.start - here.start, forced=forced, unended=unended)
+            return Span(state, length, self.limit - start, forced=forced, unended=max(0, self.last_pin - start))
         return Span(state, length, closed=True, more=one.stop - self.start - here.stop, forced=forced)
 
     @property
@@ -168,6 +170,7 @@ class Demands:
             state = one.constraint.automaton.advance(self._states[id(one)], own)
             assert state >= 0, "a committed canvas is admitted by its constraint"
             self._states[id(one)] = state
-            if one.stop is None and one.constraint.automaton.ends[state]:
+            # At the limit no place is left for an end token, and only finished texts reach it.
+            if one.stop is None and (one.constraint.automaton.ends[state] or self.start + len(tokens) >= self.limit):
                 done = done or self.start + len(tokens) > self.last_pin
         return done

@@ -109,6 +109,17 @@ class TestConstraints:
         assert text.isdigit()
         assert (text[1], text[3]) == ("7", "7")
 
+    @pytest.mark.parametrize("stop", [None, 20])
+    @pytest.mark.parametrize("digit", "12")
+    def test_pins_of_a_later_canvas_bind_the_first(self, nano, digit, stop):
+        """Whatever the model would rather begin with."""
+        model, tokenizer = nano
+        constraint = compile_constraint(tokenizer, model.config, regex="1{20}|2{20}")
+        demands = Demands(model.config.generation.eos_token_ids, 24, [*[FREE] * 14, ids(nano, digit)[0]],
+                          [Stretch(constraint, 0, stop)])
+        tokens, _ = answered(nano, demands, limit=24, canvas_length=8, max_denoising_steps=2)
+        assert tokenizer.decode(tokens[:20].tolist()) == digit * 20
+
     def test_a_stretch_between_pins_is_filled_exactly(self, nano):
         """A hole of five tokens under an expression, pinned text around it."""
         model, tokenizer = nano
@@ -129,6 +140,13 @@ class TestConstraints:
         constraint = compile_constraint(tokenizer, model.config, regex=regex)
         with pytest.raises(UserError, match=message):
             Demands(model.config.generation.eos_token_ids, 64, ids(nano, pins) if pins else (), [Stretch(constraint)]).open(0, 64)
+
+    def test_what_later_pins_make_impossible_is_refused_at_once(self, nano):
+        model, tokenizer = nano
+        constraint = compile_constraint(tokenizer, model.config, regex="[a-z]+")
+        demands = Demands(model.config.generation.eos_token_ids, 24, [*[FREE] * 14, ids(nano, "7")[0]], [Stretch(constraint)])
+        with pytest.raises(UserError, match="fits between and under the pins"):
+            demands.open(0, 8)
 
     def test_alone_is_as_beside_others(self, nano):
         model, tokenizer = nano
@@ -155,6 +173,12 @@ class TestGenerate:
         batch = batch_generate(model, tokenizer, [prompt] * 3, seeds=[0, 1, 0], json_schema=self.SCHEMA)
         assert [batch[0].text, batch[2].text] == [whole] * 2
         assert {response.finish_reason for response in batch} == {"stop"}
+
+    @pytest.mark.parametrize("limit", [8, 16])
+    def test_a_text_that_could_go_on_but_fills_the_limit_is_whole(self, nano, limit):
+        """Also where the limit is the end of a canvas, on which no end token follows."""
+        [response] = batch_generate(*nano, ["Hello."], seed=0, regex=f"(?:[0-9]{{{limit}}})+", max_tokens=limit, canvas_length=8)
+        assert (len(response.text), len(response.tokens), response.finish_reason) == (limit, limit, "stop")
 
     def test_a_begin_that_is_given(self, nano):
         model, tokenizer = nano

@@ -83,8 +83,8 @@ class Span:
 
     ``budget``: how many tokens the text may still have; it ends with an end token, or goes on in a next canvas, but never so that
     the budget could not hold it.  ``closed``: the text takes no end token, it fills these positions and as many ``more`` exactly.
-    ``forced`` int [length]: the column each position is bound to, -1 where none.  ``unended``: before so many positions no text
-    ends.
+    ``forced`` int: the column each position is bound to, -1 where none; there may be more of them than the canvas has positions,
+    and what it holds leaves room for those.  ``unended``: before so many positions no text ends.
     """
 
     state: int
@@ -130,17 +130,18 @@ class Band:
         return np.append(self.chain.automaton.distance <= self.span.budget - t, t > self.span.unended)
 
     def _last(self) -> np.ndarray:
-        if not self.span.closed:
-            return self._within(self.span.length)
-        behind = np.append(self.chain.automaton.accepting, False)
-        for _ in range(self.span.more):
+        """States at the end of the canvas from which what is asked of the positions behind it can be met."""
+        span, bound = self.span, 0 if self.span.forced is None else len(self.span.forced)
+        until = span.length + span.more if span.closed else max(span.length, bound)
+        behind = np.append(self.chain.automaton.accepting, False) if span.closed else self._within(until)
+        for t in reversed(range(span.length, until)):
             before = np.zeros_like(behind)
-            before[self.chain.source[behind[self.chain.target]]] = True
-            behind = before
+            before[self.chain.source[behind[self.chain.target] & self._allowed(t)]] = True
+            behind = before & self._within(t)
         return behind
 
     def _allowed(self, t: int) -> np.ndarray | bool:
-        forced = -1 if self.span.forced is None else self.span.forced[t]
+        forced = -1 if self.span.forced is None or t >= len(self.span.forced) else self.span.forced[t]
         return True if forced < 0 else (self.chain.holds[:, forced] | self.chain.holds[:, self.chain.any])[self.chain.group]
 
 

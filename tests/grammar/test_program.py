@@ -22,33 +22,26 @@ def automaton(rng):
     return None if distance[0] == NEVER else TokenAutomaton(behind, accepting, class_of.astype(np.int32), distance)
 
 
-def fills(auto, state, more):
-    """Whether some text of exactly ``more`` tokens leads from ``state`` to an end."""
-    states = {state}
-    for _ in range(more):
-        states = {int(target) for one in states for target in auto.behind[one] if target >= 0}
-    return any(auto.accepting[one] for one in states)
+def behind(auto, span, pins, state, t, token):
+    """The state behind a token at place ``t``, END behind an end token, or None where the token may not come."""
+    if t < len(pins) and pins[t] not in (-1, token):
+        return None
+    if state == END:
+        return END
+    if token == END:
+        return None if span.closed or not auto.accepting[state] or t < span.unended else END
+    cls = auto.class_of[token]
+    target = int(auto.behind[state, cls]) if cls < auto.classes else -1
+    return None if target < 0 or (not span.closed and auto.distance[target] > span.budget - t - 1) else target
 
 
 def admitted(auto, span, pins, sequence):
-    state, done = span.state, False
-    for t, token in enumerate(sequence):
-        if pins[t] not in (-1, token):
-            return False
-        if done:
-            continue
-        if token == END:
-            if span.closed or not auto.accepting[state] or t < span.unended:
-                return False
-            done = True
-            continue
-        cls = auto.class_of[token]
-        if cls >= auto.classes or auto.behind[state, cls] < 0:
-            return False
-        state = auto.behind[state, cls]
-        if not span.closed and auto.distance[state] > span.budget - t - 1:
-            return False
-    return not span.closed or fills(auto, state, span.more)
+    """Whether the canvas may hold it: as to its own tokens, and as to some that could follow up to the last that is asked for."""
+    states = {span.state}
+    for t in range(max(len(pins), span.length + span.more)):
+        tokens = [sequence[t]] if t < span.length else range(V)
+        states = {behind(auto, span, pins, state, t, token) for state in states for token in tokens} - {None}
+    return any(not span.closed or auto.accepting[state] for state in states)
 
 
 class Case:
@@ -62,15 +55,16 @@ class Case:
         auto, length = self.auto, int(rng.integers(1, 5))
         self.column_of = np.where(np.arange(V) == END, auto.classes, np.where(auto.class_of < auto.classes, auto.class_of,
                                                                              auto.classes + 1))
-        pins = np.where(rng.random(length) < 0.3, rng.integers(0, V, length), -1) if rng.random() < 0.4 else np.full(length, -1)
-        closed = bool(rng.random() < 0.4)
+        closed, more = bool(rng.random() < 0.4), int(rng.integers(0, 4))
+        bound = length + more if rng.random() < 0.7 else length
+        pins = np.where(rng.random(bound) < 0.3, rng.integers(0, V, bound), -1) if rng.random() < 0.6 else np.full(bound, -1)
         self.span = Span(int(rng.integers(0, auto.states)) if rng.random() < 0.3 else 0, length, budget=int(rng.integers(0, 8)),
-                         closed=closed, more=int(rng.integers(0, 4)) if closed else 0,
+                         closed=closed, more=more if closed else 0,
                          forced=None if (pins < 0).all() else np.where(pins < 0, -1, self.column_of[pins]),
-                         unended=0 if closed else int(rng.integers(0, length + 1)))
-        self.band, self.pins = Band(Chain(auto), self.span), pins
+                         unended=0 if closed else int(rng.integers(0, (length if (pins < 0).all() else bound) + 1)))
+        self.band, self.pins = Band(Chain(auto), self.span), pins[:length]
         self.logits = rng.normal(0, scale, (length, V))
-        self.logits[(pins[:, None] >= 0) & (np.arange(V) != pins[:, None])] = -1e5
+        self.logits[(self.pins[:, None] >= 0) & (np.arange(V) != self.pins[:, None])] = -1e5
         every = [sequence for sequence in itertools.product(range(V), repeat=length) if admitted(auto, self.span, pins, sequence)]
         if auto.distance[self.span.state] > self.span.budget and not closed:
             every = []  # it is never begun
@@ -107,7 +101,7 @@ def check(case, atol=1e-12):
 
 
 def test_marginals_and_best_path_equal_brute_force():
-    solved = {"closed with more": 0, "unended": 0, "pinned": 0, "impossible": 0, "any": 0}
+    solved = {"closed with more": 0, "unended": 0, "pinned": 0, "pinned later": 0, "impossible": 0, "any": 0}
     for seed in range(600):
         case = Case(seed)
         begun = case.span.closed or case.auto.distance[case.span.state] <= case.span.budget
@@ -121,6 +115,7 @@ def test_marginals_and_best_path_equal_brute_force():
         solved["closed with more"] += case.span.more > 0
         solved["unended"] += case.span.unended > 0
         solved["pinned"] += case.span.forced is not None
+        solved["pinned later"] += case.span.forced is not None and (case.span.forced[case.span.length :] >= 0).any()
     assert min(solved.values()) >= 20, solved
 
 

@@ -11,30 +11,8 @@ from hypothesis import strategies as st
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import regex
 from mlx_diffgemma.grammar.automaton import compile_language
+from tests.grammar.strategies import ALPHABET, EXPRESSIONS
 from tests.grammar.walks import walk
-
-ALPHABET = "aAbkKK9٣_ \n-]^.éÉſ猫😀"
-LITERALS = st.sampled_from([re.escape(c) for c in ALPHABET] + [r"\x41", r"\u732b", r"\U0001F600", r"\n", r"\t", r"\101"])
-KINDS = st.sampled_from([r"\d", r"\D", r"\w", r"\W", r"\s", r"\S"])
-MEMBERS = st.lists(st.one_of(LITERALS, KINDS, st.sampled_from(["a-f", "A-Z", "0-9", "é-ſ", "一-龥",
-                                                   "\U0001F300-\U0001F6FF", " -~"])),
-                   min_size=1, max_size=3)
-CLASSES = st.builds(lambda negated, members: f"[{negated}{''.join(members)}]", st.sampled_from(["", "^"]), MEMBERS)
-ATOMS = st.one_of(LITERALS, LITERALS, KINDS, CLASSES, st.just("."))
-REPEATS = st.sampled_from(["*", "+", "?", "{2}", "{0,2}", "{1,3}", "{2,}", "{0}", "*?", "+?", "??", "{1,2}?"])
-GROUPS = st.sampled_from(["(", "(?:", "(?i:", "(?s:", "(?a:", "(?u:", "(?-i:"])
-
-
-def grown(part):
-    group = st.builds(lambda begin, inner: begin + inner + ")", GROUPS, part)
-    return st.one_of(st.lists(part, max_size=3).map("".join), group, st.builds("{}{}".format, group, REPEATS),
-                     st.builds("({}|{})".format, part, part))
-
-
-PATTERNS = st.builds("{}{}{}{}".format, st.sampled_from(["", "", "(?i)", "(?s)", "(?a)", "(?ai)", "(?m)", "(?is)"]),
-                     st.sampled_from(["", "", "^", r"\A"]),
-                     st.recursive(st.one_of(ATOMS, st.builds("{}{}".format, ATOMS, REPEATS)), grown, max_leaves=6),
-                     st.sampled_from(["", "", "$", r"\Z"]))
 
 
 def compiled(pattern):
@@ -42,7 +20,7 @@ def compiled(pattern):
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(PATTERNS, st.lists(st.text(ALPHABET, max_size=5), min_size=10, max_size=10), st.integers(0, 2**32))
+@given(EXPRESSIONS, st.lists(st.text(ALPHABET, max_size=5), min_size=10, max_size=10), st.integers(0, 2**32))
 def test_language_is_that_of_fullmatch(pattern, texts, seed):
     """On random texts, on texts of the automaton, and on these with one character changed."""
     with warnings.catch_warnings(record=True):
