@@ -70,6 +70,9 @@ class Demands:
             if one.stop is None and shortest > limit - one.start:
                 raise UserError(f"The shortest text that the constraint admits has {shortest} tokens, more than the "
                                 f"{limit - one.start} allowed; raise max_tokens or widen the constraint.")
+            if not Band(one.constraint.chain, self._span(one, one.start, 0)).possible:
+                raise UserError("No text that the constraint admits fits between and under the pins; move them, or change the number "
+                                "of tokens.")
 
     def open(self, start: int, length: int) -> None:
         """The canvas of ``length`` positions that begins at ``start`` of the answer."""
@@ -86,23 +89,21 @@ class Demands:
             first = max(one.start, start) - start
             last = min(start + length if one.stop is None else one.stop, start + length) - start
             if first < last:
-                band = Band(one.constraint.chain, self._span(one, slice(first, last)))
-                if not band.possible:
-                    raise UserError("No text that the constraint admits fits between and under the pins; move them, or change the "
-                                    "number of tokens.")
+                band = Band(one.constraint.chain, self._span(one, start + first, last - first))
+                assert band.possible, "what was possible at the begin stays so"
                 self._parts += [_Part(slice(at, first)), _Part(slice(first, last), one.constraint, band)]
                 at = last
         self._parts = [part for part in (*self._parts, _Part(slice(at, length))) if part.place.start < part.place.stop]
 
-    def _span(self, one: Stretch, here: slice) -> Span:
-        start = self.start + here.start
+    def _span(self, one: Stretch, start: int, length: int) -> Span:
+        """Of ``length`` positions from ``start`` of the answer on; none: of all that is behind."""
         # Pins of later canvases too, which what stands in this one must leave possible.
         pinned, column_of = self.pins[start : self.last_pin + 1 if one.stop is None else one.stop], one.constraint.column_of
         forced = np.where(pinned == FREE, -1, column_of[np.maximum(pinned, 0)]) if (pinned != FREE).any() else None
-        length, state = here.stop - here.start, self._states[id(one)]
+        state = self._states[id(one)]
         if one.stop is None:
             return Span(state, length, self.limit - start, forced=forced, unended=max(0, self.last_pin - start))
-        return Span(state, length, closed=True, more=one.stop - self.start - here.stop, forced=forced)
+        return Span(state, length, closed=True, more=one.stop - start - length, forced=forced)
 
     @property
     def free(self) -> int:

@@ -80,8 +80,10 @@ class TestPins:
 
 
 class TestConstraints:
-    @pytest.mark.parametrize("options", [{}, {"diffusion_sampler": "confidence-threshold"}, {"preset": "fast"},
-                                         {"temperature": 0.0}, {"top_k": 3, "top_p": 0.9}, {"canvas_length": "growing"}])
+    @pytest.mark.parametrize("options", [
+        {}, *(pytest.param(options, marks=pytest.mark.slow) for options in (
+            {"diffusion_sampler": "confidence-threshold"}, {"preset": "fast"}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.9},
+            {"canvas_length": "growing"}))])
     def test_every_argmax_of_every_step_is_admitted(self, nano, options):
         """What would be committed now is always a beginning of an admitted text that still fits, with every rule."""
         model, tokenizer = nano
@@ -139,14 +141,13 @@ class TestConstraints:
         model, tokenizer = nano
         constraint = compile_constraint(tokenizer, model.config, regex=regex)
         with pytest.raises(UserError, match=message):
-            Demands(model.config.generation.eos_token_ids, 64, ids(nano, pins) if pins else (), [Stretch(constraint)]).open(0, 64)
+            Demands(model.config.generation.eos_token_ids, 64, ids(nano, pins) if pins else (), [Stretch(constraint)])
 
     def test_what_later_pins_make_impossible_is_refused_at_once(self, nano):
         model, tokenizer = nano
         constraint = compile_constraint(tokenizer, model.config, regex="[a-z]+")
-        demands = Demands(model.config.generation.eos_token_ids, 24, [*[FREE] * 14, ids(nano, "7")[0]], [Stretch(constraint)])
         with pytest.raises(UserError, match="fits between and under the pins"):
-            demands.open(0, 8)
+            Demands(model.config.generation.eos_token_ids, 24, [*[FREE] * 14, ids(nano, "7")[0]], [Stretch(constraint)])
 
     def test_alone_is_as_beside_others(self, nano):
         model, tokenizer = nano
