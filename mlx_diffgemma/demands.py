@@ -71,8 +71,8 @@ class Demands:
                 raise UserError(f"The shortest text that the constraint admits has {shortest} tokens, more than the "
                                 f"{limit - one.start} allowed; raise max_tokens or widen the constraint.")
             if not Band(one.constraint.chain, self._span(one, one.start, 0)).possible:
-                raise UserError("No text that the constraint admits fits between and under the pins; move them, or change the number "
-                                "of tokens.")
+                raise UserError("No text that the constraint admits fits between and under the pins; move them, or change the "
+                                "number of tokens.")
 
     def open(self, start: int, length: int) -> None:
         """The canvas of ``length`` positions that begins at ``start`` of the answer."""
