@@ -182,3 +182,20 @@ def write_checkpoint(folder: Path, shape: dict[str, Any], seed: int = 0, shards:
         index |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
+
+
+def make_adapter(folder: Path) -> dict[str, mx.array]:
+    """An adapter of nano that changes its answers; its weights."""
+    from mlx.utils import tree_flatten
+
+    from mlx_diffgemma import load
+    from mlx_diffgemma.tuning.adapters import WEIGHTS, AdapterOptions, model_fingerprint, prepare, write_config
+
+    options = AdapterOptions(num_layers=2, lora_parameters={"rank": 2, "dropout": 0.0, "scale": 8.0})
+    model, _ = load("nano")
+    base = model_fingerprint(model)
+    prepare(model, options)
+    weights = {name: mx.full(array.shape, 0.05) for name, array in tree_flatten(model.trainable_parameters())}
+    write_config(folder, base, len(model.layers), options)
+    mx.save_safetensors(str(folder / WEIGHTS), weights)
+    return weights

@@ -1,5 +1,6 @@
 """Holes in texts, filled by what stands on both sides of them."""
 
+import importlib
 import random
 import re
 
@@ -21,7 +22,9 @@ from mlx_diffgemma import (
     user_message,
 )
 from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.demands import FREE, Demands
 from mlx_diffgemma.infill import TRIED, _next_lengths, split_holes
+from tests.checkpoints import make_adapter
 
 PROMPT = "Turn this into JSON: Anna is 31 years old and lives in Paris."
 JSON = '{"name": "Anna", "age": <|hole:3|>, "city": "Paris"}'
@@ -185,10 +188,23 @@ class TestLongTexts:
         assert [len(fill.tokens) for fill in border.fills] == [1, 4]
         assert border.fills[1].steps
 
+    def test_a_canvas_ends_before_a_hole_that_it_does_not_hold(self, nano_pair, monkeypatch):
+        """Or its score would count what nobody keeps."""
+        pins = []
+        monkeypatch.setattr(importlib.import_module("mlx_diffgemma.infill"), "Demands",
+                            lambda eos, limit, own, *rest: pins.append(own) or Demands(eos, limit, own, *rest))
+        infill(*nano_pair, f"Mia<|hole:1|>{' and the' * (nano_pair[0].config.canvas_length // 2 - 1)}<|hole:4|> river.", STORY, seed=0,
+               max_denoising_steps=1)
+        assert len(pins) == 2
+        assert [own[-1] != FREE for own in pins] == [True, True]
+
     def test_longer_than_a_canvas(self, nano_pair):
         found = infill(*nano_pair, "Mia was a red fox.<|hole:100|> Mia was never lonely again.", STORY, seed=0, **FEW)
         assert len(found.fills[0].tokens) == 100
         assert found.text.endswith(" Mia was never lonely again.")
+        candidates = infill(*nano_pair, "Mia was<|hole:65-66|> again.", STORY, seed=0, **FEW).fills[0].candidates
+        for one in candidates:  # each with a first canvas of its own in the cache
+            assert infill(*nano_pair, f"Mia was<|hole:{one.length}|> again.", STORY, seed=0, **FEW).fills[0].text == one.text
 
     def test_the_cache_of_the_prefix_changes_nothing(self, nano_pair):
         """Filled one after the other, as a text that has the first fill in it already."""
@@ -228,6 +244,16 @@ class TestTogether:
     def test_quantised(self, tmp_path):
         convert("nano", tmp_path / "packed", quantize=True)
         assert infill(*load(str(tmp_path / "packed")), JSON, PROMPT, seed=0).text == '{"name": "Anna", "age": 31, "city": "Paris"}'
+
+
+    def test_an_adapter(self, nano_pair, tmp_path):
+        """Another text, under the same expression."""
+        make_adapter(tmp_path)
+        hole = Hole(8, regex="[a-z ]+")
+        plain, adapted = (infill(*pair, "Mia saw<|hole|>.", STORY, hole=hole, seed=0, **FEW).fills[0].text
+                          for pair in (nano_pair, load("nano", adapter_path=str(tmp_path))))
+        assert plain != adapted
+        assert re.fullmatch("[a-z ]+", adapted)
 
 
 class TestEdit:
