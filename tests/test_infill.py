@@ -193,8 +193,8 @@ class TestLongTexts:
         pins = []
         monkeypatch.setattr(importlib.import_module("mlx_diffgemma.infill"), "Demands",
                             lambda eos, limit, own, *rest: pins.append(own) or Demands(eos, limit, own, *rest))
-        infill(*nano_pair, f"Mia<|hole:1|>{' and the' * (nano_pair[0].config.canvas_length // 2 - 1)}<|hole:4|> river.", STORY, seed=0,
-               max_denoising_steps=1)
+        between = " and the" * (nano_pair[0].config.canvas_length // 2 - 1)
+        infill(*nano_pair, f"Mia<|hole:1|>{between}<|hole:4|> river.", STORY, seed=0, max_denoising_steps=1)
         assert len(pins) == 2
         assert [own[-1] != FREE for own in pins] == [True, True]
 
@@ -202,7 +202,7 @@ class TestLongTexts:
         found = infill(*nano_pair, "Mia was a red fox.<|hole:100|> Mia was never lonely again.", STORY, seed=0, **FEW)
         assert len(found.fills[0].tokens) == 100
         assert found.text.endswith(" Mia was never lonely again.")
-        candidates = infill(*nano_pair, "Mia was<|hole:65-66|> again.", STORY, seed=0, **FEW).fills[0].candidates
+        candidates = infill(*nano_pair, "Mia was<|hole:65-67|> again.", STORY, seed=0, **FEW).fills[0].candidates
         for one in candidates:  # each with a first canvas of its own in the cache
             assert infill(*nano_pair, f"Mia was<|hole:{one.length}|> again.", STORY, seed=0, **FEW).fills[0].text == one.text
 
