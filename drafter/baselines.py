@@ -15,7 +15,7 @@ from drafter.model import Drafter
 from mlx_diffgemma.drafting import Draft, Taps
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.policy import ReferencePolicy, Standing
-from mlx_diffgemma.sampler import Before, Forced, SamplerStep
+from mlx_diffgemma.sampler import Before, Marginals, SamplerStep
 from mlx_diffgemma.session import Session
 
 Known = Mapping[tuple[int, int], np.ndarray]  # ids by request seed and canvas, -1 where nothing is drafted
@@ -117,7 +117,7 @@ class UnverifiedPolicy(ReferencePolicy):
 
     @classmethod
     def sample(cls, policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Forced | None = None) -> SamplerStep:
+               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Marginals | None = None) -> SamplerStep:
         made = super().sample(policies, steps, positions, logits, u, renoise, before, eos_ids, forced)
         return made._replace(argmax=before.canvas)
 

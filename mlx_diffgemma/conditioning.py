@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -18,11 +20,18 @@ BUCKET = 32  # uncovered positions are taken in multiples of this, or in fewer p
 SMALLEST = 8
 
 
+class Bias(NamedTuple):
+    """What constraints add to logits: ``values`` [rows, length, columns], and the column [vocabulary] of each token."""
+
+    values: mx.array
+    column_of: mx.array
+
+
 @dataclass(frozen=True)
 class Belief:
     """``logits`` [rows, length, vocabulary] and ``temperature`` [rows] of a step; for sparse self-conditioning ``kept`` ids
     [rows, length, KEPT], the mask ``uncovered`` [rows, length] of the positions they do not describe, and how many these are
-    in each row."""
+    in each row.  ``bias`` is added to the logits, where they are looked at."""
 
     logits: mx.array
     temperature: mx.array
@@ -30,6 +39,7 @@ class Belief:
     uncovered: mx.array | None
     counts: Sequence[int]
     exact: bool = True  # whether ``counts`` are these, or only not smaller
+    bias: Bias | None = None
 
     def rows(self, indices: Sequence[int], length: int) -> Belief:
         """That of some rows, and of their first ``length`` positions."""
@@ -37,21 +47,44 @@ class Belief:
             return self
         chosen = mx.array(indices)
         logits, kept, uncovered = (None if a is None else a[chosen][:, :length] for a in (self.logits, self.kept, self.uncovered))
+        bias = self.bias and self.bias._replace(values=self.bias.values[chosen][:, :length])
         return Belief(logits, self.temperature[chosen], kept, uncovered, [min(self.counts[i], length) for i in indices],
-                      length == self.logits.shape[1])
+                      length == self.logits.shape[1], bias)
+
+    def scaled(self, positions: mx.array | None = None) -> mx.array:
+        """The scaled logits, with their bias, [rows, length, vocabulary]; or those of ``positions`` in all rows [n, vocabulary]."""
+        logits, temperature = self.logits, self.temperature[:, None, None]
+        if positions is not None:
+            logits, temperature = logits.flatten(0, 1)[positions], self.temperature[positions // logits.shape[1]][:, None]
+        if self.bias is None:
+            return logits / temperature
+        values = self.bias.values if positions is None else self.bias.values.flatten(0, 1)[positions]
+        column_of = self.bias.column_of.reshape(*[1] * (values.ndim - 1), -1)
+        return _scaled(logits, mx.take_along_axis(values, column_of, axis=-1), temperature)
+
+    def scaled_kept(self) -> mx.array:
+        """[rows, length, KEPT]"""
+        logits, temperature = mx.take_along_axis(self.logits, self.kept, axis=-1), self.temperature[:, None, None]
+        if self.bias is None:
+            return logits / temperature
+        return _scaled(logits, mx.take_along_axis(self.bias.values, self.bias.column_of[self.kept], axis=-1), temperature)
+
+
+@partial(mx.compile, shapeless=True)
+def _scaled(logits: mx.array, bias: mx.array, temperature: mx.array) -> mx.array:
+    return (logits + bias) / temperature
 
 
 def soft_embedding(model: DiffusionGemma, belief: Belief) -> mx.array:
     """The signal [rows, length, hidden]."""
-    temperature = belief.temperature[:, None, None]
     if belief.kept is None or belief.uncovered is None or (belief.exact and sum(belief.counts) == belief.uncovered.size):
-        return dense(model, belief.logits / temperature)
-    soft = sparse(model, mx.take_along_axis(belief.logits, belief.kept, axis=-1) / temperature, belief.kept)
+        return dense(model, belief.scaled())
+    soft = sparse(model, belief.scaled_kept(), belief.kept)
     count, flat = sum(belief.counts), belief.uncovered.flatten()
     if not count:
         return soft
     taken = mx.argsort(~flat)[: min(flat.size, _bucket(count))]  # the uncovered come first
-    exact = dense(model, belief.logits.flatten(0, 1)[taken] / belief.temperature[taken // soft.shape[1]][:, None])
+    exact = dense(model, belief.scaled(taken))
     covered = soft.flatten(0, 1)
     # Covered positions that fill the bucket keep what they have, so that no row depends on another's count.
     rows = mx.where(flat[taken][:, None], exact, covered[taken])

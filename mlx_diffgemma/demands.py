@@ -8,15 +8,16 @@ those of the positions one by one (see :mod:`mlx_diffgemma.grammar.program`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.conditioning import Bias
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar.constraint import Constraint, Masses
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Band, Span, solve
-from mlx_diffgemma.sampler import Forced, StepNumbers, inverse_cdf, truncate
+from mlx_diffgemma.sampler import Marginals, StepNumbers, independent
 
 FREE = -1  # in place of a pin's token
 
@@ -39,6 +40,7 @@ class _Part:
     place: slice
     constraint: Constraint | None = None
     band: Band | None = None
+    columns: mx.array | None = None  # of the constraint, for each of the canvas; None where these are its own
 
 
 class Demands:
@@ -94,6 +96,20 @@ class Demands:
                 self._parts += [_Part(slice(at, first)), _Part(slice(first, last), one.constraint, band)]
                 at = last
         self._parts = [part for part in (*self._parts, _Part(slice(at, length))) if part.place.start < part.place.stop]
+        self._join_columns()
+
+    def _join_columns(self) -> None:
+        """Where the canvas is under several constraints, its columns are of tokens that all of them treat alike."""
+        constraints = list({id(part.constraint): part.constraint for part in self._parts if part.constraint}.values())
+        if len(constraints) < 2:
+            self._column_of = constraints[0].columns if constraints else None
+            return
+        joint = np.zeros(1, dtype=np.int64)
+        for one in constraints:
+            _, tokens, joint = np.unique(joint * one.chain.columns + one.column_of, return_index=True, return_inverse=True)
+        self._column_of = mx.array(joint.astype(np.int32))
+        self._parts = [replace(part, columns=mx.array(part.constraint.column_of[tokens])) if part.constraint else part
+                       for part in self._parts]
 
     def _span(self, one: Stretch, start: int, length: int) -> Span:
         """Of ``length`` positions from ``start`` of the answer on; none: of all that is behind."""
@@ -135,31 +151,27 @@ class Demands:
         return [part.constraint.masses(logits[part.place], temperature) if part.constraint else None for part in self._parts]
 
     def force(self, logits: mx.array, masses: Sequence[Masses | None], u: np.ndarray, numbers: StepNumbers,
-              ) -> tuple[mx.array, Forced]:
-        """(logits whose softmax are the exact marginals; the most probable text and the drawn one) of restricted ``logits``.
+              ) -> tuple[Bias, Marginals]:
+        """(What makes restricted ``logits`` those of the exact marginals; these, with the most probable text and the drawn one.)
 
-        ``masses`` were made of the same logits; ``u`` [length].  Positions under no constraint are left as they are, and their draw
-        follows from ``u`` as it does without constraints.
+        Both are of a batch of one.  ``masses`` were made of the same logits; ``u`` [length].  Positions under no constraint are
+        left as they are, and what becomes of them follows from ``u`` as it does without constraints.
         """
-        marginal, argmax, drawn = list[mx.array](), list[mx.array](), list[mx.array]()
-        for part, found in zip(self._parts, masses, strict=True):
-            own, draws = logits[part.place], u[part.place]
-            if part.band is None or part.constraint is None or found is None:
-                weights = mx.exp((own - own.max(axis=-1, keepdims=True)) / numbers.temperature)
-                argmax.append(mx.argmax(own, axis=-1).astype(mx.int32))
-                drawn.append(inverse_cdf(truncate(weights[None], numbers), mx.array(draws)[None])[0])
+        values, found = list[mx.array | None](), list[Marginals]()
+        for part, own in zip(self._parts, masses, strict=True):
+            if part.band is None or part.constraint is None or own is None:
+                values.append(None)
+                found.append(independent(logits[None, part.place], mx.array(u[part.place])[None], numbers))
             else:
-                mass, best = np.array(found.mass, dtype=np.float64), np.array(found.best, dtype=np.float64)
-                # Logits that are no numbers are found by the sampler; nothing can be made of them here.
-                solution = solve(part.band, np.nan_to_num(mass), np.nan_to_num(best), draws)
-                argmax.append(found.token[mx.arange(len(own)), mx.array(solution.path)].astype(mx.int32))
-                drawn.append(part.constraint.draw(own, solution.drawn, solution.rest, numbers))
-                own = own + numbers.temperature * part.constraint.spread(mx.array(solution.bias.astype(np.float32)))
-            marginal.append(own)
-        forced = Forced(mx.concatenate(argmax)[None], mx.concatenate(drawn)[None])
-        if numbers.greedy is not None:
-            forced = Forced(forced.argmax, forced.argmax)
-        return mx.concatenate(marginal), forced
+                solution = solve(part.band, *own.read(), u[part.place])
+                bias, marginals = part.constraint.marginals(logits[part.place], own, solution, numbers)
+                values.append(bias if part.columns is None else bias[:, part.columns])
+                found.append(marginals)
+        width = max(own.shape[1] for own in values if own is not None)
+        whole = mx.concatenate([mx.zeros((part.place.stop - part.place.start, width)) if own is None else own
+                                for part, own in zip(self._parts, values, strict=True)])
+        return (Bias(whole[None], self._column_of),
+                Marginals(*(None if own[0] is None else mx.concatenate(own, axis=1) for own in zip(*found, strict=True))))
 
     def commit(self, tokens: np.ndarray) -> bool:
         """Take note of the canvas's committed ``tokens``; whether they end the answer though no end token stands there."""

@@ -24,7 +24,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.drafting import CanvasDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.sampler import Before, Forced, SamplerStep, StepNumbers, sample_step
+from mlx_diffgemma.sampler import Before, Marginals, SamplerStep, StepNumbers, sample_step
 
 MAX_TEMPERATURE = 2.0
 
@@ -100,7 +100,7 @@ class Policy(Protocol):
 
     @staticmethod
     def sample(policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Forced | None = None) -> SamplerStep:
+               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Marginals | None = None) -> SamplerStep:
         """One sampler step of a batch whose rows stand at different ``steps``; shapes and ``forced`` as in ``sample_step``.
 
         ``positions``: with how many free ones each canvas began, which may be other than are left of it.
@@ -215,7 +215,7 @@ class ReferencePolicy:
 
     @classmethod
     def sample(cls, policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Forced | None = None) -> SamplerStep:
+               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Marginals | None = None) -> SamplerStep:
         numbers = cls.numbers(policies, steps)
         if any(count != logits.shape[1] for count in positions):
             numbers = replace(numbers, positions=mx.array(positions, dtype=mx.float32))

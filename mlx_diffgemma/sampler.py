@@ -69,11 +69,38 @@ class SamplerStep(NamedTuple):
     uncovered: mx.array | None = None
 
 
-class Forced(NamedTuple):
-    """What a step takes in place of the most probable and of the drawn tokens: ids ``argmax`` and ``drawn`` [batch, length]."""
+class Marginals(NamedTuple):
+    """What a step knows of its positions, [batch, length] each: the ids ``argmax`` and ``drawn``, the ``entropy`` in nats, the
+    ``logprob`` of the argmax and the ``probability`` of the drawn token.  Where a ``tail`` was given, the ids ``kept`` of the most
+    probable tokens [batch, length, KEPT] and the mass they have, ``covered``."""
 
     argmax: mx.array
     drawn: mx.array
+    entropy: mx.array
+    logprob: mx.array
+    probability: mx.array
+    kept: mx.array | None = None
+    covered: mx.array | None = None
+
+
+def independent(logits: mx.array, u: mx.array | None, numbers: StepNumbers) -> Marginals:
+    """Of soft-capped float32 ``logits`` [batch, length, vocabulary], position by position; ``u`` as in ``sample_step``."""
+    temperature = numbers.temperature[:, None, None]
+    argmax = mx.argmax(logits, axis=-1)
+    top = mx.take_along_axis(logits, argmax[..., None], axis=-1)
+    weights, weighted = _weigh(logits, top, temperature)  # the one exponential of a step
+    total = _sums(weights).sum(axis=-1)
+    # -sum p log p with log p = scaled - top - log total
+    entropy = mx.maximum(mx.log(total) - _sums(weighted).sum(axis=-1) / total, 0.0)
+    drawn = argmax if u is None else inverse_cdf(truncate(weights, numbers), u)
+    if numbers.greedy is not None:
+        drawn = mx.where(numbers.greedy[:, None], argmax, drawn)
+    probability = mx.take_along_axis(weights, drawn[..., None], axis=-1)[..., 0] / total
+    kept = covered = None
+    if numbers.tail is not None:
+        kept = largest(logits, min(KEPT, logits.shape[-1]))
+        covered = mx.take_along_axis(weights, kept, axis=-1).sum(axis=-1) / total
+    return Marginals(argmax, drawn, entropy, -mx.log(total), probability, kept, covered)
 
 
 def sample_step(
@@ -83,56 +110,39 @@ def sample_step(
     before: Before,
     numbers: StepNumbers,
     eos_ids: mx.array,
-    forced: Forced | None = None,
+    forced: Marginals | None = None,
 ) -> SamplerStep:
     """One step from soft-capped float32 ``logits`` [batch, length, vocabulary].
 
     ``u`` and ``renoise`` [batch, length] are the step's draws; without ``u`` every row takes the argmax.  The argmax canvas
-    of the last step run is what gets committed.  ``forced`` replaces both, where a constraint decides them for the whole canvas.
+    of the last step run is what gets committed.  ``forced`` takes the place of what the logits say, where a constraint decides that
+    for the whole canvas.
     """
-    temperature = numbers.temperature[:, None, None]
-    argmax = mx.argmax(logits, axis=-1)
-    top = mx.take_along_axis(logits, argmax[..., None], axis=-1)
-    weights, weighted = _weigh(logits, top, temperature)  # the one exponential of a step
-    total = _sums(weights).sum(axis=-1)
-    # -sum p log p with log p = scaled - top - log total
-    entropy = mx.maximum(mx.log(total) - _sums(weighted).sum(axis=-1) / total, 0.0)
-    logprob = -mx.log(total)
-    if forced is not None:
-        argmax, drawn = forced
-        logprob = logprob + ((mx.take_along_axis(logits, argmax[..., None], axis=-1) - top) / temperature)[..., 0]
-    elif u is None:
-        drawn = argmax
-    else:
-        drawn = inverse_cdf(truncate(weights, numbers), u)
-        if numbers.greedy is not None:
-            drawn = mx.where(numbers.greedy[:, None], argmax, drawn)
+    own = independent(logits, u, numbers) if forced is None else forced
+    argmax, drawn, entropy = own.argmax, own.drawn, own.entropy
     mean_entropy = entropy.mean(axis=-1) if numbers.positions is None else entropy.sum(axis=-1) / numbers.positions
     stop = is_stable(argmax, before.history) & (mean_entropy < numbers.confidence)
     if numbers.threshold is None:
         accepted = accept(entropy, numbers.entropy_bound)
         kept_tokens = drawn
     else:
-        probability = mx.take_along_axis(weights, drawn[..., None], axis=-1)[..., 0] / total
-        accepted = before.accepted | reveal(probability, before.accepted, numbers.threshold)
+        accepted = before.accepted | reveal(own.probability, before.accepted, numbers.threshold)
         kept_tokens = mx.where(before.accepted, before.canvas, drawn)
         stop = stop | accepted.all(axis=-1)
-    finite = mx.isfinite(total + entropy).all(axis=-1)  # a NaN or infinity anywhere has reached one of the sums
-    kept, uncovered = None, mx.zeros(argmax.shape, dtype=mx.bool_)
-    if numbers.tail is not None:
-        kept = largest(logits, min(KEPT, logits.shape[-1]))
-        mass = mx.take_along_axis(weights, kept, axis=-1).sum(axis=-1) / total
-        uncovered = 1 - mass > numbers.tail[:, None]
+    finite = mx.isfinite(entropy + own.logprob).all(axis=-1)  # a NaN or infinity anywhere has reached one of the sums
+    uncovered = mx.zeros(argmax.shape, dtype=mx.bool_)
+    if numbers.tail is not None and own.covered is not None:
+        uncovered = 1 - own.covered > numbers.tail[:, None]
     flags = mx.stack([stop, mean_entropy, ~finite, first_position(argmax, eos_ids), uncovered.sum(axis=-1)], axis=-1)
     return SamplerStep(
         canvas=mx.where(accepted, kept_tokens, renoise),  # every position not accepted now, whatever it was before
         argmax=argmax,
         accepted=accepted,
         entropy=entropy,
-        logprob=logprob,
+        logprob=own.logprob,
         flags=flags.astype(mx.float32),
-        kept=kept,
-        uncovered=None if kept is None else uncovered,
+        kept=own.kept,
+        uncovered=None if own.kept is None else uncovered,
     )
 
 
@@ -165,13 +175,13 @@ def inverse_cdf(probabilities: mx.array, u: mx.array) -> mx.array:
     """
     chunks = _chunked(probabilities, 0.0)
     sums = chunks.sum(axis=-1)
-    chunk, before = _passing(sums, u * sums.sum(axis=-1))
+    chunk, before = passing(sums, u * sums.sum(axis=-1))
     inside = mx.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
-    token, _ = _passing(inside, u * sums.sum(axis=-1) - before)
+    token, _ = passing(inside, u * sums.sum(axis=-1) - before)
     return (chunk * CHUNK + token).astype(mx.int32)
 
 
-def _passing(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+def passing(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     """The first possible entry of ``weights`` [..., n] whose running sum exceeds ``target`` [...], or the last possible one;
     and the sum before it."""
     running, possible = mx.cumsum(weights, axis=-1), weights > 0

@@ -23,6 +23,7 @@ import numpy as np
 
 from mlx_diffgemma import conditioning
 from mlx_diffgemma.cache import ROOM, Cache
+from mlx_diffgemma.conditioning import Bias
 from mlx_diffgemma.demands import Demands
 from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
 from mlx_diffgemma.draws import DrawSource
@@ -321,15 +322,15 @@ class Loop:
         soft = self._soft_embeddings()
         groups = sampled_together(active)
         rows = [session for group in groups for session in group]
-        logits, outcomes, taps = self._step(rows, groups, soft)
+        believed, outcomes, taps = self._step(rows, groups, soft)
         flags = mx.concatenate([outcome.flags for outcome in outcomes]).tolist()  # the one host read of a step
         steps, self._beliefs, taken = list[CanvasStep](), [], 0
         self._note(rows, outcomes, flags)
-        for group, mine, outcome in zip(groups, logits, outcomes, strict=True):
+        for group, (logits, bias), outcome in zip(groups, believed, outcomes, strict=True):
             numbers, taken = flags[taken : taken + len(group)], taken + len(group)
             temperature = mx.array([session.policy.schedule(session.step - 1) for session in group])
-            self._beliefs.append((group, conditioning.Belief(mine, temperature, outcome.kept, outcome.uncovered,
-                                                             [int(row[Flag.UNCOVERED]) for row in numbers])))
+            self._beliefs.append((group, conditioning.Belief(logits, temperature, outcome.kept, outcome.uncovered,
+                                                             [int(row[Flag.UNCOVERED]) for row in numbers], bias=bias)))
             steps += [self._record(session, row, outcome, numbers[row]) for row, session in enumerate(group)]
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
@@ -385,9 +386,9 @@ class Loop:
         return soft
 
     def _step(self, rows: Sequence[Session], groups: Sequence[Sequence[Session]], soft: dict[int, mx.array],
-              ) -> tuple[list[mx.array], list[SamplerStep], list[Taps]]:
-        """(For each group logits [group, length, vocabulary], what the sampler made of them; for each of the ``rows``, which are
-        all of them, the hidden states that its drafter refines by)."""
+              ) -> tuple[list[tuple[mx.array, Bias | None]], list[SamplerStep], list[Taps]]:
+        """(For each group logits [group, length, vocabulary] and what constraints add to them, what the sampler made of them; for
+        each of the ``rows``, which are all of them, the hidden states that its drafter refines by)."""
         lengths = [_canvas(session).size for session in rows]
         caches, fused = [session.cache for session in rows], [session for session in rows if session.pending.size]
         commits = [mx.array(session.pending) if session.pending.size else None for session in rows] if fused else ()
@@ -416,13 +417,14 @@ class Loop:
                 masses[-1] = demands.masses(logits[-1][0], group[0].policy.schedule(group[0].step))
             start = stop
         mx.eval(masses)
-        outcomes = []
-        for place, (group, found) in enumerate(zip(groups, masses, strict=True)):
-            logits[place], outcome = _sample(group, logits[place], found)
+        outcomes, biases = [], []
+        for group, own, found in zip(groups, logits, masses, strict=True):
+            outcome, bias = _sample(group, own, found)
             outcomes.append(outcome)
+            biases.append(bias)
         mx.eval([array for outcome in outcomes for array in outcome if array is not None],
                 [session.cache.arrays for session in fused], [list(own.values()) for own in taps])
-        return logits, outcomes, taps
+        return list(zip(logits, biases, strict=True)), outcomes, taps
 
     def _note(self, rows: Sequence[Session], outcomes: Sequence[SamplerStep], flags: Sequence[list[float]]) -> None:
         """What the host reads of a step goes to the sessions, and what their policies want to know beside it is found out."""
@@ -512,15 +514,14 @@ def sampled_together(sessions: Sequence[Session]) -> list[list[Session]]:
     return list(groups.values())
 
 
-def _sample(group: Sequence[Session], logits: mx.array, masses: Sequence[Masses | None]) -> tuple[mx.array, SamplerStep]:
-    """(The logits the step believes in, which constraints bend to their marginals; what the sampler makes of them.)"""
+def _sample(group: Sequence[Session], logits: mx.array, masses: Sequence[Masses | None]) -> tuple[SamplerStep, Bias | None]:
+    """(What the sampler makes of the logits; what constraints add to them, so that they are those of the marginals.)"""
     length = logits.shape[1]
     draws = [s.draws.step(s.canvas_index, s.retry, s.step, s.start, length) for s in group]
     history = mx.stack([mx.stack(s.history) if s.history else mx.zeros((0, length), dtype=mx.int32) for s in group])
     before = Before(mx.stack([_canvas(s) for s in group]), mx.stack([s.accepted for s in group]), history)
-    policies, steps, forced = [s.policy.sampling for s in group], [s.step for s in group], None
+    policies, steps, forced, bias = [s.policy.sampling for s in group], [s.step for s in group], None, None
     if group[0].demands and any(masses):
-        marginal, forced = group[0].demands.force(logits[0], masses, draws[0].u, policies[0].numbers(policies, steps))
-        logits = marginal[None]
-    return logits, policies[0].sample(policies, steps, [max(1, s.free) for s in group], logits, np.stack([d.u for d in draws]),
-                                      np.stack([d.renoise for d in draws]), before, mx.array(group[0].eos_ids), forced)
+        bias, forced = group[0].demands.force(logits[0], masses, draws[0].u, policies[0].numbers(policies, steps))
+    return policies[0].sample(policies, steps, [max(1, s.free) for s in group], logits, np.stack([d.u for d in draws]),
+                              np.stack([d.renoise for d in draws]), before, mx.array(group[0].eos_ids), forced), bias

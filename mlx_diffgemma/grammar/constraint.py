@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -24,21 +24,104 @@ from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
 from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
 from mlx_diffgemma.grammar.language import choice, concat, text
-from mlx_diffgemma.grammar.program import Chain
+from mlx_diffgemma.grammar.program import IMPOSSIBLE, Chain, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
-from mlx_diffgemma.sampler import StepNumbers, inverse_cdf, truncate
+from mlx_diffgemma.sampler import KEPT, Marginals, StepNumbers, inverse_cdf, largest, passing, truncate
 
-ALONE = 2048  # tokens from which a class is gathered for itself, others beside those of about their size
+PIECE = 16  # tokens of one column that are looked at together
+ALONE = 128  # pieces from which a column is reduced for itself, others beside those of about their size
+HOPELESS = -1e30  # in place of the minus infinity of a column without tokens
 REMEMBERED = 32  # compiled constraints that are kept, the latest used
 
 
 class Masses(NamedTuple):
-    """Of the columns of a constraint at each position [length, columns]: log of the sum of the exponentials of the scaled logits,
-    the largest logit, and whose it is."""
+    """Of the columns of a constraint at each position [length, columns]: the largest logit ``best``, the log ``total`` of the sum
+    of the ``weights``, which are exponentials of the scaled distances from it, and the ``entropy`` in nats within the column.
 
-    mass: mx.array
+    ``weights`` [length, pieces, PIECE]; of each piece the largest logit ``tops`` and the sum ``sums`` of the weights.
+    """
+
+    temperature: float
     best: mx.array
-    token: mx.array
+    total: mx.array
+    entropy: mx.array
+    weights: mx.array
+    tops: mx.array
+    sums: mx.array
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """(log of the sum of the exponentials of the scaled logits of each column, its largest logit), for the programme."""
+        best = np.array(self.best, dtype=np.float64)
+        mass = best / self.temperature + np.array(self.total, dtype=np.float64)
+        # Logits that are no numbers are found by the sampler, as the entropy is none then; nothing can be made of them here.
+        return np.nan_to_num(mass, posinf=0.0, neginf=HOPELESS), np.nan_to_num(best, posinf=0.0, neginf=HOPELESS)
+
+
+class Pieces:
+    """The tokens, column by column, in pieces: ``ids`` [pieces, PIECE], the last piece of a column filled up with its last token,
+    where ``own`` is zero, not one.  ``column`` of each piece; ``first`` piece of each column, and at the end how many there are."""
+
+    def __init__(self, column_of: np.ndarray, columns: int) -> None:
+        order = np.argsort(column_of, kind="stable")
+        tokens = np.bincount(column_of, minlength=columns)
+        counts = np.maximum(1, -(-tokens // PIECE))  # a column without tokens has a piece too, with nothing in it
+        self.first = np.concatenate(([0], np.cumsum(counts)))
+        column = np.repeat(np.arange(columns), counts)
+        place = (np.arange(self.first[-1]) - self.first[column])[:, None] * PIECE + np.arange(PIECE)
+        begin, last = (np.cumsum(tokens) - tokens)[column, None], tokens[column, None] - 1
+        ids = order[np.clip(begin + np.minimum(place, last), 0, len(order) - 1)]
+        self.ids, self.own = mx.array(ids.astype(np.int32)), mx.array((place <= last).astype(np.float32))
+        self.column, self.empty = mx.array(column.astype(np.int32)), mx.array(tokens == 0)
+        alone = np.flatnonzero(counts >= ALONE)
+        self._slices = [slice(int(self.first[one]), int(self.first[one + 1])) for one in alone]
+        self._sets: list[tuple[mx.array, mx.array]] = []  # pieces [columns, size], and which are none, by size: a power of two
+        columns_by_size = [alone]
+        sizes = np.where(counts < ALONE, 1 << np.ceil(np.log2(counts)).astype(np.int64), 0)
+        for size in np.unique(sizes[sizes > 0]).tolist():
+            same = np.flatnonzero(sizes == size)
+            columns_by_size.append(same)
+            places = np.minimum(np.arange(size), counts[same, None] - 1)
+            self._sets.append((mx.array((self.first[same, None] + places).astype(np.int32)),
+                               mx.array(np.arange(size) >= counts[same, None])))
+        self._back = mx.array(np.argsort(np.concatenate(columns_by_size)))
+
+    def maxima(self, x: mx.array) -> mx.array:
+        """[length, columns] of ``x`` [length, pieces]."""
+        parts = [x[:, own].max(axis=-1, keepdims=True) for own in self._slices]
+        return self._joined(parts + [_picked(x, places).max(axis=-1) for places, _ in self._sets])
+
+    def sums(self, x: mx.array) -> mx.array:
+        parts = [x[:, own].sum(axis=-1, keepdims=True) for own in self._slices]
+        return self._joined(parts + [mx.where(none, 0.0, _picked(x, places)).sum(axis=-1) for places, none in self._sets])
+
+    def _joined(self, parts: list[mx.array]) -> mx.array:
+        return mx.concatenate(parts, axis=-1)[:, self._back]
+
+    def of(self, columns: np.ndarray) -> tuple[mx.array, mx.array]:
+        """(the pieces of one column at each position [length, n], which of them are some)."""
+        counts = self.first[columns + 1] - self.first[columns]
+        place = np.arange(counts.max())
+        places = self.first[columns, None] + np.minimum(place, counts[:, None] - 1)
+        return mx.array(places.astype(np.int32)), mx.array(place < counts[:, None])
+
+
+def _picked(x: mx.array, places: mx.array) -> mx.array:
+    """[length, *] the entries of ``x`` [length, n] at ``places`` [*].  Along each row: MLX's CPU reads whole columns for
+    ``take``, which is five times as slow."""
+    return mx.take_along_axis(x, places.reshape(1, -1), axis=-1).reshape(len(x), *places.shape)
+
+
+def _at(x: mx.array, place: mx.array) -> mx.array:
+    """[length, ...] the entry of ``x`` [length, n, ...] at each position's ``place`` [length]."""
+    return x[mx.arange(len(x)), place]
+
+
+@partial(mx.compile, shapeless=True)
+def _weigh(logits: mx.array, best: mx.array, temperature: mx.array, own: mx.array) -> tuple[mx.array, mx.array]:
+    """exp of the scaled distance d from ``best``, and d exp d; zero where ``own`` is."""
+    distance = (logits - best) / temperature
+    weights = mx.exp(distance) * own
+    return weights, distance * weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +139,18 @@ class Constraint:
 
     @cached_property
     def column_of(self) -> np.ndarray:
-        """[vocabulary] the column of each token; that of ``any`` for tokens of no class, which are met as any alone."""
-        columns = np.where(self.automaton.class_of < self.automaton.classes, self.automaton.class_of, self.chain.any)
+        """[vocabulary] the column of each token."""
+        columns = np.where(self.automaton.class_of < self.automaton.classes, self.automaton.class_of, self.chain.other)
         columns[list(self.eos_ids)] = self.chain.end
         return columns.astype(np.int32)
 
     @cached_property
-    def _columns(self) -> mx.array:
+    def columns(self) -> mx.array:
         return mx.array(self.column_of)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces(self.column_of, self.chain.columns)
 
     @property
     def nbytes(self) -> int:
@@ -83,50 +170,80 @@ class Constraint:
             reached = ahead
         return found
 
-    @cached_property
-    def _buckets(self) -> list[tuple[np.ndarray, mx.array, mx.array]]:
-        """(columns, tokens of each [columns, size], which of them fill up) by size: a power of two, or that of one large class."""
-        order = np.argsort(self.column_of, kind="stable")
-        bounds = np.searchsorted(self.column_of[order], np.arange(self.chain.any + 1))
-        sizes: dict[int, list[tuple[int, np.ndarray]]] = {}
-        for column in range(self.chain.any):
-            tokens = order[bounds[column] : bounds[column + 1]]
-            size = len(tokens) if len(tokens) >= ALONE else 1 << (len(tokens) - 1).bit_length()
-            sizes.setdefault(size, []).append((column, tokens))
-        buckets = []
-        for size, members in sorted(sizes.items()):
-            ids = np.stack([np.pad(tokens, (0, size - len(tokens)), mode="edge") for _, tokens in members])
-            filled = np.stack([np.arange(size) >= len(tokens) for _, tokens in members])
-            buckets.append((np.array([column for column, _ in members]), mx.array(ids.astype(np.int32)), mx.array(filled)))
-        return buckets
-
     def masses(self, logits: mx.array, temperature: float) -> Masses:
         """Of float32 ``logits`` [length, vocabulary]."""
-        order: list[np.ndarray] = []
-        mass, best, token = list[mx.array](), list[mx.array](), list[mx.array]()
-        for columns, ids, filled in self._buckets:
-            own = mx.take(logits, ids.flatten(), axis=-1).reshape(len(logits), *ids.shape)
-            top, place = own.max(axis=-1), mx.argmax(own, axis=-1)
-            weights = mx.where(filled, 0.0, mx.exp((own - top[..., None]) / temperature))
-            order.append(columns)
-            mass.append(top / temperature + mx.log(weights.sum(axis=-1)))
-            best.append(top)
-            token.append(ids[mx.arange(len(columns)), place])
-        top, place = logits.max(axis=-1, keepdims=True), mx.argmax(logits, axis=-1, keepdims=True)
-        mass.append(top / temperature + mx.log(mx.exp((logits - top) / temperature).sum(axis=-1, keepdims=True)))
-        back = mx.array(np.argsort(np.concatenate((*order, [self.chain.any]))))
-        return Masses(*(mx.concatenate(parts, axis=-1)[:, back] for parts in (mass, [*best, top], [*token, place])))
+        pieces = self.pieces
+        own = _picked(logits, pieces.ids)
+        tops = own.max(axis=-1)
+        best = pieces.maxima(tops)
+        weights, weighted = _weigh(own, _picked(best, pieces.column)[..., None], mx.array([[[temperature]]]), pieces.own[None])
+        sums = weights.sum(axis=-1)
+        total = pieces.sums(sums)
+        entropy = mx.log(total) - pieces.sums(weighted.sum(axis=-1)) / total
+        return Masses(temperature, mx.where(pieces.empty, -mx.inf, best), mx.log(total), mx.where(pieces.empty, 0.0, entropy),
+                      weights, tops, sums)
 
-    def spread(self, bias: mx.array) -> mx.array:
-        """[length, vocabulary]: to each token what ``bias`` [length, columns] says of its column."""
-        return mx.take(bias, self._columns, axis=-1)
+    def best(self, logits: mx.array, masses: Masses, columns: np.ndarray) -> mx.array:
+        """[length] the most probable token of each position's column."""
+        places, some = self.pieces.of(columns)
+        piece = mx.argmax(mx.where(some, mx.take_along_axis(masses.tops, places, axis=-1), -mx.inf), axis=-1)
+        ids = self.pieces.ids[_at(places, piece)]
+        return _at(ids, mx.argmax(mx.take_along_axis(logits, ids, axis=-1), axis=-1))
 
-    def draw(self, logits: mx.array, columns: np.ndarray, u: np.ndarray, numbers: StepNumbers) -> mx.array:
-        """[length] a token of each position's column, by the softmax within it.  top_k and top_p act within the column."""
-        chosen = mx.array(columns.astype(np.int32))[:, None]
-        own = mx.where((chosen == self._columns) | (chosen == self.chain.any), logits, -mx.inf)
-        weights = mx.exp((own - own.max(axis=-1, keepdims=True)) / numbers.temperature)
-        return inverse_cdf(truncate(weights[None], numbers), mx.array(u.astype(np.float32))[None])[0]
+    def draw(self, masses: Masses, columns: np.ndarray, u: np.ndarray, numbers: StepNumbers) -> tuple[mx.array, mx.array]:
+        """[length] a token of each position's column, by the softmax within it, and its weight.  top_k and top_p act within the
+        column."""
+        (places, some), target = self.pieces.of(columns), mx.array(u.astype(np.float32))
+        if numbers.top_k is None and numbers.top_p is None:
+            sums = mx.where(some, mx.take_along_axis(masses.sums, places, axis=-1), 0.0)
+            target = target * sums.sum(axis=-1)
+            piece, before = passing(sums, target)
+            piece = _at(places, piece)
+            place, _ = passing(_at(masses.weights, piece), target - before)
+        else:
+            weights = mx.take_along_axis(masses.weights, places[..., None], axis=1)
+            weights = mx.where(some[..., None], weights, 0.0).flatten(1)
+            drawn = inverse_cdf(truncate(weights[None], numbers), target[None])[0]
+            piece, place = _at(places, drawn // PIECE), drawn % PIECE
+        return _at(self.pieces.ids[piece], place), _at(_at(masses.weights, piece), place)
+
+    def largest(self, logits: mx.array, masses: Masses, bias: mx.array, k: int) -> tuple[mx.array, mx.array]:
+        """(ids [length, k] of the largest logits when ``bias`` [length, columns] is added, their columns).
+
+        They lie in the k pieces with the largest of all.
+        """
+        pieces = self.pieces
+        tops = masses.tops + _picked(bias, pieces.column)
+        tops = mx.where(pieces.own[:, 0] > 0, tops, -mx.inf)
+        chosen = largest(tops, min(k, tops.shape[-1]))
+        ids, columns = pieces.ids[chosen].flatten(1), mx.repeat(pieces.column[chosen], PIECE, axis=1)
+        found = mx.take_along_axis(logits, ids, axis=-1) + mx.take_along_axis(bias, columns, axis=-1)
+        inner = largest(mx.where(pieces.own[chosen].flatten(1) > 0, found, -mx.inf), k)
+        return mx.take_along_axis(ids, inner, axis=-1), mx.take_along_axis(columns, inner, axis=-1)
+
+    def marginals(self, logits: mx.array, masses: Masses, solution: Solution, numbers: StepNumbers) -> tuple[mx.array, Marginals]:
+        """(What is added to the logits of each column [length, columns], so that their softmax are the exact marginals; these, of a
+        batch of one.)"""
+        mass, best = masses.read()
+        log_share = solution.bias + mass
+        share = np.exp(log_share)
+        entropy = (share * (np.array(masses.entropy, dtype=np.float64) - np.where(share > 0, log_share, 0.0))).sum(axis=-1)
+        entropy = np.maximum(entropy, 0.0).astype(np.float32)
+        log_best = np.maximum(solution.bias + best / masses.temperature, IMPOSSIBLE)  # of the most probable token of each column
+        of_path, of_drawn = (np.take_along_axis(log_best, own[:, None], axis=-1)[:, 0] for own in (solution.path, solution.drawn))
+        bias, log_best = mx.array((masses.temperature * solution.bias).astype(np.float32)), mx.array(log_best.astype(np.float32))
+        argmax = self.best(logits, masses, solution.path)
+        drawn, weight = self.draw(masses, solution.drawn, solution.rest, numbers)
+        logprob, probability = mx.array(of_path.astype(np.float32)), weight * mx.array(np.exp(of_drawn).astype(np.float32))
+        if numbers.greedy is not None:
+            drawn, probability = argmax, mx.exp(logprob)
+        kept = covered = None
+        if numbers.tail is not None:
+            kept, columns = self.largest(logits, masses, bias, min(KEPT, logits.shape[-1]))
+            distance = mx.take_along_axis(logits, kept, axis=-1) - mx.take_along_axis(masses.best, columns, axis=-1)
+            covered = mx.exp(distance / masses.temperature + mx.take_along_axis(log_best, columns, axis=-1)).sum(axis=-1)
+        found = argmax, drawn, mx.array(entropy), logprob, probability, kept, covered
+        return bias, Marginals(*(None if own is None else own[None] for own in found))
 
 
 _vocabularies: weakref.WeakKeyDictionary[TokenizerWrapper, Vocabulary] = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ float64 on the host and sees classes of tokens only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,64 +18,149 @@ import numpy as np
 from mlx_diffgemma.grammar.tokens import TokenAutomaton
 
 IMPOSSIBLE = -1e5  # in place of minus infinity in what goes back to logits: zero times this is zero
+LOWEST = -1e300  # in place of minus infinity where it is subtracted
+STRETCH = 32  # positions that share one table of steps
+BLOCK = 800  # entries whose work is that of one more block
+NEGLIGIBLE = -230.0  # log of what is nothing beside one; far from where float64 gets slow
+NOTHING = float(np.exp(np.full(64, NEGLIGIBLE))[0])
 
 
 class Chain:
     """The steps of an automaton, and those that end a text: from an accepting state by an end token to the state ``done``, in which
     any token leads back to it.
 
-    Columns stand for tokens: one for each class, then ``end`` (the end tokens) and ``any`` (every token).  All columns that lead
-    from one state to the same other are one step, by a ``group`` of columns; there are few different ones.
+    Columns stand for tokens: one for each class, then ``end`` (the end tokens) and ``other`` (those of no class).  All columns that
+    lead from one state to the same other are one step, by a ``group`` of columns; there are few different ones.
     """
 
     def __init__(self, automaton: TokenAutomaton) -> None:
         self.automaton = automaton
-        self.done, self.end, self.any = automaton.states, automaton.classes, automaton.classes + 1
+        self.done, self.end, self.other = automaton.states, automaton.classes, automaton.classes + 1
         self.columns = automaton.classes + 2
         source, column, target = automaton.edges
         accepting = np.flatnonzero(automaton.accepting)
-        source = np.concatenate((source, accepting, [self.done]))
-        column = np.concatenate((column, np.full(len(accepting), self.end), [self.any]))
-        target = np.concatenate((target, np.full(len(accepting), self.done), [self.done]))
+        source = np.concatenate((source, accepting, np.full(self.columns, self.done)))
+        column = np.concatenate((column, np.full(len(accepting), self.end), np.arange(self.columns)))
+        target = np.concatenate((target, np.full(len(accepting) + self.columns, self.done)))
         order = np.lexsort((column, target, source))
         source, column, target = source[order], column[order], target[order]
         begins = np.flatnonzero(np.append(True, (np.diff(source) != 0) | (np.diff(target) != 0)))
-        self.source, self.target = source[begins].astype(np.int32), target[begins].astype(np.int32)
+        self.source, self.target = source[begins], target[begins]
         groups: dict[bytes, int] = {}
         numbers = [groups.setdefault(own.tobytes(), len(groups)) for own in np.split(column, begins[1:])]
-        self.group = np.array(numbers, dtype=np.int32)
+        self.group = np.array(numbers)
         self.groups = [np.frombuffer(key, dtype=column.dtype) for key in groups]
         self.holds = np.zeros((len(groups), self.columns), dtype=np.bool_)  # whether a group has a column
         for group, columns in enumerate(self.groups):
             self.holds[group, columns] = True
-        self._by_group, self._by_column = np.nonzero(self.holds), np.nonzero(self.holds.T)
+        self._of_groups, self._of_columns = _Sums(self.holds), _Sums(self.holds.T)
 
     def of_groups(self, mass: np.ndarray) -> np.ndarray:
         """[length, groups] the log of the sum, for ``mass`` [length, columns] in logarithms."""
-        groups, columns = self._by_group
-        return np.logaddexp.reduceat(mass[:, columns], np.searchsorted(groups, np.arange(len(self.groups))), axis=1)
+        return self._of_groups.log_sums(mass)
 
     def best_of_groups(self, best: np.ndarray) -> np.ndarray:
-        groups, columns = self._by_group
-        return np.maximum.reduceat(best[:, columns], np.searchsorted(groups, np.arange(len(self.groups))), axis=1)
+        return self._of_groups.maxima(best)
 
     def of_columns(self, values: np.ndarray) -> np.ndarray:
         """[length, columns] the log of the sum over the groups that have a column, for ``values`` [length, groups]."""
-        columns, groups = self._by_column
-        used = np.unique(columns)
-        out = np.full((len(values), self.columns), -np.inf)
-        out[:, used] = np.logaddexp.reduceat(values[:, groups], np.searchsorted(columns, used), axis=1)
-        return out
+        return self._of_columns.log_sums(values)
 
 
-class Live(NamedTuple):
-    """The steps that some admitted text takes at one position, ordered by the state they leave: indices of the chain's; where
-    each state's begin among them and how many they are; these states."""
+class Blocks:
+    """How runs of entries are laid out so that each run is reduced at once: runs of about one length are the columns of a block,
+    whose rows are their first entries, their second ones and so on; the blocks stand one behind the other.
 
-    edges: np.ndarray
-    begins: np.ndarray
-    counts: np.ndarray
-    states: np.ndarray
+    numpy reduces such blocks several times as fast as runs (``reduceat``).  ``entries`` [places]: the entry at each place, -1 where
+    a run has none.  ``order``: the runs, as what is made of them comes.
+    """
+
+    def __init__(self, begins: np.ndarray, counts: np.ndarray) -> None:
+        self.order = np.argsort(-counts, kind="stable")
+        begins, counts = begins[self.order], counts[self.order]
+        self.parts: list[tuple[slice, slice]] = []  # places and runs of each block
+        entries, place = [], 0
+        for first, last in _cut(counts):
+            row = np.arange(counts[first])[:, None]
+            entries.append(np.where(row < counts[first:last], begins[first:last] + row, -1).ravel())
+            self.parts.append((slice(place, place + entries[-1].size), slice(first, last)))
+            place += entries[-1].size
+        self.entries = np.concatenate(entries)
+
+    def run(self, number: int) -> slice:
+        """The places of a run, by its number in ``order``."""
+        places, runs = next(part for part in self.parts if number < part[1].stop)
+        return slice(places.start + number - runs.start, places.stop, runs.stop - runs.start)
+
+    def _views(self, x: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
+        """Of ``x`` [places, ...] each block [rows, runs, ...], and which runs these are."""
+        for places, runs in self.parts:
+            yield x[places].reshape(-1, runs.stop - runs.start, *x.shape[1:]), runs
+
+    def maxima(self, x: np.ndarray) -> np.ndarray:
+        """[runs, ...]"""
+        found = np.empty((len(self.order), *x.shape[1:]))
+        for block, runs in self._views(x):
+            block.max(axis=0, out=found[runs])
+        return found
+
+    def sums(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([runs, ...] the log of the sum of the exponentials; the sum of what ``x`` becomes, these divided by the largest of their
+        run)."""
+        top, total = np.maximum(self.maxima(x), LOWEST), np.empty((len(self.order), *x.shape[1:]))
+        for block, runs in self._views(x):
+            block -= top[runs]
+        _exponentials(x)
+        for block, runs in self._views(x):
+            block.sum(axis=0, out=total[runs])
+        with np.errstate(divide="ignore"):
+            return top + np.log(total), total
+
+    def multiply(self, x: np.ndarray, factors: np.ndarray) -> None:
+        """``x`` [places], all of each run by its own of ``factors`` [runs]."""
+        for block, runs in self._views(x):
+            block *= factors[runs]
+
+
+def _exponentials(x: np.ndarray) -> None:
+    """In place, of what is at most zero; exactly zero below NEGLIGIBLE, as near underflow numpy takes ten times as long."""
+    np.maximum(x, NEGLIGIBLE, out=x)
+    np.exp(x, out=x)
+    x -= NOTHING
+
+
+def _cut(counts: np.ndarray) -> list[tuple[int, int]]:
+    """The (first, last) of each block, the last one excluded, of descending ``counts``: so many that one more would not pay."""
+    starts = np.flatnonzero(np.diff(counts, prepend=-1)).tolist()
+    ends = [*starts[1:], len(counts)]
+    best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]  # cost up to each of ``starts``, and the blocks
+    for place, end in enumerate(ends):
+        cost, begin = min((best[begin][0] + int(counts[start]) * (end - start) + BLOCK, begin)
+                          for begin, start in enumerate(starts[: place + 1]))
+        best.append((cost, [*best[begin][1], (starts[begin], end)]))
+    return best[-1][1]
+
+
+class _Sums:
+    """Sums over the members [sets, members] of sets."""
+
+    def __init__(self, holds: np.ndarray) -> None:
+        sets, members = np.nonzero(holds)
+        begins = np.searchsorted(sets, np.arange(len(holds) + 1))
+        self.blocks = Blocks(begins[:-1], np.diff(begins))
+        self.members = np.append(members, holds.shape[1])[self.blocks.entries]
+        self.back = np.argsort(self.blocks.order)
+
+    def _taken(self, x: np.ndarray) -> np.ndarray:
+        """[places, length] of ``x`` [length, members]."""
+        return np.concatenate((x.T, np.full((1, len(x)), -np.inf)))[self.members]
+
+    def log_sums(self, x: np.ndarray) -> np.ndarray:
+        """[length, sets] of ``x`` [length, members] in logarithms."""
+        return self.blocks.sums(self._taken(x))[0][self.back].T
+
+    def maxima(self, x: np.ndarray) -> np.ndarray:
+        return self.blocks.maxima(self._taken(x))[self.back].T
 
 
 @dataclass(frozen=True)
@@ -96,32 +182,69 @@ class Span:
     unended: int = 0
 
 
+class Table:
+    """Steps of a chain in ``blocks``, those that leave one state being a run: ``states`` [runs], and ``group`` and ``target``
+    [places], which is a state that does not exist where there is no step."""
+
+    def __init__(self, chain: Chain, steps: np.ndarray) -> None:
+        states, begins, counts = np.unique(chain.source[steps], return_index=True, return_counts=True)
+        self.blocks = Blocks(begins, counts)
+        self.states = states[self.blocks.order]
+        self.group = np.append(chain.group[steps], 0)[self.blocks.entries]
+        self.target = np.append(chain.target[steps], chain.done + 1)[self.blocks.entries]
+        self._numbers = np.zeros(chain.done + 1, dtype=np.int64)
+        self._numbers[self.states] = np.arange(len(states))
+
+    def leaving(self, state: int) -> slice:
+        """The places of the steps that leave ``state``, in the order of the states they lead to."""
+        return self.blocks.run(int(self._numbers[state]))
+
+
 class Band:
-    """The chain, as far as admitted texts reach, position by position.  Depends on no logits: made once a canvas."""
+    """The chain, as far as admitted texts reach, position by position.  Depends on no logits: made once a canvas.
+
+    ``behind`` bool [length + 1, states]: from where an admitted text can go on.  ``tables``: the steps at each position; those of
+    a stretch of positions are in one.  ``allowed`` bool [positions, groups], where some are bound.
+    """
 
     def __init__(self, chain: Chain, span: Span) -> None:
         self.chain, self.span = chain, span
-        states = chain.done + 1
-        ahead = np.zeros((span.length + 1, states), dtype=np.bool_)
-        ahead[0, span.state] = True
-        for t in range(span.length):
-            taken = ahead[t, chain.source] & self._within(t + 1)[chain.target] & self._allowed(t)
-            ahead[t + 1, chain.target[taken]] = True
-        behind = ahead[span.length] & self._last()
-        self.live: list[Live] = []
-        shared: dict[bytes, Live] = {}  # most positions have the same steps as the one before
+        self.allowed: np.ndarray | None = None
+        if span.forced is not None:
+            self.allowed = np.ones((max(span.length + span.more, len(span.forced)), len(chain.groups)), dtype=np.bool_)
+            self.allowed[: len(span.forced)] = (span.forced[:, None] < 0) | chain.holds[:, span.forced].T
+        self.behind = np.zeros((span.length + 1, chain.done + 1), dtype=np.bool_)
+        self.behind[-1] = self._last()
+        leaving, begins = np.unique(chain.source, return_index=True)
         for t in reversed(range(span.length)):
-            taken = ahead[t, chain.source] & behind[chain.target] & self._allowed(t)
-            key = np.packbits(taken).tobytes()
-            if key not in shared:
-                edges = np.flatnonzero(taken)
-                leaving, begins, counts = np.unique(chain.source[edges], return_index=True, return_counts=True)
-                shared[key] = Live(edges.astype(np.int32), begins, counts, leaving)
-            self.live.append(shared[key])
-            behind = np.zeros(states, dtype=np.bool_)
-            behind[shared[key].states] = True
-        self.live.reverse()
-        self.possible = bool(behind[span.state]) if span.length else bool(self._last()[span.state])
+            going: np.ndarray = self.behind[t + 1].take(chain.target)
+            if self.allowed is not None:
+                going &= self.allowed[t].take(chain.group)
+            self.behind[t, leaving] = np.logical_or.reduceat(going, begins)
+            self.behind[t] &= self._within(t)
+        self.possible = bool(self.behind[0, span.state])
+        self.tables: list[Table] = []
+        earliest, last = self._earliest(), b""
+        for begin in range(0, span.length if self.possible else 0, STRETCH):
+            stop = min(begin + STRETCH, span.length)
+            taken = (earliest[chain.source] < stop) & self.behind[begin + 1 : stop + 1].any(axis=0)[chain.target]
+            if taken.tobytes() != last:
+                table, last = Table(chain, np.flatnonzero(taken)), taken.tobytes()
+            self.tables += [table] * (stop - begin)
+
+    def _earliest(self) -> np.ndarray:
+        """[states] the first position at which a text can be in each, as far as the steps alone say; length where in none."""
+        chain, earliest = self.chain, np.full(self.chain.done + 1, self.span.length)
+        reached = np.zeros(chain.done + 1, dtype=np.bool_)
+        reached[self.span.state] = True
+        for t in range(self.span.length):
+            earliest[reached] = t
+            ahead = np.zeros_like(reached)
+            ahead[chain.target[reached[chain.source]]] = True
+            reached = ahead & (earliest == self.span.length)
+            if not reached.any():
+                break
+        return earliest
 
     def _within(self, t: int) -> np.ndarray:
         """States in which the text can still be finished within the budget when ``t`` of its tokens are written."""
@@ -136,20 +259,19 @@ class Band:
         behind = np.append(self.chain.automaton.accepting, False) if span.closed else self._within(until)
         for t in reversed(range(span.length, until)):
             before = np.zeros_like(behind)
-            before[self.chain.source[behind[self.chain.target] & self._allowed(t)]] = True
+            taken = behind[self.chain.target]
+            if self.allowed is not None:
+                taken &= self.allowed[t].take(self.chain.group)
+            before[self.chain.source[taken]] = True
             behind = before & self._within(t)
         return behind
 
-    def _allowed(self, t: int) -> np.ndarray | bool:
-        forced = -1 if self.span.forced is None or t >= len(self.span.forced) else self.span.forced[t]
-        return True if forced < 0 else (self.chain.holds[:, forced] | self.chain.holds[:, self.chain.any])[self.chain.group]
-
 
 class Solution(NamedTuple):
-    """``bias`` float64 [length, classes + 2]: what the constraint adds to the scaled logit of every token of a class, of the end
-    tokens, and of the tokens that are in no class; with it the softmax of a position is its exact marginal.  ``path`` int
-    [length]: columns of the most probable text.  ``drawn`` int [length] columns of a text drawn with the step's ``u``, and ``rest``
-    float64 [length] in [0, 1), what of each ``u`` is left to draw a token of the column."""
+    """``bias`` float64 [length, columns]: what the constraint adds to the scaled logit of every token of a column; with it the
+    softmax of a position is its exact marginal.  ``path`` int [length]: columns of the most probable text.  ``drawn`` int [length]
+    columns of a text drawn with the step's ``u``, and ``rest`` float64 [length] in [0, 1), what of each ``u`` is left to draw a
+    token of the column."""
 
     bias: np.ndarray
     path: np.ndarray
@@ -159,64 +281,60 @@ class Solution(NamedTuple):
 
 def solve(band: Band, mass: np.ndarray, best: np.ndarray, u: np.ndarray) -> Solution:
     """``mass`` [length, columns]: log of the sum of the exponentials of a column's scaled logits; ``best`` its largest logit; ``u``
-    [length] in [0, 1).  All finite.  The draw goes by steps in the order of the states they lead to, then by columns."""
+    [length] in [0, 1).  None is NaN, and only a column without tokens is minus infinity.  The draw goes by steps in the order of
+    the states they lead to, then by columns."""
     chain, length = band.chain, band.span.length
     weigh, largest = chain.of_groups(mass), chain.best_of_groups(best)
-    value = np.full((length + 1, chain.done + 1), -np.inf)  # the best that can come from a state on
-    after = np.full((length + 1, chain.done + 1), -np.inf)  # log of the sum of all that can
-    ends = chain.target[band.live[-1].edges]
-    value[length, ends] = after[length, ends] = 0.0
-    shares: list[np.ndarray] = [np.zeros(0)] * length  # of each step in what leaves its state
+    admitted = weigh
+    if band.allowed is not None:
+        allowed = band.allowed[:length]
+        admitted, largest = np.where(allowed, weigh, -np.inf), np.where(allowed, largest, -np.inf)
+    value = np.full((length + 1, chain.done + 2), -np.inf)  # the best that can come from a state on
+    after = np.full((length + 1, chain.done + 2), -np.inf)  # log of the sum of all that can
+    value[length, :-1][band.behind[length]] = after[length, :-1][band.behind[length]] = 0.0
+    shares: list[np.ndarray] = [np.zeros(0)] * length  # of each step in what leaves its state, times a number of the state
+    totals: list[np.ndarray] = [np.zeros(0)] * length  # this number
     for t in reversed(range(length)):
-        live = band.live[t]
-        group, target = chain.group[live.edges], chain.target[live.edges]
-        x = weigh[t, group] + after[t + 1, target]
-        top = np.maximum.reduceat(x, live.begins)
-        e = np.exp(x - np.repeat(top, live.counts))
-        total = np.add.reduceat(e, live.begins)
-        after[t, live.states] = top + np.log(total)
-        shares[t] = e / np.repeat(total, live.counts)
-        value[t, live.states] = np.maximum.reduceat(largest[t, group] + value[t + 1, target], live.begins)
+        table, dead = band.tables[t], ~band.behind[t]
+        x = value[t + 1].take(table.target)
+        x += largest[t].take(table.group)
+        value[t, table.states] = table.blocks.maxima(x)
+        shares[t] = after[t + 1].take(table.target)
+        shares[t] += admitted[t].take(table.group)
+        after[t, table.states], totals[t] = table.blocks.sums(shares[t])
+        value[t, :-1][dead] = after[t, :-1][dead] = -np.inf
     weight = np.zeros((length, len(chain.groups)))  # posterior probability of each group
-    state: np.ndarray = np.zeros(chain.done + 1)
+    state: np.ndarray = np.zeros(chain.done + 2)
     state[band.span.state] = 1.0
-    for t, live in enumerate(band.live):
-        share = state[chain.source[live.edges]] * shares[t]
-        weight[t] = np.bincount(chain.group[live.edges], share, minlength=len(chain.groups))
-        state = np.bincount(chain.target[live.edges], share, minlength=chain.done + 1)
     path, drawn = np.zeros((2, length), dtype=np.int64)
     rest = np.zeros(length)
     at = sampled = band.span.state
-    for t, live in enumerate(band.live):
-        edges, _ = _leaving(live, at)
-        step = edges[np.argmax(largest[t, chain.group[edges]] + value[t + 1, chain.target[edges]])]
-        columns = chain.groups[chain.group[step]]
-        path[t], at = columns[np.argmax(best[t, columns])], chain.target[step]
-        edges, own = _leaving(live, sampled)
+    for t, table in enumerate(band.tables):
+        own = table.leaving(at)
+        group, target = table.group[own], table.target[own]
+        step = np.argmax(largest[t, group] + value[t + 1, target])
+        columns = chain.groups[group[step]]
+        path[t], at = columns[np.argmax(best[t, columns])], target[step]
+        own = table.leaving(sampled)
         place, left = _drawn(shares[t][own], u[t])
-        columns, sampled = chain.groups[chain.group[edges[place]]], chain.target[edges[place]]
+        columns, sampled = chain.groups[table.group[own][place]], table.target[own][place]
         inner = mass[t, columns]
         place, rest[t] = _drawn(np.exp(inner - inner.max()), left)
         drawn[t] = columns[place]
+        probability, total = state[table.states], totals[t]
+        table.blocks.multiply(shares[t], np.divide(probability, total, out=np.zeros_like(total), where=total > 0))
+        weight[t] = np.bincount(table.group, shares[t], minlength=len(chain.groups))
+        state = np.bincount(table.target, shares[t], minlength=chain.done + 2)
+        state[state < NOTHING] = 0.0
     with np.errstate(divide="ignore"):
-        found = chain.of_columns(np.log(weight) - weigh)
-    # A token of a class is met in it and, behind the end, among all.
-    behind = found[:, chain.any :]
-    bias = np.concatenate((np.logaddexp(found[:, : chain.any], behind), behind), axis=1)
+        bias = chain.of_columns(np.log(weight) - weigh)
     return Solution(np.maximum(bias, IMPOSSIBLE), path, drawn, rest)
 
 
 def _drawn(weights: np.ndarray, u: float) -> tuple[int, float]:
     """(the place at which the running sum of ``weights`` passes ``u`` of it, what of ``u`` is left within the place)."""
     running = np.cumsum(weights)
-    target = u * running[-1]
-    place = min(int(np.searchsorted(running, target, side="right")), len(weights) - 1)
-    left = (target - (running[place] - weights[place])) / max(weights[place], np.finfo(np.float64).tiny)
+    target = min(u * running[-1], np.nextafter(running[-1], 0.0))  # never at one of weight zero behind the last
+    place = int(np.searchsorted(running, target, side="right"))
+    left = (target - (running[place] - weights[place])) / weights[place]
     return place, min(max(left, 0.0), 1 - 2.0**-24)
-
-
-def _leaving(live: Live, state: int) -> tuple[np.ndarray, slice]:
-    """Of the live steps those that leave ``state``, and where they stand."""
-    place = int(np.searchsorted(live.states, state))
-    own = slice(int(live.begins[place]), int(live.begins[place] + live.counts[place]))
-    return live.edges[own], own

@@ -6,32 +6,37 @@ import pytest
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import constraint as constraints
-from mlx_diffgemma.grammar.constraint import ALONE, Constraint, compile_constraint
+from mlx_diffgemma.grammar.constraint import ALONE, PIECE, Constraint, compile_constraint
+from mlx_diffgemma.grammar.program import IMPOSSIBLE, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton
-from mlx_diffgemma.sampler import StepNumbers
+from mlx_diffgemma.sampler import StepNumbers, independent
 
-VOCABULARY, ENDS = 2600, (7, 2599)
-SIZES = [1, 1, 2, 3, 4, 5, 8, 9, 200, ALONE + 2]  # the last stands alone, the others by powers of two; what is left is of no class
+VOCABULARY, ENDS = 2600, (7, 19)
+SIZES = [1, 1, 2, 3, 15, 16, 17, 50, 200, ALONE * PIECE + 2]  # of the classes; what is left is of none
 
 
 def numbers(temperature=1.0, **options):
     return StepNumbers(mx.array([temperature]), mx.array([0.1]), mx.array([0.005]), **options)
 
 
-@pytest.fixture(scope="module")
-def wide():
+def constraint(vocabulary):
     """Ten classes of tokens scattered over the vocabulary, and tokens of none."""
     rng = np.random.default_rng(0)
-    class_of = np.full(VOCABULARY, len(SIZES), dtype=np.int32)
-    free = rng.permutation(np.setdiff1d(np.arange(VOCABULARY), ENDS))
+    class_of = np.full(vocabulary, len(SIZES), dtype=np.int32)
+    free = rng.permutation(np.setdiff1d(np.arange(vocabulary), ENDS))
     for cls, begin in enumerate(np.cumsum([0, *SIZES[:-1]])):
         class_of[free[begin : begin + SIZES[cls]]] = cls
     behind = np.zeros((1, len(SIZES)), dtype=np.int32)
     return Constraint(TokenAutomaton(behind, np.array([True]), class_of, np.zeros(1, dtype=np.int32)), ENDS, 0.0, 1)
 
 
+@pytest.fixture(scope="module")
+def wide():
+    return constraint(VOCABULARY)
+
+
 def members(constraint, column):
-    return np.arange(VOCABULARY) if column == constraint.chain.any else np.flatnonzero(constraint.column_of == column)
+    return np.flatnonzero(constraint.column_of == column)
 
 
 def logits(seed, length=7, scale=4.0):
@@ -45,51 +50,100 @@ class TestMasses:
         given = logits(1, scale=scale)
         given[2, members(wide, 3)] = -1e5
         found = wide.masses(mx.array(given), temperature)
-        assert found.mass.shape == (7, len(SIZES) + 2)
+        mass, best = found.read()
+        assert mass.shape == best.shape == (7, len(SIZES) + 2)
         for column in range(wide.chain.columns):
             own = members(wide, column)
-            exact = np.logaddexp.reduce(given[:, own].astype(np.float64) / temperature, axis=1)
-            np.testing.assert_allclose(np.array(found.mass[:, column]), exact, rtol=2e-6, atol=1e-5)
-            np.testing.assert_array_equal(np.array(found.best[:, column]), given[:, own].max(axis=1))
-            np.testing.assert_array_equal(np.array(found.token[:, column])[[0, 1, 3]], own[given[[0, 1, 3]][:, own].argmax(axis=1)])
-            assert np.isin(np.array(found.token[:, column]), own).all()
+            scaled = given[:, own].astype(np.float64) / temperature
+            exact = np.logaddexp.reduce(scaled, axis=1)
+            np.testing.assert_allclose(mass[:, column], exact, rtol=2e-7, atol=2e-6)
+            np.testing.assert_array_equal(best[:, column], given[:, own].max(axis=1))
+            share = np.exp(scaled - exact[:, None])
+            np.testing.assert_allclose(np.array(found.entropy[:, column]), -(share * (scaled - exact[:, None])).sum(axis=1),
+                                       rtol=1e-5, atol=1e-5)
+            token = np.array(wide.best(mx.array(given), found, np.full(7, column)))
+            np.testing.assert_array_equal(token, own[given[:, own].argmax(axis=1)])
 
-    def test_classes_together_and_alone(self, wide):
-        buckets = {ids.shape[1]: columns.tolist() for columns, ids, _ in wide._buckets}
-        assert buckets == {1: [0, 1], 2: [2, len(SIZES)], 4: [3, 4], 8: [5, 6], 16: [7], 256: [8], ALONE + 2: [9]}
+    def test_a_column_without_tokens(self):
+        """Where every token is of a class."""
+        full = constraint(sum(SIZES) + len(ENDS))
+        found = full.masses(mx.array(logits(1)[:, : sum(SIZES) + len(ENDS)]), 1.0)
+        mass, best = found.read()
+        assert (mass[:, full.chain.other] < -1e29).all()
+        assert (best[:, full.chain.other] < -1e29).all()
+        assert np.isfinite(mass).all()
+        assert np.isfinite(np.array(found.entropy)).all()
+
+    def test_no_number_is_noticed(self, wide):
+        """Wherever it stands; what the programme reads is numbers all the same."""
+        for value in (np.nan, np.inf, -np.inf):
+            given = logits(1)
+            given[3, 5] = value
+            found = wide.masses(mx.array(given), 1.0)
+            assert np.isfinite(np.array(found.read())).all()
+            assert np.isnan(np.array(found.entropy)).any(axis=1).tolist() == [False] * 3 + [True] + [False] * 3
 
     def test_columns(self, wide):
         assert (wide.column_of[list(ENDS)] == wide.chain.end).all()
-        assert (wide.column_of == wide.chain.any).sum() == VOCABULARY - sum(SIZES) - len(ENDS)
+        assert (wide.column_of == wide.chain.other).sum() == VOCABULARY - sum(SIZES) - len(ENDS)
 
-    def test_spread(self, wide):
-        bias = np.random.default_rng(2).normal(size=(3, wide.chain.columns)).astype(np.float32)
-        np.testing.assert_array_equal(np.array(wide.spread(mx.array(bias))), bias[:, wide.column_of])
+
+class TestMarginals:
+    @pytest.mark.parametrize("temperature", [0.4, 1.0])
+    def test_are_those_of_the_biased_logits(self, wide, temperature):
+        """Entropy, probabilities and the most probable tokens, as they are taken of logits alone."""
+        rng, given = np.random.default_rng(6), logits(6)
+        options = numbers(temperature, tail=mx.array([1e-6]))
+        found = wide.masses(mx.array(given), temperature)
+        bias = np.where(rng.random((7, wide.chain.columns)) < 0.3, IMPOSSIBLE, rng.normal(0, 3, (7, wide.chain.columns)))
+        bias[:, 9] = 2.0
+        mass, _ = found.read()
+        bias = np.maximum(bias - np.logaddexp.reduce(bias + mass, axis=1)[:, None], IMPOSSIBLE)  # as those of marginals
+        path, drawn, rest = (bias + mass).argmax(axis=1), np.full(7, 9), rng.random(7)
+        added, marginals = wide.marginals(mx.array(given), found, Solution(bias, path, drawn, rest), options)
+        np.testing.assert_allclose(np.array(added), temperature * bias, rtol=1e-6)
+        biased = given + temperature * bias[:, wide.column_of]
+        naive = independent(mx.array(biased.astype(np.float32))[None], mx.zeros((1, 7)), options)
+        np.testing.assert_allclose(np.array(marginals.entropy), np.array(naive.entropy), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.array(marginals.covered), np.array(naive.covered), atol=2e-5)
+        probability = np.exp(biased / temperature - np.logaddexp.reduce(biased / temperature, axis=1, keepdims=True))
+        for name, own in (("argmax", np.exp(np.array(marginals.logprob))), ("drawn", np.array(marginals.probability))):
+            tokens = np.array(getattr(marginals, name))
+            np.testing.assert_allclose(own[0], probability[np.arange(7), tokens[0]], rtol=1e-4)
+        kept = np.array(marginals.kept)[0]
+        assert [len(set(row)) for row in kept.tolist()] == [64] * 7
+        np.testing.assert_allclose(np.sort(np.take_along_axis(biased, kept, axis=1)), np.sort(biased)[:, -64:], rtol=1e-5)
+
+
+def drawn_of(constraint, given, columns, u, options):
+    found = constraint.masses(mx.array(given), options.temperature.item())
+    return map(np.array, constraint.draw(found, columns, u, options))
 
 
 class TestDraw:
-    @pytest.mark.parametrize("column", [0, 3, 7, 9, len(SIZES), len(SIZES) + 1])
+    @pytest.mark.parametrize("column", [0, 3, 7, 8, 9, len(SIZES), len(SIZES) + 1])
     def test_softmax_within_the_column(self, wide, column):
         """Stratified: as often as it is probable, up to one at either edge."""
         count, temperature = 2000, 1.6
         row = logits(3)[:1]
         u = (np.arange(count) + 0.5) / count
-        drawn = np.array(wide.draw(mx.array(np.repeat(row, count, axis=0)), np.full(count, column), u, numbers(temperature)))
+        drawn, weight = drawn_of(wide, np.repeat(row, count, axis=0), np.full(count, column), u, numbers(temperature))
         own = members(wide, column)
         weights = np.exp((row[0, own].astype(np.float64) - row[0, own].max()) / temperature)
         assert np.isin(drawn, own).all()
+        np.testing.assert_allclose(weight, weights[np.searchsorted(own, drawn)], rtol=1e-5)
         often = np.bincount(drawn, minlength=VOCABULARY)[own]
         np.testing.assert_allclose(often, weights / weights.sum() * count, atol=1.1)
 
     def test_each_position_has_its_column(self, wide):
         columns = np.array([9, 0, 3, len(SIZES), 8, 2, 1])
-        drawn = np.array(wide.draw(mx.array(logits(4)), columns, np.linspace(0, 0.999, 7), numbers()))
+        drawn, _ = drawn_of(wide, logits(4), columns, np.linspace(0, 0.999, 7), numbers())
         np.testing.assert_array_equal(wide.column_of[drawn], columns)
 
     def test_top_k_within_the_column(self, wide):
         given, count = logits(5)[:1], 50
-        drawn = np.array(wide.draw(mx.array(np.repeat(given, count, axis=0)), np.full(count, 8), np.arange(count) / count,
-                                   numbers(9.0, top_k=mx.array([3]))))
+        drawn, _ = drawn_of(wide, np.repeat(given, count, axis=0), np.full(count, 8), np.arange(count) / count,
+                            numbers(9.0, top_k=mx.array([3])))
         own = members(wide, 8)
         assert set(drawn.tolist()) == set(own[np.argsort(-given[0, own])[:3]].tolist())
 

@@ -75,12 +75,11 @@ class Case:
         self.probability /= self.probability.sum() if len(every) else 1.0
 
     def of_columns(self, reduce):
-        found = [reduce(self.logits[:, self.column_of == column]) for column in range(self.band.chain.any)]
-        return np.stack([*found, reduce(self.logits)], axis=1)
+        return np.stack([reduce(self.logits[:, self.column_of == column]) for column in range(self.band.chain.columns)], axis=1)
 
     def solve(self, u):
         mass = self.of_columns(lambda x: np.logaddexp.reduce(x, axis=1))
-        return solve(self.band, mass, self.of_columns(lambda x: x.max(axis=1)), u)
+        return solve(self.band, mass, self.of_columns(lambda x: x.max(axis=1, initial=-np.inf)), u)
 
     def marginals(self):
         found = np.zeros((self.span.length, V))
@@ -95,7 +94,7 @@ def check(case, atol=1e-12):
     assert np.isfinite(biased).all()
     weights = np.exp(biased - biased.max(axis=1, keepdims=True))
     np.testing.assert_allclose(weights / weights.sum(axis=1, keepdims=True), case.marginals(), atol=atol)
-    best = case.of_columns(lambda x: x.max(axis=1))[np.arange(case.span.length), solution.path].sum()
+    best = case.of_columns(lambda x: x.max(axis=1, initial=-np.inf))[np.arange(case.span.length), solution.path].sum()
     assert best == pytest.approx(case.weights.max(), abs=1e-9, rel=1e-12)
     assert ((solution.rest >= 0) & (solution.rest < 1)).all()
 
@@ -144,7 +143,7 @@ def draw(case, u):
     """A text, the token within its columns taken by what is left of each ``u``."""
     solution, found = case.solve(u), []
     for logits, column, left in zip(case.logits, solution.drawn, solution.rest):
-        members = np.arange(V) if column == case.band.chain.any else np.flatnonzero(case.column_of == column)
+        members = np.flatnonzero(case.column_of == column)
         running = np.cumsum(np.exp(logits[members] - logits[members].max()))
         found.append(int(members[np.searchsorted(running, left * running[-1], side="right")]))
     return tuple(found)
