@@ -227,7 +227,8 @@ class Band:
         earliest, last = self._earliest(), b""
         for begin in range(0, span.length if self.possible else 0, STRETCH):
             stop = min(begin + STRETCH, span.length)
-            taken = (earliest[chain.source] < stop) & self.behind[begin + 1 : stop + 1].any(axis=0)[chain.target]
+            ahead: np.ndarray = self.behind[begin + 1 : stop + 1].any(axis=0)
+            taken = (earliest[chain.source] < stop) & ahead.take(chain.target)
             if taken.tobytes() != last:
                 table, last = Table(chain, np.flatnonzero(taken)), taken.tobytes()
             self.tables += [table] * (stop - begin)
@@ -259,7 +260,7 @@ class Band:
         behind = np.append(self.chain.automaton.accepting, False) if span.closed else self._within(until)
         for t in reversed(range(span.length, until)):
             before = np.zeros_like(behind)
-            taken = behind[self.chain.target]
+            taken: np.ndarray = behind.take(self.chain.target)
             if self.allowed is not None:
                 taken &= self.allowed[t].take(self.chain.group)
             before[self.chain.source[taken]] = True

@@ -8,6 +8,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 
 import jsonschema
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 ALPHABET = "aAbkKK9٣_ \n-]^.éÉſ猫😀"
@@ -32,6 +33,15 @@ EXPRESSIONS = st.builds("{}{}{}{}".format, st.sampled_from(["", "", "(?i)", "(?s
                         st.sampled_from(["", "", "^", r"\A"]),
                         st.recursive(st.one_of(ATOMS, st.builds("{}{}".format, ATOMS, REPEATS)), grown, max_leaves=6),
                         st.sampled_from(["", "", "$", r"\Z"]))
+WORDS = st.sampled_from(["cat", "Straße", "猫", "été", "😀", "не", "a-b", "Anna"])
+PIECES = st.one_of(
+    st.builds("{}{}".format, st.one_of(CLASSES, KINDS), st.sampled_from(["{3}", "{2,7}", "{2,}", "+", "{0,5}"])),
+    st.builds("{}{}".format, st.sampled_from(["[a-z]", "[A-Z0-9]", "[ -~]", "[à-ÿ]", "."]),
+              st.sampled_from(["{12}", "{8,20}", "{5,}", "+", "{0,25}", "{30,45}"])),
+    st.builds("(?:{}){}".format, st.lists(WORDS, min_size=2, max_size=4, unique=True).map("|".join),
+              st.sampled_from(["", "", "+", "{2,4}", "?"])),
+    st.builds("(?:, {})*".format, WORDS), st.sampled_from([r" \- ", r"\(\d+\)", r"\$\d+\.\d\d", r"\n", ": "]))
+PHRASES = st.lists(PIECES, min_size=1, max_size=4).map("".join)  # texts of a few words up to some canvases
 
 PATTERNS = [("^[a-c]{2,3}$", "abc"), (r"\d+ €", "12 €"), ("(?i)yes|no", "NO"), ('["\\\\]+', '\\"'), ("猫|\n", "猫"), ("^x.*", "x")]
 FORMATS = {"date": "2024-02-28", "time": "23:59:59.5+01:00", "date-time": "1999-12-31T00:00:00Z", "ipv4": "192.168.0.255",
@@ -192,3 +202,53 @@ def cases(draw):
     defs = {}
     schema, text = draw(nested(2, defs))
     return ({"$defs": defs, **schema} if isinstance(schema, dict) and defs else schema), text
+
+
+@st.composite
+def fields(draw, defs):
+    """What a field of a record may hold."""
+    kind = draw(st.sampled_from(["nested", "nested", "text", "text", "number", "pattern", "phrase", "words", "optional", "list"]))
+    if kind == "nested":
+        return draw(nested(2, defs))[0]
+    if kind == "text":
+        low = draw(st.integers(0, 12))
+        return {"type": "string", "minLength": low, "maxLength": low + draw(st.integers(0, 25))}
+    if kind == "number":
+        return draw(bounded(draw(st.booleans())))[0]
+    if kind in ("pattern", "phrase"):
+        return {"type": "string", "pattern": f"^(?:{draw(PHRASES)})$" if kind == "phrase" else draw(EXPRESSIONS)}
+    if kind == "words":
+        return {"enum": draw(st.lists(WORDS, min_size=1, max_size=4, unique=True))}
+    part = draw(fields(defs))
+    if kind == "optional":
+        return {"anyOf": [part, {"type": "null"}]}
+    return {"type": "array", "items": part, "minItems": draw(st.integers(0, 2)), "maxItems": draw(st.integers(2, 4))}
+
+
+@st.composite
+def records(draw):
+    """Schemas of objects with several fields, some of which may be left out."""
+    defs = {}
+    names = draw(st.lists(st.sampled_from(["name", "age", "city", "tags", "été", "猫", "a b", 'q"']), min_size=2, max_size=5,
+                          unique=True))
+    schema = {"type": "object", "properties": {name: draw(fields(defs)) for name in names},
+              "required": [name for name in names if draw(st.booleans())]}
+    if draw(st.booleans()):
+        schema["additionalProperties"] = False
+    return {"$defs": defs, **schema} if defs else schema
+
+
+def drawn(strategy, count, number):
+    """The first ``count`` different examples of a strategy, the same ones each time; ``number`` chooses which."""
+    found = {}
+
+    @seed(number)
+    @settings(max_examples=2 * count, database=None, phases=[Phase.generate], deadline=None,
+              suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def collect(example):
+        if len(found) < count:
+            found.setdefault(repr(example), example)
+
+    collect()
+    return list(found.values())
