@@ -221,7 +221,7 @@ def test_every_answer_is_valid(models, name, kind, counts):
         seen["once more"] += len(again)
     assert seen["answered"] == needed, seen
     # The sample is what it should be: much of it is long, much of it tight, and models say what they like.
-    assert min(seen["barely"], seen["spanning canvases"], seen["once more"]) >= needed // 20, seen
+    assert min(seen["barely"], 2 * seen["spanning canvases"], seen["once more"]) >= needed // 20, seen
     assert len(set(answers)) > len(answers) / 2
 
 
