@@ -20,7 +20,7 @@ from mlx_diffgemma.grammar.tokens import TokenAutomaton
 IMPOSSIBLE = -1e5  # in place of minus infinity in what goes back to logits: zero times this is zero
 LOWEST = -1e300  # in place of minus infinity where it is subtracted
 STRETCH = 32  # positions that share one table of steps
-BLOCK = 800  # entries whose work is that of one more block
+BLOCK = 800  # places whose work is that of one more block
 NEGLIGIBLE = -230.0  # log of what is nothing beside one; far from where float64 gets slow
 NOTHING = float(np.exp(np.full(64, NEGLIGIBLE))[0])
 
@@ -75,12 +75,12 @@ class Blocks:
     a run has none.  ``order``: the runs, as what is made of them comes.
     """
 
-    def __init__(self, begins: np.ndarray, counts: np.ndarray) -> None:
+    def __init__(self, begins: np.ndarray, counts: np.ndarray, price: int = BLOCK) -> None:
         self.order = np.argsort(-counts, kind="stable")
         begins, counts = begins[self.order], counts[self.order]
         self.parts: list[tuple[slice, slice]] = []  # places and runs of each block
         entries, place = [], 0
-        for first, last in _cut(counts):
+        for first, last in _cut(counts, price):
             row = np.arange(counts[first])[:, None]
             entries.append(np.where(row < counts[first:last], begins[first:last] + row, -1).ravel())
             self.parts.append((slice(place, place + entries[-1].size), slice(first, last)))
@@ -129,13 +129,14 @@ def _exponentials(x: np.ndarray) -> None:
     x -= NOTHING
 
 
-def _cut(counts: np.ndarray) -> list[tuple[int, int]]:
-    """The (first, last) of each block, the last one excluded, of descending ``counts``: so many that one more would not pay."""
+def _cut(counts: np.ndarray, price: int) -> list[tuple[int, int]]:
+    """The (first, last) of each block, the last one excluded, of descending ``counts``: with the fewest places, where one more
+    block counts as ``price`` of them."""
     starts = np.flatnonzero(np.diff(counts, prepend=-1)).tolist()
     ends = [*starts[1:], len(counts)]
     best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]  # cost up to each of ``starts``, and the blocks
     for place, end in enumerate(ends):
-        cost, begin = min((best[begin][0] + int(counts[start]) * (end - start) + BLOCK, begin)
+        cost, begin = min((best[begin][0] + int(counts[start]) * (end - start) + price, begin)
                           for begin, start in enumerate(starts[: place + 1]))
         best.append((cost, [*best[begin][1], (starts[begin], end)]))
     return best[-1][1]
@@ -147,7 +148,7 @@ class _Sums:
     def __init__(self, holds: np.ndarray) -> None:
         sets, members = np.nonzero(holds)
         begins = np.searchsorted(sets, np.arange(len(holds) + 1))
-        self.blocks = Blocks(begins[:-1], np.diff(begins))
+        self.blocks = Blocks(begins[:-1], np.diff(begins), BLOCK // 200)  # a place is a row of numbers here
         self.members = np.append(members, holds.shape[1])[self.blocks.entries]
         self.back = np.argsort(self.blocks.order)
 
@@ -195,6 +196,11 @@ class Table:
         self._numbers = np.zeros(chain.done + 1, dtype=np.int64)
         self._numbers[self.states] = np.arange(len(states))
 
+    def put(self, out: np.ndarray, groups: np.ndarray, states: np.ndarray) -> None:
+        """Into ``out`` [places] what stands in ``groups`` and in ``states`` for the group of a step and for what it leads to."""
+        np.take(states, self.target, out=out, mode="clip")  # the indices are right; other modes take a copy
+        out += groups.take(self.group)
+
     def leaving(self, state: int) -> slice:
         """The places of the steps that leave ``state``, in the order of the states they lead to."""
         return self.blocks.run(int(self._numbers[state]))
@@ -204,7 +210,8 @@ class Band:
     """The chain, as far as admitted texts reach, position by position.  Depends on no logits: made once a canvas.
 
     ``behind`` bool [length + 1, states]: from where an admitted text can go on.  ``tables``: the steps at each position; those of
-    a stretch of positions are in one.  ``allowed`` bool [positions, groups], where some are bound.
+    a stretch of positions are in one.  ``shares``: room for a number for each of them, as fresh memory takes a tenth of the time.
+    ``allowed`` bool [positions, groups], where some are bound.
     """
 
     def __init__(self, chain: Chain, span: Span) -> None:
@@ -232,6 +239,7 @@ class Band:
             if taken.tobytes() != last:
                 table, last = Table(chain, np.flatnonzero(taken)), taken.tobytes()
             self.tables += [table] * (stop - begin)
+        self.shares = [np.empty(len(table.target)) for table in self.tables]
 
     def _earliest(self) -> np.ndarray:
         """[states] the first position at which a text can be in each, as far as the steps alone say; length where in none."""
@@ -293,16 +301,13 @@ def solve(band: Band, mass: np.ndarray, best: np.ndarray, u: np.ndarray) -> Solu
     value = np.full((length + 1, chain.done + 2), -np.inf)  # the best that can come from a state on
     after = np.full((length + 1, chain.done + 2), -np.inf)  # log of the sum of all that can
     value[length, :-1][band.behind[length]] = after[length, :-1][band.behind[length]] = 0.0
-    shares: list[np.ndarray] = [np.zeros(0)] * length  # of each step in what leaves its state, times a number of the state
-    totals: list[np.ndarray] = [np.zeros(0)] * length  # this number
+    totals: list[np.ndarray] = [np.zeros(0)] * length  # by which ``shares`` are to be divided
     for t in reversed(range(length)):
-        table, dead = band.tables[t], ~band.behind[t]
-        x = value[t + 1].take(table.target)
-        x += largest[t].take(table.group)
-        value[t, table.states] = table.blocks.maxima(x)
-        shares[t] = after[t + 1].take(table.target)
-        shares[t] += admitted[t].take(table.group)
-        after[t, table.states], totals[t] = table.blocks.sums(shares[t])
+        table, shares, dead = band.tables[t], band.shares[t], ~band.behind[t]
+        table.put(shares, largest[t], value[t + 1])
+        value[t, table.states] = table.blocks.maxima(shares)
+        table.put(shares, admitted[t], after[t + 1])
+        after[t, table.states], totals[t] = table.blocks.sums(shares)
         value[t, :-1][dead] = after[t, :-1][dead] = -np.inf
     weight = np.zeros((length, len(chain.groups)))  # posterior probability of each group
     state: np.ndarray = np.zeros(chain.done + 2)
@@ -310,22 +315,22 @@ def solve(band: Band, mass: np.ndarray, best: np.ndarray, u: np.ndarray) -> Solu
     path, drawn = np.zeros((2, length), dtype=np.int64)
     rest = np.zeros(length)
     at = sampled = band.span.state
-    for t, table in enumerate(band.tables):
+    for t, (table, shares) in enumerate(zip(band.tables, band.shares, strict=True)):
         own = table.leaving(at)
         group, target = table.group[own], table.target[own]
         step = np.argmax(largest[t, group] + value[t + 1, target])
         columns = chain.groups[group[step]]
         path[t], at = columns[np.argmax(best[t, columns])], target[step]
         own = table.leaving(sampled)
-        place, left = _drawn(shares[t][own], u[t])
+        place, left = _drawn(shares[own], u[t])
         columns, sampled = chain.groups[table.group[own][place]], table.target[own][place]
         inner = mass[t, columns]
         place, rest[t] = _drawn(np.exp(inner - inner.max()), left)
         drawn[t] = columns[place]
         probability, total = state[table.states], totals[t]
-        table.blocks.multiply(shares[t], np.divide(probability, total, out=np.zeros_like(total), where=total > 0))
-        weight[t] = np.bincount(table.group, shares[t], minlength=len(chain.groups))
-        state = np.bincount(table.target, shares[t], minlength=chain.done + 2)
+        table.blocks.multiply(shares, np.divide(probability, total, out=np.zeros_like(total), where=total > 0))
+        weight[t] = np.bincount(table.group, shares, minlength=len(chain.groups))
+        state = np.bincount(table.target, shares, minlength=chain.done + 2)
         state[state < NOTHING] = 0.0
     with np.errstate(divide="ignore"):
         bias = chain.of_columns(np.log(weight) - weigh)
