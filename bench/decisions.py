@@ -82,7 +82,8 @@ def measure(arguments: argparse.Namespace) -> None:
         found[name] = {"questions": len(data), "reads": {str(reads): figures(data, reads) for reads in READS},
                        "seconds": {str(n): seconds(model, tokenizer, name, n, arguments.canvas_length) for n in READS}}
         print(name, json.dumps(found[name]), flush=True)
-    record = {"command": f"python bench/decisions.py --tasks {arguments.tasks} --limit {arguments.limit}", "machine": describe(model.dtype),
+    record = {"command": f"python bench/decisions.py --tasks {arguments.tasks} --limit {arguments.limit}",
+              "machine": describe(model.dtype),
               "model": nano.VERSION if arguments.model == nano.NAME else arguments.model, "batch_rows": BATCH_ROWS,
               "canvas_length": arguments.canvas_length, "tasks": found}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
