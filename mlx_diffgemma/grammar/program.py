@@ -234,7 +234,7 @@ class Band:
         earliest, last = self._earliest(), b""
         for begin in range(0, span.length if self.possible else 0, STRETCH):
             stop = min(begin + STRETCH, span.length)
-            ahead: np.ndarray = self.behind[begin + 1 : stop + 1].any(axis=0)
+            ahead: np.ndarray = np.logical_or.reduce(self.behind[begin + 1 : stop + 1])
             taken = (earliest[chain.source] < stop) & ahead.take(chain.target)
             if taken.tobytes() != last:
                 table, last = Table(chain, np.flatnonzero(taken)), taken.tobytes()
