@@ -42,20 +42,43 @@ class Vocabulary:
         joined = np.frombuffer(b"".join(texts), dtype=np.uint8)
         begins = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         node = np.zeros(len(ids), dtype=np.int64)  # of each token, as deep as it has been followed
-        parents, letters, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1
+        self.levels: list[tuple[np.ndarray, np.ndarray]] = []  # of the nodes of each depth: place among those before, and byte
+        first, count = 0, 1
         for depth in range(int(lengths.max(initial=0))):
             going = np.flatnonzero(lengths > depth)
-            keys, inverse = np.unique(node[going] * 256 + joined[begins[going] + depth], return_inverse=True)
+            keys, inverse = np.unique((node[going] - first) * 256 + joined[begins[going] + depth], return_inverse=True)
+            self.levels.append((keys // 256, keys % 256))
             node[going] = count + inverse.reshape(-1)
-            parents.append(keys // 256)
-            letters.append(keys % 256)
+            first, count = count, count + len(keys)
+        self.tokens, self.nodes = ids, node
+
+
+class Spellings:
+    """The tree of a vocabulary in the letters of an automaton: bytes that it treats alike in all states are one.
+
+    ``delta`` int32 [states * ``size``], so many letters.  ``first`` child of each node, how many ``children``, and the ``letter``
+    that leads to it; ``node_of`` each of the vocabulary's tokens, and whether a node has some, ``ends``.
+    """
+
+    def __init__(self, automaton: Automaton, vocabulary: Vocabulary) -> None:
+        delta, letter_of = np.unique(automaton.delta, axis=1, return_inverse=True)
+        letter_of, self.size = letter_of.reshape(-1), delta.shape[1]
+        self.delta = np.ascontiguousarray(delta).ravel()
+        nodes = [np.zeros(1, dtype=np.int64)]  # of those of the vocabulary, depth by depth
+        parents, letters, count = [np.zeros(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)], 1
+        for parent, byte in vocabulary.levels:
+            keys, inverse = np.unique(nodes[-1][parent] * self.size + letter_of[byte], return_inverse=True)
+            nodes.append(count + inverse.reshape(-1))
+            parents.append(keys // self.size)
+            letters.append(keys % self.size)
             count += len(keys)
-        parent = np.concatenate(parents)  # of nodes 1, 2, …
-        order = np.argsort(parent, kind="stable")
-        self.children, self.letters = order + 1, np.concatenate(letters)[order].astype(np.int64)
-        self.first_child = np.searchsorted(parent[order], np.arange(count + 1))
-        order = np.argsort(node, kind="stable")
-        self.tokens, self.first_token = ids[order], np.searchsorted(node[order], np.arange(count + 1))
+        # The children of a node stand side by side.
+        first = 1 + np.searchsorted(np.concatenate(parents), np.arange(count + 1))
+        self.first, self.children = first[:-1].astype(np.int32), np.diff(first).astype(np.int32)
+        self.letter = np.concatenate(letters).astype(np.int32)
+        self.node_of = np.concatenate(nodes)[vocabulary.nodes]
+        self.ends = np.zeros(count, dtype=np.bool_)
+        self.ends[self.node_of] = True
 
 
 def token_bytes(tokenizer: TokenizerWrapper, size: int) -> dict[int, bytes]:
@@ -155,20 +178,24 @@ def compile_tokens(automaton: Automaton, vocabulary: Vocabulary, seconds: float 
     numbers, waiting = np.full(automaton.states, -1, dtype=np.int64), [0]
     numbers[0] = 0
     reached = [0]
-    hashes = np.zeros(vocabulary.size, dtype=np.uint64)
+    spellings = Spellings(automaton, vocabulary)
+    hashes = np.zeros(len(spellings.ends), dtype=np.uint64)
     while waiting:
         taken, waiting = np.array(waiting[:AT_ONCE]), waiting[AT_ONCE:]
         if time.monotonic() > deadline:
             raise UserError("The constraint takes too long to compile for this vocabulary; lower the bounds of its repeats "
                             "(maxLength, maxItems), or split it.")
-        origins, tokens, targets = _followed(automaton, vocabulary, taken)
-        np.add.at(hashes, tokens, _mixed(origins * automaton.states + targets))
-        new = np.unique(targets)
-        new = new[numbers[new] < 0]
+        origins, nodes, targets = _followed(spellings, taken.astype(np.int32))
+        np.add.at(hashes, nodes, _mixed(origins.astype(np.int64) * automaton.states + targets))
+        found = np.zeros(automaton.states, dtype=np.bool_)
+        found[targets] = True
+        new = np.flatnonzero(found & (numbers < 0))
         numbers[new] = np.arange(len(reached), len(reached) + len(new))
         reached += new.tolist()
         waiting += new.tolist()
-    values, representatives, class_of = np.unique(hashes, return_index=True, return_inverse=True)
+    of_tokens = np.zeros(vocabulary.size, dtype=np.uint64)
+    of_tokens[vocabulary.tokens] = hashes[spellings.node_of]
+    values, representatives, class_of = np.unique(of_tokens, return_index=True, return_inverse=True)
     class_of = class_of.reshape(-1)
     if len(values) and values[0] == 0:  # tokens that may never come, which go last
         representatives, class_of = representatives[1:], np.where(class_of == 0, len(values) - 1, class_of - 1)
@@ -190,28 +217,21 @@ def compile_tokens(automaton: Automaton, vocabulary: Vocabulary, seconds: float 
     return TokenAutomaton(behind, accepting, class_of.astype(np.int32), distance)
 
 
-def _followed(automaton: Automaton, vocabulary: Vocabulary, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(state, token, state behind it) of every token that may come in one of ``states``."""
-    origin, state, node = states.astype(np.int64), states.astype(np.int64), np.zeros(len(states), dtype=np.int64)
+def _followed(spellings: Spellings, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(state, node with tokens, state behind these) of all tokens that may come in one of ``states`` int32."""
+    origin, state, node = states, states, np.zeros_like(states)
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while node.size:
-        counts = vocabulary.first_child[node + 1] - vocabulary.first_child[node]
-        row = np.repeat(np.arange(node.size), counts)
-        child = _places(vocabulary.first_child[node], counts)
-        state = automaton.delta[state[row], vocabulary.letters[child]].astype(np.int64)
-        alive = state >= 0
-        origin, state, node = origin[row[alive]], state[alive], vocabulary.children[child[alive]]
-        counts = vocabulary.first_token[node + 1] - vocabulary.first_token[node]
-        row = np.repeat(np.arange(node.size), counts)
-        place = _places(vocabulary.first_token[node], counts)
-        found.append((origin[row], vocabulary.tokens[place].astype(np.int64), state[row]))
-    origins, tokens, targets = zip(*found, strict=True)
-    return np.concatenate(origins), np.concatenate(tokens), np.concatenate(targets)
-
-
-def _places(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers from each of ``first`` on, as many as ``counts`` says, one run behind the other."""
-    return np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        counts = spellings.children[node]
+        shift = spellings.first[node] - (np.cumsum(counts, dtype=np.int32) - counts)
+        child = np.arange(counts.sum(), dtype=np.int32) + np.repeat(shift, counts)
+        state = spellings.delta[np.repeat(state * spellings.size, counts) + spellings.letter[child]]
+        alive = np.flatnonzero(state >= 0)
+        origin, state, node = np.repeat(origin, counts)[alive], state[alive], child[alive]
+        whole = np.flatnonzero(spellings.ends[node])
+        found.append((origin[whole], node[whole], state[whole]))
+    origins, nodes, targets = zip(*found, strict=True)
+    return np.concatenate(origins), np.concatenate(nodes), np.concatenate(targets)
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
