@@ -17,7 +17,7 @@ from documents import put_table
 from mlx_diffgemma import batch_generate, chat_ids, load, nano
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.evaluation.tasks import tasks_named
-from mlx_diffgemma.generate import GenerationResponse
+from mlx_diffgemma.request import GenerationResponse
 
 ROOT = Path(__file__).parent.parent
 TAILS = (1e-6, 1e-4, 1e-3, 1e-2)

@@ -8,17 +8,11 @@
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.decide import Decision, Question, decide
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
-from mlx_diffgemma.generate import (
-    GenerationOptions,
-    GenerationResponse,
-    GenerationWarning,
-    batch_generate,
-    generate,
-    load,
-    stream_generate,
-)
+from mlx_diffgemma.generate import batch_generate, generate, load, stream_generate
 from mlx_diffgemma.infill import Fill, Hole, Infilled, batch_infill, edit, infill, stream_infill
+from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.prompt_cache import PromptCache
+from mlx_diffgemma.request import GenerationResponse, GenerationWarning
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, user_message
 from mlx_diffgemma.video import Video, VideoWarning

@@ -13,10 +13,11 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_diffgemma.generate import GenerationResponse, OnStep, stream_generate
+from mlx_diffgemma.generate import OnStep, stream_generate
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.prompt import Medium, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
+from mlx_diffgemma.request import GenerationResponse
 from mlx_diffgemma.tokenizer import chat_ids, user_message
 
 

@@ -49,18 +49,13 @@ from mlx_diffgemma.flags import (
     constraints_of,
     prompt_cache_at,
 )
-from mlx_diffgemma.generate import (
-    GenerationOptions,
-    GenerationResponse,
-    GenerationWarning,
-    load,
-    stream_generate,
-    summary,
-)
+from mlx_diffgemma.generate import load, stream_generate, summary
 from mlx_diffgemma.images import open_image
 from mlx_diffgemma.infill_command import edit_command, infill_command
+from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.prompt import check_eyes, prepare_media
 from mlx_diffgemma.recipes import MODES, RECIPES
+from mlx_diffgemma.request import GenerationResponse, GenerationWarning
 from mlx_diffgemma.rules import LENGTHS
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt, user_message

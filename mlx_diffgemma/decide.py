@@ -29,11 +29,11 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
-from mlx_diffgemma.generate import GenerationWarning, Prompt, check_room, prompt_ids, token_limit
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
+from mlx_diffgemma.request import GenerationWarning, Prompt, check_room, prompt_ids, token_limit
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Session, prefill
 from mlx_diffgemma.tokenizer import turn_end
 

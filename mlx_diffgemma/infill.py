@@ -26,10 +26,11 @@ from mlx_diffgemma.demands import FREE, Demands, Stretch
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.generate import CONSTRAINTS, GenerationOptions, GenerationWarning, check_room
 from mlx_diffgemma.grammar.constraint import check_constraint, compile_constraint
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.options import CONSTRAINTS, GenerationOptions
 from mlx_diffgemma.policy import Policy
+from mlx_diffgemma.request import GenerationWarning, check_room
 from mlx_diffgemma.session import Loop, Session, prefill
 from mlx_diffgemma.tokenizer import chat_ids, encode_literally, turn_end, user_message
 

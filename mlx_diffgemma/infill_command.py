@@ -32,8 +32,9 @@ from mlx_diffgemma.flags import (
     Threshold,
     constraints_of,
 )
-from mlx_diffgemma.generate import GenerationOptions, load
+from mlx_diffgemma.generate import load
 from mlx_diffgemma.infill import LENGTHS, Hole, Infilled, edit, infill, read_length, split_holes
+from mlx_diffgemma.options import GenerationOptions
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 OPTIONS = ("seed", "max_denoising_steps", "preset", "diffusion_sampler", "threshold")

@@ -9,8 +9,8 @@ from mlx_diffgemma import batch_generate, chat_ids, generate, load, stream_gener
 from mlx_diffgemma.demands import FREE, Demands, Stretch
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.generate import GenerationOptions
 from mlx_diffgemma.grammar.constraint import compile_constraint
+from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.session import Session, run
 
 PROMPT = [{"role": "user", "content": "Write as JSON: Anna is 23 years old and lives in Paris."}]

@@ -12,8 +12,8 @@ from mlx_diffgemma.decide import average, read_labels, read_prompt
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.run import _Answer, _bootstrap, _choice_ids, _result, _wilson, evaluate
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task, tasks_named, tasks_of_file
-from mlx_diffgemma.generate import GenerationResponse
 from mlx_diffgemma.nano.tasks import TASKS
+from mlx_diffgemma.request import GenerationResponse
 from tests.test_cli import run
 
 

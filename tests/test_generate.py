@@ -19,7 +19,8 @@ from mlx_diffgemma import (
     stream_generate,
     user_message,
 )
-from mlx_diffgemma.generate import REFUSED, token_limit
+from mlx_diffgemma.options import REFUSED
+from mlx_diffgemma.request import token_limit
 from mlx_diffgemma.session import Loop
 
 QUESTIONS = ["Add 12 and 30.", "Sort these numbers: 42 17 91", "Reverse these words: fox moon tree", "Write in capitals: fox",

@@ -1,7 +1,6 @@
 """Prompts with images: where they stand, how they are read, and that nothing but they decides what is read."""
 
 import gc
-import importlib
 import json
 import weakref
 from dataclasses import replace
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from mlx_diffgemma import batch_generate, chat_ids, generate, layers, load, stream_generate, user_message
+from mlx_diffgemma import batch_generate, chat_ids, generate, layers, load, request, stream_generate, user_message
 from mlx_diffgemma import model as model_module
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.chat import Chat
@@ -28,7 +27,6 @@ from mlx_diffgemma.video import Film, Video
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import VISIONS, make_checkpoint
 
-generate_module = importlib.import_module("mlx_diffgemma.generate")  # the name in the package is the function
 QUESTION = "What colour is it?"
 
 
@@ -341,7 +339,7 @@ class TestFrontEnds:
         for mode in ({"max_denoising_steps": 2}, {"mode": "ar"}):
             options = dict(images=sources, seeds=range(6), max_tokens=8, **mode)
             whole = batch_generate(model, tokenizer, prompts, batch_size=6, **options)
-            monkeypatch.setattr(generate_module, "prepare_media", spy)
+            monkeypatch.setattr(request, "prepare_media", spy)
             parts = batch_generate(model, tokenizer, prompts, batch_size=2, **options)
             monkeypatch.undo()
             assert [answer.text for answer in parts] == [answer.text for answer in whole]

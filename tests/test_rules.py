@@ -12,7 +12,7 @@ import pytest
 from mlx_diffgemma import GenerationWarning, batch_generate, stream_generate
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.generate import GenerationOptions
+from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.policy import ReferencePolicy, Standing
 from mlx_diffgemma.rules import PRESETS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.sampler import reveal

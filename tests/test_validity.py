@@ -22,8 +22,8 @@ from mlx_diffgemma import batch_generate, chat_ids, hub, stream_generate
 from mlx_diffgemma.demands import FREE, Demands, Stretch
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.generate import GenerationOptions
 from mlx_diffgemma.grammar.constraint import compile_constraint
+from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.session import Session, run
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import FULL, SLIDING, write_checkpoint

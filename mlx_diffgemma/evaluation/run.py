@@ -23,9 +23,10 @@ from mlx_diffgemma.device import describe
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task
-from mlx_diffgemma.generate import GenerationResponse, GenerationWarning, batch_generate
+from mlx_diffgemma.generate import batch_generate
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.prompt import place, prepare_media
+from mlx_diffgemma.request import GenerationResponse, GenerationWarning
 from mlx_diffgemma.tokenizer import answer_ids, chat_ids
 
 Progress = Callable[[str, int, int], None]

@@ -38,7 +38,8 @@ class Masses(NamedTuple):
     """Of the columns of a constraint at each position [length, columns]: the largest logit ``best``, the log ``total`` of the sum
     of the ``weights``, which are exponentials of the scaled distances from it, and the ``entropy`` in nats within the column.
 
-    ``weights`` [length, pieces, PIECE]; of each piece the largest logit ``tops`` and the sum ``sums`` of the weights.
+    ``weights`` [length, pieces, PIECE], also of what fills pieces up; of each piece the largest logit ``tops`` and the sum ``sums``
+    of the weights of its own tokens.
     """
 
     temperature: float
@@ -72,6 +73,7 @@ class Pieces:
         ids = order[np.clip(begin + np.minimum(place, last), 0, len(order) - 1)]
         self.ids, self.own = mx.array(ids.astype(np.int32)), mx.array((place <= last).astype(np.float32))
         self.column, self.empty = mx.array(column.astype(np.int32)), mx.array(tokens == 0)
+        self.unfilled = mx.array(np.flatnonzero((place > last).any(axis=1)).astype(np.int32))
         alone = np.flatnonzero(counts >= ALONE)
         self._slices = [slice(int(self.first[one]), int(self.first[one + 1])) for one in alone]
         self._sets: list[tuple[mx.array, mx.array]] = []  # pieces [columns, size], and which are none, by size: a power of two
@@ -84,6 +86,13 @@ class Pieces:
             self._sets.append((mx.array((self.first[same, None] + places).astype(np.int32)),
                                mx.array(np.arange(size) >= counts[same, None])))
         self._back = mx.array(np.argsort(np.concatenate(columns_by_size)))
+
+    def sums_within(self, x: mx.array) -> mx.array:
+        """[length, pieces] of ``x`` [length, pieces, PIECE]."""
+        sums = x.sum(axis=-1)
+        # A product with all of ``own`` would cost as much as a quarter of the exponentials; few pieces are not full.
+        sums[:, self.unfilled] = (x[:, self.unfilled] * self.own[self.unfilled]).sum(axis=-1)
+        return sums
 
     def maxima(self, x: mx.array) -> mx.array:
         """[length, columns] of ``x`` [length, pieces]."""
@@ -117,10 +126,10 @@ def _at(x: mx.array, place: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def _weigh(logits: mx.array, best: mx.array, temperature: mx.array, own: mx.array) -> tuple[mx.array, mx.array]:
-    """exp of the scaled distance d from ``best``, and d exp d; zero where ``own`` is."""
+def _weigh(logits: mx.array, best: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array]:
+    """exp of the scaled distance d from ``best``, and d exp d."""
     distance = (logits - best) / temperature
-    weights = mx.exp(distance) * own
+    weights = mx.exp(distance)
     return weights, distance * weights
 
 
@@ -176,10 +185,10 @@ class Constraint:
         own = _picked(logits, pieces.ids)
         tops = own.max(axis=-1)
         best = pieces.maxima(tops)
-        weights, weighted = _weigh(own, _picked(best, pieces.column)[..., None], mx.array([[[temperature]]]), pieces.own[None])
-        sums = weights.sum(axis=-1)
+        weights, weighted = _weigh(own, _picked(best, pieces.column)[..., None], mx.array([[[temperature]]]))
+        sums = pieces.sums_within(weights)
         total = pieces.sums(sums)
-        entropy = mx.log(total) - pieces.sums(weighted.sum(axis=-1)) / total
+        entropy = mx.log(total) - pieces.sums(pieces.sums_within(weighted)) / total
         return Masses(temperature, mx.where(pieces.empty, -mx.inf, best), mx.log(total), mx.where(pieces.empty, 0.0, entropy),
                       weights, tops, sums)
 
@@ -202,7 +211,7 @@ class Constraint:
             place, _ = passing(_at(masses.weights, piece), target - before)
         else:
             weights = mx.take_along_axis(masses.weights, places[..., None], axis=1)
-            weights = mx.where(some[..., None], weights, 0.0).flatten(1)
+            weights = (mx.where(some[..., None], weights, 0.0) * self.pieces.own[places]).flatten(1)
             drawn = inverse_cdf(truncate(weights[None], numbers), target[None])[0]
             piece, place = _at(places, drawn // PIECE), drawn % PIECE
         return _at(self.pieces.ids[piece], place), _at(_at(masses.weights, piece), place)
