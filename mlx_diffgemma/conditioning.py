@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.sampler import largest
 
 BUCKET = 32  # uncovered positions are taken in multiples of this, or in fewer powers of two, so that few shapes occur
 SMALLEST = 8
@@ -61,6 +62,17 @@ class Belief:
         values = self.bias.values if positions is None else self.bias.values.flatten(0, 1)[positions]
         column_of = self.bias.column_of.reshape(*[1] * (values.ndim - 1), -1)
         return _scaled(logits, mx.take_along_axis(values, column_of, axis=-1), temperature)
+
+    def top(self, row: int, count: int) -> tuple[mx.array, mx.array]:
+        """(ids, log-probabilities) [length, count] of the most probable tokens of a row, the most probable first."""
+        length = self.logits.shape[1]
+        scaled = self.scaled(mx.arange(row * length, (row + 1) * length))
+        ids = largest(scaled, min(count, scaled.shape[-1]))
+        logprobs = mx.take_along_axis(scaled, ids, axis=-1) - mx.logsumexp(scaled, axis=-1, keepdims=True)
+        order = mx.argsort(-logprobs, axis=-1)
+        found = mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(logprobs, order, axis=-1)
+        mx.eval(found)  # else they would hold the logits
+        return found
 
     def scaled_kept(self) -> mx.array:
         """[rows, length, KEPT]"""

@@ -25,12 +25,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.request import GenerationWarning, Prompt, check_room, prompt_ids, token_limit
@@ -269,8 +267,7 @@ def canvas_for(model: DiffusionGemma, labels: Labels, canvas_length: int | None 
 def read_prompt(model: DiffusionGemma, ids: Sequence[int], images: Sequence[PlacedImage] = (),
                 prompt_cache: PromptCache | None = None) -> Cache:
     """The cache of a prompt, encoded as a generation would."""
-    session = Session(model, ids, ReferencePolicy.from_config(GenerationConfig()), Draws(0, model.config.text.vocab_size), (), 1,
-                      prompt_cache=prompt_cache, images=images)
+    session = Session.reading(model, ids, prompt_cache=prompt_cache, images=images)
     prefill(model, [session], PREFILL_STEP_SIZE)
     session.encoded()
     return session.cache

@@ -1,4 +1,7 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and what else goes wrong with a name."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -13,4 +16,11 @@ class CheckpointWarning(UserWarning):
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The model returned NaN or infinity: a damaged checkpoint or a numerical bug, never something to sample from."""
+    """The model returned NaN or infinity: a damaged checkpoint or a numerical bug, never something to sample from.
+
+    ``sessions`` are those of a loop whose logits they were; without them the loop can go on.
+    """
+
+    def __init__(self, message: str, sessions: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.sessions = tuple(sessions)

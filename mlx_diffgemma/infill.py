@@ -256,7 +256,8 @@ class _Round:
 
     def begin(self, running: dict[int, _Round]) -> list[Session]:
         """The next round's sessions, none behind the last."""
-        new = next(self.rounds, [])
+        while (new := next(self.rounds, [])) and new[0].finished:  # they only read
+            prefill(self.filling.model, new, self.filling.chunk)
         self.open = len(new)
         running |= {id(session): self for session in new}
         return new
@@ -331,13 +332,13 @@ class _Filling:
         return Infilled("".join(piece for part, fill in zip(self.texts, [*(f.text for f in self.fills), ""], strict=True)
                                 for piece in (part, fill)), tuple(self.fills), self.unseen, self.seed)
 
-    def rounds(self) -> Generator[list[Session], None, None]:
-        """The sessions that are to be run to their ends next, until all holes are filled."""
+    def rounds(self) -> Iterator[list[Session]]:
+        """The sessions that are to be run to their ends next, until all holes are filled; finished ones only read."""
         while len(self.fills) < len(self.holes):
             number = len(self.fills)
             tried: dict[int, tuple[float, _Trial]] = {}
             while new := _next_lengths(self.lengths[number], {length: score for length, (score, _) in tried.items()}):
-                trials = self._trials(number, new)
+                trials = yield from self._trials(number, new)
                 yield [trial.session for trial in trials]
                 if len(self.lengths[number]) == 1:
                     tried[new[0]] = 0.0, trials[0]
@@ -345,13 +346,19 @@ class _Filling:
                 tried |= {length: (self._score(number, trial), trial) for length, trial in zip(new, trials, strict=True)}
             self._take(number, tried)
 
-    def _trials(self, number: int, lengths: Sequence[int]) -> list[_Trial]:
+    def _trials(self, number: int, lengths: Sequence[int]) -> Generator[list[Session], None, list[_Trial]]:
         """Sessions in which the hole has so many tokens each, over one cache."""
         behind, holes = self._behind(number)
         known = [*self.known, *self.parts[number]]
         # As much as can be of the text behind, then of that before, which says more on the canvas than from the cache.
         before = max(0, min(self.size - max(lengths) - len(behind), len(known) - max(self.begin, self.cache.length)))
         context, trials = known[: len(known) - before], list[_Trial]()
+        # They go on from one prefix, which is read once.
+        reader = Session.reading(self.model, context, cache=self.cache.copy())
+        reader.wants_next = True
+        yield [reader]
+        if reader.next_logits is not None:
+            self.cache, self.next_logits = reader.cache, reader.next_logits
         for length in lengths:
             size = -(-length // self.size) * self.size  # of one canvas, or more for a long hole
             pins = [*known[len(context) :], *[FREE] * length, *behind][:size]
@@ -367,14 +374,6 @@ class _Filling:
                               demands=demands, cache=self.cache.copy())
             trials.append(_Trial(session, spots))
             self.unseen = max(0, before + length + len(behind) - len(self.ends) - len(pins))
-        # They go on from one prefix, which is read once.
-        first = trials[0].session
-        first.wants_next = True
-        prefill(self.model, [first], self.chunk)
-        if first.next_logits is not None:
-            self.cache, self.next_logits = first.cache.copy(), first.next_logits
-        for trial in trials[1:]:
-            trial.session.cache, trial.session.pending = self.cache.copy(), trial.session.pending[:0]
         return trials
 
     def _behind(self, number: int) -> tuple[list[int], list[slice]]:

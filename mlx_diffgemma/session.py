@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,12 +27,12 @@ from mlx_diffgemma.cache import ROOM, Cache
 from mlx_diffgemma.conditioning import Bias
 from mlx_diffgemma.demands import Demands
 from mlx_diffgemma.drafting import CanvasDrafter, Draft, Taps
-from mlx_diffgemma.draws import DrawSource
+from mlx_diffgemma.draws import Draws, DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 from mlx_diffgemma.grammar.constraint import Masses
 from mlx_diffgemma.judge import Verdict, consult, settle, text_of
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.policy import Policy, Standing
+from mlx_diffgemma.policy import Policy, ReferencePolicy, Standing
 from mlx_diffgemma.prompt import PlacedImage, keyed, next_chunk, read_rows
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.sampler import Before, Flag, SamplerStep
@@ -50,7 +51,8 @@ class CanvasStep:
     ``reason`` is None while the canvas goes on, then "converged", "plateau", "max_steps", "watchdog" or "judge"; ``certificate``
     names the rule under which it converged.  A ``rejected`` canvas is not committed, the next step begins it anew as attempt
     ``retry`` + 1.  ``draft`` holds what a drafter guessed at each position, -1 where it made no guess; ``surprise`` what the causal
-    mode said of the argmax, where it was asked (see ``Standing``).
+    mode said of the argmax, where it was asked (see ``Standing``).  ``top``, of a stopped step where the session asks for it: ids
+    and log-probabilities [length, n] of the most probable tokens under the same distribution as ``logprob``, in their order.
     """
 
     canvas_index: int
@@ -68,6 +70,7 @@ class CanvasStep:
     rejected: bool = False
     draft: mx.array | None = None
     surprise: float | None = None
+    top: tuple[mx.array, mx.array] | None = None
 
     @property
     def stopped(self) -> bool:
@@ -144,8 +147,17 @@ class Session:
         self.signal: mx.array | None = None  # and the first step's self-conditioning
         self.drafts = 0  # how many attempts at the current canvas before this one had guesses
         self.wants_next = policy.drafter is not None
+        self.wants_top = 0  # how many of the most probable tokens a stopped step is to name
         self.next_logits: mx.array | None = None  # where it wants them, [vocabulary] of the causal mode behind what it has read
         self.verdict: Verdict | None = None  # what it last said about this canvas
+
+    @classmethod
+    def reading(cls, model: DiffusionGemma, ids: Sequence[int], **given: Any) -> Session:
+        """One that only reads, and is finished when nothing is pending any more; ``given`` is what else a session takes."""
+        session = cls(model, ids, ReferencePolicy.from_config(model.config.generation), Draws(0, model.config.text.vocab_size), (),
+                      1, **given)
+        session.finished = True
+        return session
 
     @property
     def canvas_index(self) -> int:
@@ -206,6 +218,10 @@ class Session:
         self.verdict, self.standing = verdict, replace(self.standing, surprise=surprise)
         self.judged, self.judged_rows = self.judged + (rows > 0), self.judged_rows + rows
 
+    def reserve(self) -> None:
+        """Make room at once for all that is pending."""
+        self.cache.reserve(self.cache.length + self.pending.size + ROOM)
+
     def encoded(self) -> None:
         """All that was pending is in the cache now."""
         self.pending = self.pending[:0]
@@ -255,28 +271,30 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
     """Encode what is pending in each session, about ``chunk`` positions of each at a time, an image never in two pieces."""
     total, done = sum(s.pending.size for s in sessions), 0
     for session in sessions:
-        session.cache.reserve(session.cache.length + session.pending.size + ROOM)
+        session.reserve()
     while waiting := [s for s in sessions if s.pending.size]:
-        sizes = [next_chunk(s.pending.size, s.cache.length, s.images, chunk) for s in waiting]
-        read = [read_rows(model, s.pending[:size], s.cache.length, s.images) for s, size in zip(waiting, sizes, strict=True)]
-        taps = sorted({layer for s in waiting if s.policy.drafter for layer in s.policy.drafter.taps})
-        drafted, asking = _drafted(waiting), [row for row, session in enumerate(waiting) if session.wants_next]
-        output = model.encode([rows for rows, _ in read], [s.cache for s in waiting], logits="last" if asking else "none",
-                              taps=taps, blocks=[blocks for _, blocks in read])
-        for drafter, rows in drafted.items():
-            drafter.read([waiting[row] for row in rows], [{layer: output.taps[layer][row] for layer in drafter.taps}
-                                                          for row in rows])
-        for row in asking:
-            assert output.logits is not None
-            waiting[row].next_logits = output.logits[row][-1]
-        for session, size in zip(waiting, sizes, strict=True):
-            session.pending = session.pending[size:]
-        mx.eval([array for s in waiting for array in s.cache.arrays],
-                [waiting[row].next_logits for row in asking])
-        mx.clear_cache()
-        done += sum(sizes)
+        done += encode_chunk(model, waiting, [next_chunk(s.pending.size, s.cache.length, s.images, chunk) for s in waiting])
         if progress:
             progress(done, total)
+
+
+def encode_chunk(model: DiffusionGemma, sessions: Sequence[Session], sizes: Sequence[int]) -> int:
+    """Encode the first of what is pending in each session, so many positions of each; how many these are together."""
+    read = [read_rows(model, s.pending[:size], s.cache.length, s.images) for s, size in zip(sessions, sizes, strict=True)]
+    taps = sorted({layer for s in sessions if s.policy.drafter for layer in s.policy.drafter.taps})
+    asking = [row for row, session in enumerate(sessions) if session.wants_next]
+    output = model.encode([rows for rows, _ in read], [s.cache for s in sessions], logits="last" if asking else "none",
+                          taps=taps, blocks=[blocks for _, blocks in read])
+    for drafter, rows in _drafted(sessions).items():
+        drafter.read([sessions[row] for row in rows], [{layer: output.taps[layer][row] for layer in drafter.taps} for row in rows])
+    for row in asking:
+        assert output.logits is not None
+        sessions[row].next_logits = output.logits[row][-1]
+    for session, size in zip(sessions, sizes, strict=True):
+        session.pending = session.pending[size:]
+    mx.eval([array for s in sessions for array in s.cache.arrays], [sessions[row].next_logits for row in asking])
+    mx.clear_cache()
+    return sum(sizes)
 
 
 class Loop:
@@ -324,14 +342,14 @@ class Loop:
         rows = [session for group in groups for session in group]
         believed, outcomes, taps = self._step(rows, groups, soft)
         flags = mx.concatenate([outcome.flags for outcome in outcomes]).tolist()  # the one host read of a step
-        steps, self._beliefs, taken = list[CanvasStep](), [], 0
         self._note(rows, outcomes, flags)
+        steps, self._beliefs, taken = list[CanvasStep](), [], 0
         for group, (logits, bias), outcome in zip(groups, believed, outcomes, strict=True):
             numbers, taken = flags[taken : taken + len(group)], taken + len(group)
             temperature = mx.array([session.policy.schedule(session.step - 1) for session in group])
             self._beliefs.append((group, conditioning.Belief(logits, temperature, outcome.kept, outcome.uncovered,
                                                              [int(row[Flag.UNCOVERED]) for row in numbers], bias=bias)))
-            steps += [self._record(session, row, outcome, numbers[row]) for row, session in enumerate(group)]
+            steps += [self._record(session, row, outcome, numbers[row], self._beliefs[-1][1]) for row, session in enumerate(group)]
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
         settle(rows)
@@ -429,11 +447,12 @@ class Loop:
     def _note(self, rows: Sequence[Session], outcomes: Sequence[SamplerStep], flags: Sequence[list[float]]) -> None:
         """What the host reads of a step goes to the sessions, and what their policies want to know beside it is found out."""
         asked, argmaxes = [], [argmax for outcome in outcomes for argmax in outcome.argmax]
+        if damaged := [session for session, own in zip(rows, flags, strict=True) if own[Flag.NON_FINITE]]:
+            # Before anything is taken note of, so that the others can go on without these.
+            raise NonFiniteLogitsError(
+                f"The model returned NaN or infinity at canvas {damaged[0].canvas_index}, step {damaged[0].step}: the checkpoint "
+                "is damaged or the dtype too narrow; try --dtype float32 and compare with `mlx-diffgemma doctor`.", damaged)
         for session, argmax, own in zip(rows, argmaxes, flags, strict=True):
-            if own[Flag.NON_FINITE]:
-                raise NonFiniteLogitsError(
-                    f"The model returned NaN or infinity at canvas {session.canvas_index}, step {session.step}: the checkpoint "
-                    "is damaged or the dtype too narrow; try --dtype float32 and compare with `mlx-diffgemma doctor`.")
             standing = session.read(bool(own[Flag.STOP]), own[Flag.MEAN_ENTROPY], int(own[Flag.EOS_POSITION]))
             if session.policy.consults(standing):
                 ids = text_of(argmax, session.eos_ids)
@@ -459,7 +478,7 @@ class Loop:
                 session.go_on_from(draft)
 
     @staticmethod
-    def _record(session: Session, row: int, outcome: SamplerStep, flags: list[float]) -> CanvasStep:
+    def _record(session: Session, row: int, outcome: SamplerStep, flags: list[float], belief: conditioning.Belief) -> CanvasStep:
         standing = session.standing
         reason = session.policy.judge(standing)
         found = CanvasStep(
@@ -468,7 +487,7 @@ class Loop:
             entropy=outcome.entropy[row], logprob=outcome.logprob[row], mean_entropy=flags[Flag.MEAN_ENTROPY],
             reason=reason, certificate=session.policy.certificate(standing) if reason == "converged" else None,
             rejected=reason is not None and session.policy.rejects(standing, reason), draft=session.guess,
-            surprise=standing.surprise,
+            surprise=standing.surprise, top=belief.top(row, session.wants_top) if reason and session.wants_top else None,
         )
         if not found.committed or reason == "converged" or not session.rejected:
             return found
