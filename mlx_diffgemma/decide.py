@@ -206,14 +206,19 @@ def decide(
         read = read_labels(model, cache, labels, lengths, reads, seed, batch_rows)
     decisions = []
     for question, own in zip(questions, read, strict=True):
-        shares = dict(zip(question.labels, average(own).tolist(), strict=True))
-        decisions.append(Decision(question, shares, float(np.exp(own).sum(axis=1).mean())))
+        decisions.append(decision_of(question, own))
         if decisions[-1].mass < LEAST_MASS:
             about = f" to {question.text[:40]!r}" if question.text else ""
             warnings.warn(f"The labels {', '.join(question.labels)[:60]} hold {decisions[-1].mass:.1g} of what the model would "
                           f"answer{about}; ask so that one of them is the answer, or pin by a template what comes before it.",
                           GenerationWarning, stacklevel=2)
     return decisions
+
+
+def decision_of(question: Question, logprobs: np.ndarray) -> Decision:
+    """From what ``read_labels`` read of a question's labels."""
+    shares = dict(zip(question.labels, average(logprobs).tolist(), strict=True))
+    return Decision(question, shares, float(np.exp(logprobs).sum(axis=1).mean()))
 
 
 def check_reads(reads: int, batch_rows: int = BATCH_ROWS) -> None:

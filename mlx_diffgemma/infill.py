@@ -198,7 +198,7 @@ class _Run:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         self.model, self.batch_size = model, batch_size
-        self.options = GenerationOptions.from_keywords(_check_options(options))
+        self.options = GenerationOptions.from_keywords(check_options(options))
         policy, seed = self.options.policy(model), self.options.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "little")
@@ -209,7 +209,7 @@ class _Run:
             else:
                 parts = list(text)
                 holes = [hole] * (len(parts) - 1) if isinstance(hole, Hole) else list(hole)
-            self.fillings.append(_Filling(model, tokenizer, parts, holes, prompts[index] if prompts else None, policy,
+            self.fillings.append(Filling(model, tokenizer, parts, holes, prompts[index] if prompts else None, policy,
                                           self.options.prefill_step_size, seed if seeds is None else seeds[index]))
         check_room(model, [filling.most for filling in self.fillings for _ in range(batch_size)], batch_size)
 
@@ -239,7 +239,8 @@ class _Run:
                         yield from ((own.index, fill) for fill in own.filling.fills[known:])
 
 
-def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` themselves.  Errors: UserError for those that have no meaning for a hole."""
     for name, why in (("max_tokens", "a hole has a length"), ("mode", "holes belong to canvases"),
                       ("canvas_length", "a canvas is as long as the text needs"), ("images", "holes are in texts"),
                       *((name, "a constraint belongs to the hole: hole=Hole(…)") for name in CONSTRAINTS)):
@@ -251,7 +252,7 @@ def _check_options(options: dict[str, Any]) -> dict[str, Any]:
 class _Round:
     """The sessions of one text that run side by side; ``open`` are not finished."""
 
-    def __init__(self, index: int, filling: _Filling) -> None:
+    def __init__(self, index: int, filling: Filling) -> None:
         self.index, self.filling, self.rounds, self.open = index, filling, filling.rounds(), 0
 
     def begin(self, running: dict[int, _Round]) -> list[Session]:
@@ -280,7 +281,7 @@ class _Trial:
         return all(canvas.converged for canvas in self.session.canvases)
 
 
-class _Filling:
+class Filling:
     """One text with ``holes`` between its ``parts``."""
 
     def __init__(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, parts: Sequence[str], holes: Sequence[Hole],

@@ -108,6 +108,7 @@ class Request:
     proposed: int = 0  # by a drafter, and how many of these were right
     accepted: int = 0
     anything: bool = False  # whether text or a call has come
+    warn: Callable[[str], None] | None = None  # is told what the caller should see; None: as a GenerationWarning
     responses: list[GenerationResponse] = field(default_factory=list)
 
     @classmethod
@@ -219,16 +220,20 @@ class Request:
         )
 
     def _warn(self, response: GenerationResponse) -> None:
+        found = list[str]()
         if not response.converged:
             attempts = f" in {response.retries + 1} attempts" if response.retries else ""
-            warnings.warn(f"Canvas {response.canvas_index} did not converge within {response.steps} denoising steps{attempts}; "
-                          "its text may be faulty.", GenerationWarning, stacklevel=4)
+            found.append(f"Canvas {response.canvas_index} did not converge within {response.steps} denoising steps{attempts}; "
+                         "its text may be faulty.")
         if response.finish_reason == "empty":
-            warnings.warn("The answer is empty: the end token came first; try another seed or a fuller prompt.",
-                          GenerationWarning, stacklevel=4)
+            found.append("The answer is empty: the end token came first; try another seed or a fuller prompt.")
         if response.finish_reason and self.parser.malformed:
-            warnings.warn(f"{len(self.parser.malformed)} tool call(s) could not be parsed: {self.parser.malformed[0]!r}.",
-                          GenerationWarning, stacklevel=4)
+            found.append(f"{len(self.parser.malformed)} tool call(s) could not be parsed: {self.parser.malformed[0]!r}.")
+        for message in found:
+            if self.warn:
+                self.warn(message)
+            else:
+                warnings.warn(message, GenerationWarning, stacklevel=4)
 
 
 def prompt_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:

@@ -132,6 +132,7 @@ class Session:
         self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
         own = cache or Cache(model.config.text)
         self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else own
+        self.reused = self.cache.length  # of the ids, that need not be encoded
         self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
@@ -217,6 +218,11 @@ class Session:
         surprise: float = verdict.surprises.max().item()
         self.verdict, self.standing = verdict, replace(self.standing, surprise=surprise)
         self.judged, self.judged_rows = self.judged + (rows > 0), self.judged_rows + rows
+
+    def go_on(self, cache: Cache) -> None:
+        """Take ``cache`` for its own, which holds the first of its ``ids``, before any of them was read."""
+        self.cache, self.reused = cache, cache.length
+        self.pending = np.array(self.ids[cache.length :], dtype=np.int32)
 
     def reserve(self) -> None:
         """Make room at once for all that is pending."""

@@ -183,6 +183,11 @@ class ResponseParser:
                 self._take(self._stream.feed([token]))
         return Delta(self._out["answer"], self._out["thought"], tuple(self._calls))
 
+    def shows(self, token: int) -> bool:
+        """Read one more id; whether it is a part of the visible answer."""
+        self.feed([token])
+        return self._state == "answer" and token not in self._markers and token not in self._ends
+
     def finish(self) -> Delta:
         """What was still held back: a character cut off in the middle, an unfinished call."""
         self._out, self._calls = {"answer": "", "thought": ""}, []

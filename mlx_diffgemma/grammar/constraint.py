@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
 from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
-from mlx_diffgemma.grammar.language import choice, concat, text
+from mlx_diffgemma.grammar.language import Language, choice, concat, text
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Chain, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
 from mlx_diffgemma.sampler import KEPT, Marginals, StepNumbers, inverse_cdf, largest, passing, truncate
@@ -257,6 +258,7 @@ class Constraint:
 
 _vocabularies: weakref.WeakKeyDictionary[TokenizerWrapper, Vocabulary] = weakref.WeakKeyDictionary()
 _compiled: OrderedDict[tuple[int, str], tuple[Vocabulary, Constraint]] = OrderedDict()
+_lock = threading.Lock()  # of both; a server compiles on several threads
 
 
 def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json_schema: Any = None, regex: str | None = None,
@@ -266,26 +268,47 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
     The last REMEMBERED are kept.  Errors: UserError for none or two of them, and for what cannot be guaranteed or is too large.
     """
     check_constraint(json_schema, regex, choices)
-    vocabulary = _vocabularies.get(tokenizer)
-    if vocabulary is None:
-        vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer, config.text.vocab_size)
-    key = id(vocabulary), json.dumps((json_schema, regex, choices, begin))
-    if key in _compiled:
-        _compiled.move_to_end(key)
-        return _compiled[key][1]
+
+    def language() -> Language:
+        if json_schema is not None:
+            return schemas.parse(json_schema)
+        if regex is not None:
+            return regexes.parse(regex)
+        return choice([text(one) for one in choices or ()])
+
+    return _remembered(tokenizer, config, (json_schema, regex, choices, begin), lambda: concat([text(begin), language()]),
+                       config.generation.eos_token_ids, seconds)
+
+
+def compile_named(tokenizer: TokenizerWrapper, config: ModelConfig, json_schemas: Mapping[str, Any], end: int,
+                  seconds: float = MAX_SECONDS) -> Constraint:
+    """Of one of some names, each followed by a text that its own JSON schema admits, and then the token ``end``.
+
+    As ``compile_constraint`` else.
+    """
+    return _remembered(tokenizer, config, (tuple(json_schemas.items()), end), lambda: choice(
+        [concat([text(name), schemas.parse(schema)]) for name, schema in json_schemas.items()]), (end,), seconds)
+
+
+def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, language: Callable[[], Language],
+                eos_ids: tuple[int, ...], seconds: float) -> Constraint:
+    """The constraint of a ``language`` that ``asked`` describes, from among the last compiled ones if it is there."""
+    with _lock:
+        vocabulary = _vocabularies.get(tokenizer)
+        if vocabulary is None:
+            vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer, config.text.vocab_size)
+        key = id(vocabulary), json.dumps(asked)
+        if key in _compiled:
+            _compiled.move_to_end(key)
+            return _compiled[key][1]
     began = time.monotonic()
-    if json_schema is not None:
-        language = schemas.parse(json_schema)
-    elif regex is not None:
-        language = regexes.parse(regex)
-    else:
-        language = choice([text(one) for one in choices or ()])
-    automaton = compile_language(concat([text(begin), language]), seconds)
+    automaton = compile_language(language(), seconds)
     tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
-    constraint = Constraint(tokens, config.generation.eos_token_ids, time.monotonic() - began, automaton.states)
-    _compiled[key] = vocabulary, constraint
-    if len(_compiled) > REMEMBERED:
-        _compiled.popitem(last=False)
+    constraint = Constraint(tokens, eos_ids, time.monotonic() - began, automaton.states)
+    with _lock:
+        _compiled[key] = vocabulary, constraint
+        if len(_compiled) > REMEMBERED:
+            _compiled.popitem(last=False)
     return constraint
 
 

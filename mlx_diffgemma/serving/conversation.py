@@ -1,0 +1,53 @@
+"""From the messages of a request to what the chat template takes, and the images that came with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.images import open_image
+from mlx_diffgemma.prompt import Medium
+from mlx_diffgemma.serving.protocol import Message, ToolCall
+
+
+def template_messages(messages: Sequence[Message], allow_files: bool = False, allow_urls: bool = False,
+                      ) -> tuple[list[dict[str, Any]], list[Medium]]:
+    """(Messages as chat templates read them, without thoughts; their images, in the order of their markers).
+
+    Images are data URLs; remote ones and paths only where they are allowed.  Errors: UserError for an image that cannot be read or
+    is not allowed, and for a tool's answer to a call that nobody made.
+    """
+    made, images, names = list[dict[str, Any]](), list[Medium](), dict[str, str]()
+    for place, message in enumerate(messages):
+        found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+        if isinstance(message.content, list):
+            found["content"] = []
+            for part in message.content:
+                if part.image_url is None:
+                    found["content"].append({"type": "text", "text": part.text})
+                else:
+                    images.append(open_image(part.image_url.url, allow_files=allow_files, allow_urls=allow_urls))
+                    found["content"].append({"type": "image"})
+        else:
+            found["content"] = message.content or ""
+        if message.tool_calls:
+            names |= {call.id: call.function.name for call in message.tool_calls}
+            found["tool_calls"] = [_template_call(call, place) for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            if message.tool_call_id not in names:
+                raise UserError(f"messages.{place}: no call before it has the id {message.tool_call_id!r}.")
+            found |= {"name": names[message.tool_call_id], "tool_call_id": message.tool_call_id}
+        made.append(found)
+    return made, images
+
+
+def _template_call(call: ToolCall, place: int) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"messages.{place}: the arguments of the call {call.id!r} are no JSON object.")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -1,0 +1,387 @@
+"""The thread that owns the model: jobs come in, their sessions share forwards, and each leaves when it is done.
+
+A turn of the thread encodes one chunk of the prompts that are being read and takes one denoising step of all canvases, so that a
+long prompt delays the others by a chunk at a time.  Sessions join at their own canvas border; a job that fails, or whose caller has
+gone, gives up its rows at the next turn and takes no other with it.
+
+    >>> engine = Engine(lambda: load("nano"))
+    >>> engine.start()
+    >>> engine.submit(job)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_diffgemma import cost
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.device import generation_memory, memory_limit
+from mlx_diffgemma.errors import NonFiniteLogitsError
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.prompt import keyed, next_chunk
+from mlx_diffgemma.serving.prefixes import Prefixes
+from mlx_diffgemma.session import CanvasStep, Loop, Session, encode_chunk
+
+log = logging.getLogger(__name__)
+
+
+class BusyError(RuntimeError):
+    """The queue is full; ``retry_after`` seconds from now a place may be free."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"The server has as many requests waiting as it holds; try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class ClosedError(RuntimeError):
+    """The server is shutting down, or the job was cancelled."""
+
+
+class Job(ABC):
+    """What one request asks of the model.  Everything but ``cancel`` is called on the engine's thread."""
+
+    cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody waits for it any longer.  May be called from any thread, and more than once."""
+        self.cancelled = True
+
+    @abstractmethod
+    def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:
+        """The sessions that are to be run to their ends next; finished ones only read.  A job may end a session by setting
+        ``finished``."""
+
+    def step(self, session: Session, step: CanvasStep) -> None:  # noqa: B027 (some look at no step)
+        """One of its sessions took a denoising step."""
+
+    @abstractmethod
+    def done(self, error: Exception | None) -> None:
+        """All rounds have been run, or there was an ``error``."""
+
+
+@dataclass(eq=False)
+class _Run:
+    """A job on its way: its ``rounds`` once it has begun, the sessions that have no row yet, and how many are not finished."""
+
+    job: Job
+    rounds: Iterator[Sequence[Session]] | None = None
+    todo: deque[Session] = field(default_factory=deque)
+    open: int = 0
+    began: float = 0.0
+
+
+@dataclass(eq=False)
+class _Row:
+    run: _Run
+    session: Session
+    nbytes: int
+    border: int = 0  # of its prompt, where what others share ends
+    fresh: bool = False  # whether its beginning may be kept for others
+
+
+@dataclass
+class Figures:
+    """What the engine has done since it began; read from other threads."""
+
+    turns: int = 0
+    steps: int = 0  # denoising steps, of all rows
+    encoded: int = 0  # prompt tokens
+    reused: int = 0  # prompt tokens that were in the cache
+    rows: int = 0  # that are taken now
+    waiting: int = 0  # jobs that have not begun
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    seconds: float = 0.0  # from begin to end, of finished jobs
+
+
+class Engine:
+    """``load`` gives model and tokenizer; it is called on the engine's thread, to which all arrays belong.
+
+    At most ``max_batch`` sessions run at once, fewer where memory does not hold them, and at most ``max_queue`` jobs wait.
+    ``prefill_step_size``: positions of prompts that are encoded in a turn.  ``prefix_bytes``: of the caches that are kept for prompts
+    to come, see ``Prefixes``.
+    """
+
+    def __init__(self, load: Callable[[], tuple[DiffusionGemma, TokenizerWrapper]], max_batch: int = 8, max_queue: int = 64,
+                 prefill_step_size: int = 512, prefix_bytes: int = 2 * 2**30) -> None:
+        self._load, self.max_batch, self.max_queue = load, max_batch, max_queue
+        self.prefill_step_size, self._prefix_bytes = prefill_step_size, prefix_bytes
+        self.model: DiffusionGemma
+        self.tokenizer: TokenizerWrapper
+        self.prefixes: Prefixes
+        self.figures = Figures()
+        self._changed = threading.Condition()
+        self._new: deque[_Run] = deque()  # jobs that have not begun
+        self._going: deque[_Run] = deque()  # jobs that have begun and want more rows
+        self._reading: deque[_Row] = deque()
+        self._rows: dict[int, _Row] = {}  # by id of the session
+        self._closing, self._deadline = False, float("inf")
+        self._ready, self._failure = threading.Event(), list[BaseException]()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Load the model; returns when it is there.  Errors: whatever ``load`` raises."""
+        self._thread.start()
+        self._ready.wait()
+        if self._failure:
+            raise self._failure[0]
+
+    def submit(self, job: Job) -> None:
+        """From any thread.  Errors: BusyError when the queue is full, ClosedError behind ``close``."""
+        with self._changed:
+            if self._closing:
+                raise ClosedError("The server is shutting down.")
+            if len(self._new) >= self.max_queue:
+                raise BusyError(self._retry_after())
+            self._new.append(_Run(job))
+            self.figures.waiting = len(self._new)
+            self._changed.notify()
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more jobs, give those that run or wait ``grace`` seconds to finish, and end the thread."""
+        with self._changed:
+            if not self._closing:
+                self._closing, self._deadline = True, time.monotonic() + grace
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    def _retry_after(self) -> int:
+        """Seconds until a place in the queue is likely free: what a job takes, over those that run side by side."""
+        each = self.figures.seconds / self.figures.finished if self.figures.finished else 1.0
+        return max(1, min(60, round(each / self.max_batch)))
+
+    def _run(self) -> None:
+        try:
+            self.model, self.tokenizer = self._load()
+            mx.eval(self.model.parameters())
+            self.prefixes = Prefixes(Cache(self.model.config.text), self._prefix_bytes)
+            self._room = memory_limit() - sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+            self._loop = Loop(self.model, (), self.prefill_step_size)
+        except BaseException as error:  # start() raises it on the thread that waits
+            self._failure.append(error)
+            return
+        finally:
+            self._ready.set()
+        with generation_memory():
+            while self._wait():
+                self._turn()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; whether there ever will be."""
+        with self._changed:
+            while not (self._closing or self._new or self._going or self._rows):
+                self._changed.wait()
+            if not self._closing:
+                return True
+        if not (self._new or self._going or self._rows):
+            return False
+        if time.monotonic() > self._deadline:
+            self._drop_all(ClosedError("The server is shutting down."))
+            return False
+        return True
+
+    def _turn(self) -> None:
+        try:
+            self._drop_cancelled()
+            self._admit()
+            self._encode()
+            for session, step in self._advance():
+                self._deliver(session, step)
+        except Exception as error:  # a bug or a device out of memory: those that run are lost, the server goes on
+            log.exception("A turn of the engine failed; what ran is given up.")
+            self._drop_all(error, running=True)
+            mx.clear_cache()
+        self.figures.turns += 1
+        self.figures.rows = len(self._rows)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [run for run in self._new if run.job.cancelled]
+            for run in gone:
+                self._new.remove(run)
+            self.figures.waiting = len(self._new)
+        gone += [run for run in self._going if run.job.cancelled]
+        gone += [row.run for row in self._rows.values() if row.run.job.cancelled]
+        for run in dict.fromkeys(gone):
+            self._finish(run, ClosedError("The request was cancelled."))
+
+    def _drop_all(self, error: Exception, running: bool = False) -> None:
+        """End every job, or those that are ``running``, with ``error``."""
+        runs = [*(row.run for row in self._rows.values()), *self._going]
+        if not running:
+            with self._changed:
+                runs += self._new
+                self._new.clear()
+        for run in dict.fromkeys(runs):
+            self._finish(run, error)
+        self._reading.clear()
+        self._rows.clear()
+        self._loop = Loop(self.model, (), self.prefill_step_size)
+
+    def _admit(self) -> None:
+        """Give free rows to the sessions of jobs in turn, those that have begun first."""
+        while len(self._rows) < self.max_batch:
+            if self._going:
+                run = self._going.popleft()
+            else:
+                with self._changed:
+                    if not self._new:
+                        return
+                    run = self._new.popleft()
+                    self.figures.waiting = len(self._new)
+                run.began = time.perf_counter()
+                if not self._begin(run):
+                    continue
+            row = self._row(run)
+            if self._rows and row.nbytes + sum(other.nbytes for other in self._rows.values()) > self._room:
+                run.todo.appendleft(row.session)
+                self._going.appendleft(run)
+                return  # until others have left
+            if run.todo:
+                self._going.append(run)
+            self._place(row)
+
+    def _begin(self, run: _Run) -> bool:
+        """Ask a job for its next sessions; whether there are some."""
+        try:
+            if run.rounds is None:
+                run.rounds = run.job.rounds(self.model)
+            run.todo.extend(next(run.rounds, ()))
+        except Exception as error:  # that of one request
+            self._finish(run, error)
+            return False
+        run.open = len(run.todo)
+        if not run.todo:
+            self._finish(run, None)
+        return bool(run.todo)
+
+    def _row(self, run: _Run) -> _Row:
+        session, config = run.todo.popleft(), self.model.config
+        needed = cost.run_bytes(config, 0, len(session.ids) + config.canvas_length, self.model.dtype.size)
+        return _Row(run, session, needed)
+
+    def _place(self, row: _Row) -> None:
+        session = row.session
+        self._rows[id(session)] = row
+        if not session.cache.length and not session.policy.drafter:
+            row.fresh = True
+            cache, row.border = self.prefixes.begin(keyed(session.ids, session.images))
+            session.go_on(cache)
+            self.figures.reused += cache.length
+        if session.pending.size:
+            session.reserve()
+            self._reading.append(row)
+        else:
+            self._read(row)
+
+    def _encode(self) -> None:
+        """One chunk: of the prompt whose turn it is, and of as many others as it has room for."""
+        taken, sizes, left = list[_Row](), list[int](), self.prefill_step_size
+        while self._reading:
+            row = self._reading[0]
+            size = self._chunk(row)
+            if taken and size > left:
+                break
+            taken.append(self._reading.popleft())
+            sizes.append(size)
+            left -= size
+        if not taken:
+            return
+        encode_chunk(self.model, [row.session for row in taken], sizes)
+        self.figures.encoded += sum(sizes)
+        for row in taken:
+            session = row.session
+            if row.fresh and (not session.pending.size or session.cache.length == row.border):
+                self.prefixes.keep(keyed(session.ids, session.images), session.cache)
+            if session.pending.size:
+                self._reading.append(row)
+            else:
+                self._read(row)
+
+    def _chunk(self, row: _Row) -> int:
+        """How many positions of a prompt are encoded next: up to its border first."""
+        session = row.session
+        size = next_chunk(session.pending.size, session.cache.length, session.images, self.prefill_step_size)
+        ahead = row.border - session.cache.length
+        split = any(image.start < row.border < image.stop for image in session.images)
+        return ahead if 1 < ahead < size and not split else size
+
+    def _read(self, row: _Row) -> None:
+        """Its prompt is in the cache."""
+        if row.session.finished:
+            self._leave(row)
+        else:
+            self._loop.sessions.append(row.session)
+
+    def _advance(self) -> list[tuple[Session, CanvasStep]]:
+        while self._loop.active:
+            try:
+                return self._loop.advance()
+            except NonFiniteLogitsError as error:
+                if not error.sessions:
+                    raise
+                for session in error.sessions:
+                    if row := self._rows.get(id(session)):
+                        self._finish(row.run, error)
+        return []
+
+    def _deliver(self, session: Session, step: CanvasStep) -> None:
+        row = self._rows.get(id(session))
+        if row is None:  # its job failed at another of its sessions
+            return
+        self.figures.steps += 1
+        try:
+            row.run.job.step(session, step)
+        except Exception as error:  # that of one request
+            self._finish(row.run, error)
+            return
+        if session.finished:
+            if row.fresh:
+                self.prefixes.keep(keyed(session.ids, session.images), session.cache)
+            self._leave(row)
+
+    def _leave(self, row: _Row) -> None:
+        """A session is finished; with the last of its round the job goes on."""
+        del self._rows[id(row.session)]
+        self._loop.sessions = [session for session in self._loop.sessions if session is not row.session]
+        row.run.open -= 1
+        if not row.run.open and self._begin(row.run):
+            self._going.appendleft(row.run)
+
+    def _finish(self, run: _Run, error: Exception | None) -> None:
+        """Free what the job has, and tell it."""
+        rows = [row for row in self._rows.values() if row.run is run]
+        for row in rows:
+            del self._rows[id(row.session)]
+        gone = {id(row.session) for row in rows}
+        self._loop.sessions = [session for session in self._loop.sessions if id(session) not in gone]
+        self._reading = deque(row for row in self._reading if row.run is not run)
+        if run in self._going:
+            self._going.remove(run)
+        if error is None:
+            self.figures.finished += 1
+            self.figures.seconds += time.perf_counter() - run.began
+        elif run.job.cancelled:
+            self.figures.cancelled += 1
+        else:
+            self.figures.failed += 1
+            log.warning("A request failed: %s", error)
+        try:
+            run.job.done(error)
+        except Exception:  # whoever waited for it has gone
+            log.exception("A job could not be told of its end.")

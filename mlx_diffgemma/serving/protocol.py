@@ -1,0 +1,355 @@
+"""What clients may send: OpenAI's request bodies, the fields of other servers that mean something here, and our own.
+
+A field is honoured, or accepted because its value changes nothing, or refused by name; none is ignored.
+Source: the OpenAI API reference, chat completions and completions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+
+from mlx_diffgemma.options import GenerationOptions
+
+NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    # Fields that are accepted with these values, which change nothing; "any" accepts whatever is sent.
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...] | str]] = {}
+    REFUSED: ClassVar[dict[str, str]] = {}  # and why
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_neutral(cls, data: Any) -> Any:
+        """Take out what changes nothing, and refuse what would and cannot be honoured."""
+        if not isinstance(data, dict):
+            return data
+        kept = dict(data)
+        for name, allowed in cls.NEUTRAL.items():
+            if name not in kept:
+                continue
+            value = kept.pop(name)
+            # By kind as well, since 0 == False.
+            if allowed != "any" and value is not None and not any(value == own and isinstance(value, bool) == isinstance(own, bool)
+                                                                  for own in allowed):
+                instead = f" or send {' or '.join(map(repr, allowed))}" if allowed else ""
+                raise ValueError(f"{name}: {value!r:.100} cannot be honoured; leave it out{instead}.")
+        for name, why in cls.REFUSED.items():
+            if kept.get(name) is not None:
+                raise ValueError(f"{name}: not supported, {why}.")
+            kept.pop(name, None)
+        return kept
+
+
+class Sampling(Strict):
+    """Options of a generation; those that OpenAI does not have are named as in ``GenerationOptions`` and mean the same."""
+
+    NEUTRAL = {
+        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
+        "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any", "prompt_cache_key": "any",
+        "prompt_cache_retention": "any", "service_tier": "any",
+    }
+
+    model: Text
+    temperature: Number | None = Field(None, description="1: the checkpoint's schedule; T scales it; 0: the most probable token.")
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    seed: Seed | None = Field(None, description="Same seed, same text. Absent: a fresh one, told in the response.")
+    n: Annotated[StrictInt, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    max_denoising_steps: StrictInt | None = None
+    entropy_bound: Number | None = None
+    t_min: Number | None = None
+    t_max: Number | None = None
+    confidence_threshold: Number | None = None
+    stability_threshold: StrictInt | None = None
+    self_conditioning: str | None = None
+    coverage: Number | None = None
+    preset: str | None = None
+    diffusion_sampler: str | None = None
+    threshold: Number | None = None
+    min_denoising_steps: StrictInt | None = None
+    temperature_steps: StrictInt | None = None
+    plateau: StrictInt | None = None
+    drop_tail: StrictInt | None = None
+    canvas_length: StrictInt | str | None = None
+    reroll_empty: StrictInt | None = None
+    retry_unconverged: StrictInt | None = None
+    image_tokens: StrictInt | None = None
+    regex: str | None = Field(None, description="The answer matches this expression as a whole.")
+    choices: list[str] | None = Field(None, description="The answer is one of these texts.")
+
+    @model_validator(mode="after")
+    def check_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: has no meaning without stream; leave it out.")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def options(self) -> dict[str, Any]:
+        """Those of ``GenerationOptions`` that were given."""
+        known = GenerationOptions.__dataclass_fields__
+        return {name: getattr(self, name) for name in type(self).model_fields if name in known and getattr(self, name) is not None}
+
+
+class StreamOptions(Strict):
+    NEUTRAL = {"include_obfuscation": (False, True)}
+
+    include_usage: StrictBool = False
+    include_drafts: StrictBool = Field(False, description="Chunks without choices show each denoising step in the field diffusion.")
+
+
+class ImageURL(Strict):
+    NEUTRAL = {"detail": ("auto",)}
+
+    url: Text
+
+
+class Part(Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageURL | None = None
+
+    @model_validator(mode="after")
+    def check_value(self) -> Part:
+        if getattr(self, self.type) is None or (self.text is not None and self.image_url is not None):
+            raise ValueError(f"content of the type {self.type!r} has the field {self.type!r} and no other.")
+        return self
+
+
+class CalledFunction(Strict):
+    name: Annotated[str, Field(pattern=NAME)]
+    arguments: str
+
+
+class ToolCall(Strict):
+    NEUTRAL = {"index": "any"}
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Strict):
+    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning": "any",
+               "reasoning_content": "any"}  # thoughts are dropped from the history
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def check_fields(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of the role {self.role!r} has content.")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to messages of the assistant.")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to messages of a tool, and each of them has one.")
+        return self
+
+
+class Function(Strict):
+    NEUTRAL = {"strict": (False, True)}  # arguments always keep to the parameters
+
+    name: Annotated[str, Field(pattern=NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JSONSchema(Strict):
+    NEUTRAL = {"strict": (False, True), "description": "any"}  # the answer always keeps to the schema
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def check_schema(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema belongs to the type 'json_schema', which needs one.")
+        return self
+
+    @property
+    def constraint(self) -> dict[str, Any]:
+        """Keywords of a generation."""
+        if self.type == "text":
+            return {}
+        return {"json_schema": self.json_schema.schema_ if self.json_schema else {"type": "object"}}
+
+
+class ChatRequest(Sampling):
+    """The body of ``POST /v1/chat/completions``."""
+
+    NEUTRAL = {**Sampling.NEUTRAL, "parallel_tool_calls": (False, True), "modalities": (["text"],), "verbosity": ("medium",),
+               "function_call": ("none",)}
+    REFUSED = {"functions": "send tools", "audio": "the model writes text", "prediction": "a canvas is not begun from a text",
+               "web_search_options": "this server searches nothing"}
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="'none' or absent: no thought; whatever else: the model thinks first.")
+    chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def check_together(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_completion_tokens: differs from max_tokens; send one of them.")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: has no meaning without logprobs.")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice: has no meaning without tools.")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.functions:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r} among the tools.")
+        if len(self.functions) < len(self.tools or ()):
+            raise ValueError("tools: two have the same name.")
+        if self.constraints and self.called:
+            raise ValueError("response_format: an answer that keeps to it cannot call tools; send tool_choice 'none'.")
+        if len(self.constraints) > 1:
+            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
+        if self.thinks and (self.constraints or self.forced):
+            what = "tool_choice" if self.forced else "response_format"
+            raise ValueError(f"{what}: leaves no place for a thought; send reasoning_effort 'none'.")
+        return self
+
+    @property
+    def functions(self) -> dict[str, Function]:
+        return {tool.function.name: tool.function for tool in self.tools or ()}
+
+    @property
+    def called(self) -> dict[str, Function]:
+        """The functions that this answer may call."""
+        if self.tool_choice == "none":
+            return {}
+        if isinstance(self.tool_choice, NamedTool):
+            return {self.tool_choice.function.name: self.functions[self.tool_choice.function.name]}
+        return self.functions
+
+    @property
+    def forced(self) -> bool:
+        """Whether it must call one of them."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def thinks(self) -> bool:
+        given = (self.chat_template_kwargs or {}).get("enable_thinking")
+        return self.reasoning_effort not in (None, "none") if given is None else bool(given)
+
+    @property
+    def constraints(self) -> dict[str, Any]:
+        given = {"regex": self.regex, "choices": self.choices}
+        return (self.response_format.constraint if self.response_format else {}) | {k: v for k, v in given.items() if v is not None}
+
+    def options(self) -> dict[str, Any]:
+        limit = self.max_tokens or self.max_completion_tokens
+        return super().options() | self.constraints | ({"max_tokens": limit} if limit else {})
+
+
+class CompletionRequest(Sampling):
+    """The body of ``POST /v1/completions``.  With a ``suffix`` what stands between it and the prompt is filled in."""
+
+    NEUTRAL = {**Sampling.NEUTRAL, "best_of": (1,)}
+
+    prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    suffix: str | None = None
+    instruction: str | None = Field(None, description="Beside a suffix: the user's message to which the whole text is the answer.")
+    min_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Beside a suffix: tokens to fill in at least.")
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def only_one(cls, prompt: str | list[int] | list[str]) -> str | list[int] | list[str]:
+        return prompt[0] if isinstance(prompt, list) and isinstance(prompt[0], str) else prompt
+
+    @model_validator(mode="after")
+    def check_together(self) -> CompletionRequest:
+        if len(self.constraints) > 1:
+            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
+        if not self.suffix:
+            for name in ("instruction", "min_tokens"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: has no meaning without a suffix.")
+            return self
+        if not isinstance(self.prompt, str):
+            raise ValueError("suffix: takes a prompt that is a text, not ids.")
+        for name, why in (("logprobs", "they are those of a canvas"), ("echo", "the text is known"), ("stop", "a hole has an end"),
+                          ("canvas_length", "a canvas is as long as the text needs")):
+            if getattr(self, name):
+                raise ValueError(f"{name}: has no meaning beside a suffix, {why}; leave it out.")
+        if self.n not in (None, 1):
+            raise ValueError("n: a hole is filled once; send several requests with different seeds.")
+        return self
+
+    @property
+    def constraints(self) -> dict[str, Any]:
+        return {name: value for name, value in (("regex", self.regex), ("choices", self.choices)) if value is not None}
+
+
+class DecisionQuestion(Strict):
+    """Yes or no without ``labels`` and ``scale``."""
+
+    question: str = ""
+    labels: list[str] | None = None
+    scale: Annotated[list[StrictInt], Field(min_length=2, max_length=2)] | None = None
+    template: str = ""
+
+    @model_validator(mode="after")
+    def check_together(self) -> DecisionQuestion:
+        if self.labels is not None and self.scale is not None:
+            raise ValueError("labels and scale each say what is to be decided; send one of them.")
+        return self
+
+
+class DecisionRequest(Strict):
+    """The body of ``POST /v1/decisions``."""
+
+    NEUTRAL = {"user": "any", "metadata": "any", "store": (False, True)}
+
+    model: Text
+    messages: Annotated[list[Message], Field(min_length=1)]
+    questions: Annotated[list[DecisionQuestion], Field(min_length=1, max_length=256)]
+    reads: Annotated[StrictInt, Field(ge=1, le=64)] = 1
+    seed: Seed = 0
+    canvas_length: StrictInt | None = None
+    image_tokens: StrictInt | None = None
