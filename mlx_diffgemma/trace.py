@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
@@ -32,6 +34,7 @@ from mlx_diffgemma.tokenizer import REPLACEMENT
 
 FORMAT = "mlx-diffgemma trace 1"
 PAGE = Path(__file__).with_name("page")  # what browsers are served: files without any build step
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # one bad byte spoils the run it stands in, even those that are characters by themselves
 NOT_DRAFTED, STANDS, REPAIRED = "0", "1", "2"
 # JSON means the same with these escaped, and nothing an answer says can then end the element it stands in.
 ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
@@ -43,7 +46,8 @@ class Tracer:
     def __init__(self, tokenizer: TokenizerWrapper, eos_ids: Iterable[int]):
         self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
         self._eos = set(eos_ids)
-        self._known: dict[int, str] = {}  # a canvas repeats the tokens of the step before
+        self._spelled: Callable[[int], str | None] = tokenizer.convert_ids_to_tokens
+        self._known: dict[int, str | None] = {}  # texts of tokens, None for those that are decoded in runs
 
     def frame(self, step: CanvasStep) -> dict[str, Any]:
         """The record of ``step``; lists and strings have an entry for each position before the first end token."""
@@ -67,18 +71,20 @@ class Tracer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, which joined are the decoded text; control tokens are shown.
 
-        Tokens decode one by one, but for those that hold a part of a character: a run of these is decoded as a whole, and what
-        is whole by then stands at the token that completes it.
+        Tokens decode one by one, but for those that are bytes or else hold a part of a character: a run of these is decoded as
+        a whole, and what is whole by then stands at the token that completes it.
         """
         found: list[str] = []
         run: list[int] = []
         for token in ids:
             if token not in self._known:
-                self._known[token] = self._decode([token])
-            if REPLACEMENT in self._known[token]:
+                alone = self._decode([token])
+                self._known[token] = None if REPLACEMENT in alone or BYTE.fullmatch(self._spelled(token) or "") else alone
+            text = self._known[token]
+            if text is None:
                 run.append(token)
                 continue
-            found += [*self._split(run), self._known[token]]
+            found += [*self._split(run), text]
             run = []
         return found + self._split(run)
 
@@ -87,7 +93,7 @@ class Tracer:
         for stop in range(1, len(run) + 1):
             agreed = os.path.commonprefix((self._decode(run[:stop]), text))
             borders.append(max(borders[-1], len(agreed)))
-        return [text[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+        return [text[start:stop] for start, stop in itertools.pairwise(borders)]
 
 
 class Recorder:

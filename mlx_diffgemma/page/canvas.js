@@ -48,10 +48,12 @@ const DiffusionCanvas = (() => {
     }
     if (settled.textContent !== before) settled.textContent = before;
     while (now.childElementCount > frame.pieces.length) now.lastChild.remove();
-    while (now.childElementCount < frame.pieces.length) now.append(element("span"));
+    while (now.childElementCount < frame.pieces.length) now.append(element("span", {}, "", element("span")));
     frame.pieces.forEach((piece, place) => {
-      const span = now.children[place];
-      const text = visible(piece);
+      // The space a word begins with is left without colour, so that the tokens stand apart.
+      const [gap, span] = now.children[place].childNodes;
+      const text = visible(piece).replace(/^ (?=\S)/, "");
+      gap.data = piece.startsWith(" ") && !text.startsWith(" ") ? " " : "";
       if (span.textContent !== text) span.textContent = text;
       const accepted = frame.accepted[place] === "1";
       const line = /^\n+$/.test(piece) ? " line" : "";
@@ -124,15 +126,17 @@ const DiffusionCanvas = (() => {
     constructor(frames, seek) {
       this.count = frames.length;
       const [width, height] = [1000, 100];
-      this.x = (index) => (this.count > 1 ? (width * index) / (this.count - 1) : width / 2);
-      const y = (value) => (height * (1 - Math.log10(Math.min(10, Math.max(0.001, value ?? 10))))) / 4;
+      this.x = (index) => (this.count > 1 ? (width * index) / (this.count - 1) : width / 2); // as the slider's stops
+      const y = (value) => 3 + ((height - 6) * (1 - Math.log10(Math.min(10, Math.max(0.001, value ?? 10))))) / 4;
       const values = frames.map((frame) => nats(frame.mean_entropy));
       this.svg = shape("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img",
         "aria-label": `Mean entropy over ${plural(this.count, "step")}: from ${values[0]} to ${values.at(-1)} nats` });
-      let top = 10;
+      this.svg.append(shape("title", {}));
+      this.svg.firstChild.textContent = "Mean entropy over the steps";
+      let top = 0;
       for (let index = BANDS.length - 1; index >= 0; index -= 1) {
-        const bottom = index ? BANDS[index - 1].bound : 0.001;
-        this.svg.append(shape("rect", { class: `band${index}`, x: 0, width, y: y(top), height: y(bottom) - y(top) }));
+        const bottom = index ? y(BANDS[index - 1].bound) : height;
+        this.svg.append(shape("rect", { class: `band${index}`, x: 0, width, y: top, height: bottom - top }));
         top = bottom;
       }
       let start = 0;

@@ -165,7 +165,7 @@
       if (this.usage?.tokens_per_forward) parts.push(`${this.usage.tokens_per_forward.toFixed(1)} tokens a forward`);
       if (tokens !== undefined) parts.push(`${(tokens / this.seconds).toFixed(1)} tokens/s`);
       const why = { length: "cut at the limit", empty: "empty", stopped: "stopped", error: "ended by an error" }[this.reason];
-      return [...parts, ...(why ? [why] : [])].join(" · ");
+      return [...parts, `${this.seconds.toFixed(1)} s`, ...(why ? [why] : [])].join(" · ");
     }
 
     footer() {

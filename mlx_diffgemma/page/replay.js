@@ -7,7 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const main = document.querySelector("main");
 
   function told(header, footer) {
-    const facts = { model: header.model, seed: footer?.seed ?? header.seed, recorded: header.created, ...header.options };
+    const facts = { model: header.model, seed: footer?.seed ?? header.seed, recorded: header.created?.replace("T", " ").replace("+00:00", " UTC"), ...header.options };
     const list = element("dl", { className: "facts" });
     for (const [name, value] of Object.entries(facts)) {
       if (value === null || value === undefined) continue;
