@@ -7,6 +7,7 @@ warnings to standard error.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 import warnings
@@ -59,6 +60,7 @@ from mlx_diffgemma.request import GenerationResponse, GenerationWarning
 from mlx_diffgemma.rules import LENGTHS
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt, user_message
+from mlx_diffgemma.trace import Recorder, Tracer, check_path
 from mlx_diffgemma.tuning.commands import lora
 from mlx_diffgemma.video import Video, VideoWarning
 
@@ -165,11 +167,18 @@ def generate_command(
                                                          "its blocks hold.")] = DEFAULTS.num_draft_tokens,
     prompt_cache_file: PromptCacheFile = None,
     show: Annotated[bool, typer.Option("--show", help="Show the canvas resolving, on a terminal only.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Record every denoising step in this file: .html replays it in a browser, "
+                                               ".jsonl holds a record a line. See docs/trace.md.")] = None,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print figures, and the thought, on standard error.")] = False,
 ) -> None:
     """Turn a prompt into text."""
+    given = _given(generate_command, locals())
     options = _generation_options(locals())
+    if trace is not None:
+        if mode == "ar":
+            raise UserError("--trace records denoising steps, and mode 'ar' runs none; leave it out.")
+        check_path(trace)
     variables = _json_object(chat_template_config, "--chat-template-config")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -199,8 +208,19 @@ def generate_command(
         from mlx_diffgemma.live import LiveCanvas
 
         live = LiveCanvas(tokenizer, network.config.generation.eos_token_ids, output)
-    _print_answer(stream_generate(network, tokenizer, ids + prefix, prefix=prefix, on_step=live.show if live else None,
-                                  prompt_cache=cache, draft_model=drafter, images=media, **options), live, as_json, verbose)
+    recorder = None
+    if trace is not None:
+        header = {"model": model, "prompt": text, "seed": seed, "options": given}
+        recorder = Recorder(trace, Tracer(tokenizer, network.config.generation.eos_token_ids), header)
+    watching = [own for own in (live and live.show, recorder and recorder.step) if own]
+
+    def watch(step: CanvasStep) -> None:
+        for own in watching:
+            own(step)
+
+    _print_answer(stream_generate(network, tokenizer, ids + prefix, prefix=prefix, on_step=watch if watching else None,
+                                  prompt_cache=cache, draft_model=drafter, images=media, **options), live, as_json, verbose,
+                  recorder)
     if cache and prompt_cache_file:
         cache.save(prompt_cache_file, tokenizer)
         if verbose:
@@ -219,17 +239,22 @@ def _drafter(name: str | None, rules: str | None, mode: str, network: DiffusionG
     return drafter
 
 
-def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: bool, verbose: bool) -> None:
+def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: bool, verbose: bool,
+                  recorder: Recorder | None = None) -> None:
     parts: list[GenerationResponse] = []
     interrupted = False
-    try:
-        with live or contextlib.nullcontext():
-            for response in responses:
-                parts.append(replace(response, logprobs=None))
-                if not live:
-                    print(response.text, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
+    with recorder or contextlib.nullcontext():
+        try:
+            with live or contextlib.nullcontext():
+                for response in responses:
+                    parts.append(replace(response, logprobs=None))
+                    if not live:
+                        print(response.text, end="", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+        record = _record(parts, interrupted) if parts else {"text": "", "tokens": [], "finish_reason": "interrupted"}
+        if recorder:
+            _finish_trace(recorder, record)
     text = "".join(part.text for part in parts)
     print(text if live else "", flush=True)
     if verbose and parts:
@@ -237,11 +262,16 @@ def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: b
             errors.print(thought, style="dim", markup=False)
         errors.print(summary(parts[-1]), style="dim", markup=False)
     if as_json:
-        record = _record(parts, interrupted) if parts else {"text": "", "tokens": [], "finish_reason": "interrupted"}
         print(json.dumps(record, ensure_ascii=False), flush=True)
     if interrupted:
         errors.print(f"interrupted after {sum(len(part.tokens) for part in parts)} tokens")
         raise typer.Exit(130)
+
+
+def _finish_trace(recorder: Recorder, record: dict[str, Any]) -> None:
+    said = {name: record[name] for name in ("thought", "tool_calls") if record.get(name)}
+    recorder.finish(record["text"], record["finish_reason"], **said, seed=record.get("seed"),
+                    tokens=record.get("generation_tokens", 0), tokens_per_second=record.get("generation_tps"))
 
 
 def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
@@ -805,6 +835,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, SHOWN):
         errors.print(f"warning: {message}", markup=False)
+
+
+def _given(command: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
+    """Of what a command was called with that which is not its default, as JSON can hold it; neither what its trace names beside
+    these nor what only displays."""
+    named = {name: own.default for name, own in inspect.signature(command).parameters.items()
+             if name not in ("prompt", "model", "seed", "show", "trace", "as_json", "verbose")}
+    return {name: str(values[name]) if isinstance(values[name], Path) else values[name] for name, default in named.items()
+            if values[name] != default}
 
 
 def _generation_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,8 @@ def test_the_wheel_is_pure_python_and_complete(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True).stdout
     for needed in ("nano/checkpoint/model.safetensors", "nano/checkpoint/tokenizer.json", "nano/checkpoint/golden.npz",
-                   "nano/checkpoint/chat_template.jinja", "licenses/LICENSE", "parity/compare.py"):
+                   "nano/checkpoint/chat_template.jinja", "licenses/LICENSE", "parity/compare.py",
+                   "mlx_diffgemma/page/index.html", "page/chat.js", "page/canvas.js", "page/style.css", "page/icon.svg",
+                   "page/replay.html", "page/replay.js"):
         assert needed in names
     assert "tests/" not in names
