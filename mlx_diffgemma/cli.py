@@ -32,6 +32,8 @@ from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserEr
 from mlx_diffgemma.flags import (
     Adapter,
     Choices,
+    Draft,
+    DraftRules,
     Dtype,
     Images,
     ImageTokens,
@@ -48,6 +50,7 @@ from mlx_diffgemma.flags import (
     SystemPrompt,
     Threshold,
     constraints_of,
+    drafter_of,
     prompt_cache_at,
 )
 from mlx_diffgemma.generate import load, stream_generate, summary
@@ -58,6 +61,7 @@ from mlx_diffgemma.prompt import check_eyes, prepare_media
 from mlx_diffgemma.recipes import MODES, RECIPES
 from mlx_diffgemma.request import GenerationResponse, GenerationWarning
 from mlx_diffgemma.rules import LENGTHS
+from mlx_diffgemma.serving.command import serve_command
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt, user_message
 from mlx_diffgemma.trace import Recorder, Tracer, check_path
@@ -68,9 +72,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.chat import Chat
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.convert import Conversion
-    from mlx_diffgemma.drafting import DraftModel
     from mlx_diffgemma.evaluation.run import EvaluationReport, TaskResult
-    from mlx_diffgemma.model import DiffusionGemma
 
 DEFAULTS = GenerationOptions()
 app = typer.Typer(name="mlx-diffgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -107,11 +109,6 @@ StoredDtype = Annotated[str | None, typer.Option(help="Store what is not quantis
 UploadRepo = Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id: it guesses canvases, or the next "
-                                           "tokens with --mode ar, and the model checks; 'nano-drafter' is built in. See "
-                                           "docs/drafting.md.")]
-Rules = Annotated[str | None, typer.Option("--draft-rules", help="How canvases are drafted: gate=0.9,passes=2,refine=on,judge=off "
-                                           "and the like. See docs/drafting.md.")]
 Videos = Annotated[list[str], typer.Option("--video", help="A video file before the prompt, one frame a second of it; may be given "
                                            "again.")]
 
@@ -154,7 +151,7 @@ def generate_command(
     retry_unconverged: RetryUnconverged = None,
     mode: Annotated[str, typer.Option(help="'diffusion', or 'ar' for left-to-right with the same weights.")] = DEFAULTS.mode,
     draft_model: Draft = None,
-    draft_rules: Rules = None,
+    draft_rules: DraftRules = None,
     image: Images = [],  # noqa: B006 (typer copies it)
     video: Videos = [],  # noqa: B006
     image_tokens: ImageTokens = DEFAULTS.image_tokens,
@@ -195,7 +192,7 @@ def generate_command(
     media += [Video(path, Video.fps if fps is None else fps) for path in video]
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
-        drafter = _drafter(draft_model, draft_rules, mode, network, tokenizer)
+        drafter = drafter_of(draft_model, draft_rules, network, tokenizer, mode)
     if ignore_chat_template:
         ids = encode_prompt(tokenizer, text)
     else:
@@ -225,18 +222,6 @@ def generate_command(
         cache.save(prompt_cache_file, tokenizer)
         if verbose:
             errors.print(f"prompt cache: {cache.reused} tokens reused, {cache.encoded} encoded", style="dim")
-
-
-def _drafter(name: str | None, rules: str | None, mode: str, network: DiffusionGemma, tokenizer: Any) -> DraftModel | None:
-    if rules is not None and (name is None or mode == "ar"):
-        raise UserError("--draft-rules are for canvases that a --draft-model guesses; leave them out.")
-    if name is None:
-        return None
-    from drafter import DraftRules, load_drafter
-
-    drafter = load_drafter(name, network, tokenizer=tokenizer)
-    drafter.rules = DraftRules.parse(rules) if rules is not None else None
-    return drafter
 
 
 def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: bool, verbose: bool,
@@ -715,7 +700,7 @@ def evaluate(
     reroll_empty: RerollEmpty = None,
     retry_unconverged: RetryUnconverged = None,
     draft_model: Draft = None,
-    draft_rules: Rules = None,
+    draft_rules: DraftRules = None,
     output_dir: Annotated[Path | None, typer.Option(help="Write evaluate-MODE.json here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -739,7 +724,7 @@ def evaluate(
         output_dir.mkdir(parents=True, exist_ok=True)
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
-        drafter = _drafter(draft_model, draft_rules, mode, network, tokenizer)
+        drafter = drafter_of(draft_model, draft_rules, network, tokenizer, mode)
     for name, chosen in per_mode.items():
         with Progress(console=errors, transient=True) as bar:
             bars: dict[str, Any] = {}
@@ -803,6 +788,7 @@ def parity(
         raise typer.Exit(1)
 
 
+app.command("serve")(serve_command)
 app.command("decide")(decide_command)
 app.command("infill")(infill_command)
 app.command("edit")(edit_command)

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class ContextError(UserError):
+    """A prompt, or an answer behind it, that the context does not hold."""
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint that runs, but not as well as its user would expect."""
 

@@ -9,6 +9,7 @@ import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma import nano
+from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.prompt_cache import PromptCache
@@ -39,6 +40,11 @@ Schema = Annotated[Path | None, typer.Option("--json-schema", help="The answer, 
                                              "admits, whatever the model thinks. See docs/structure.md.")]
 Regex = Annotated[str | None, typer.Option(help="It is a text that this expression matches as a whole.")]
 Choices = Annotated[str | None, typer.Option(help="It is one of these texts, separated by commas.")]
+Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id: it guesses canvases, or the next "
+                                           "tokens with --mode ar, and the model checks; 'nano-drafter' is built in. See "
+                                           "docs/drafting.md.")]
+DraftRules = Annotated[str | None, typer.Option("--draft-rules", help="How canvases are drafted: gate=0.9,passes=2,refine=on,"
+                                                "judge=off and the like. See docs/drafting.md.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON record as the last line.")]
 
 
@@ -65,3 +71,17 @@ def _text_of(path: Path, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"The {what} {path} cannot be read ({reason}).") from None
+
+
+def drafter_of(name: str | None, rules: str | None, network: DiffusionGemma, tokenizer: TokenizerWrapper, mode: str = "diffusion",
+               ) -> DraftModel | None:
+    """Errors: UserError for rules that nothing follows, and as ``load_drafter``."""
+    if rules is not None and (name is None or mode == "ar"):
+        raise UserError("--draft-rules are for canvases that a --draft-model guesses; leave them out.")
+    if name is None:
+        return None
+    import drafter
+
+    found = drafter.load_drafter(name, network, tokenizer=tokenizer)
+    found.rules = drafter.DraftRules.parse(rules) if rules is not None else None
+    return found

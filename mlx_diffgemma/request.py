@@ -21,7 +21,7 @@ from mlx_diffgemma.autoregressive import CausalToken
 from mlx_diffgemma.demands import Demands, Stretch
 from mlx_diffgemma.device import check_memory
 from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.errors import ContextError, UserError
 from mlx_diffgemma.grammar.constraint import compile_constraint
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.options import DEFAULT_TOKEN_LIMIT, GenerationOptions
@@ -250,17 +250,17 @@ def prompt_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Promp
 def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context: int) -> int:
     """How many tokens an answer may have; whole canvases must fit the ``context`` behind the ``prompt``.
 
-    Errors: UserError when they do not.
+    Errors: ContextError when they do not.
     """
     room = (context - prompt) // canvas_length * canvas_length
     if room <= 0:
-        raise UserError(f"The prompt has {prompt:,} tokens and the context holds {context:,}, which leaves no room for an "
-                        f"answer of one canvas ({canvas_length} tokens); shorten the prompt.")
+        raise ContextError(f"The prompt has {prompt:,} tokens and the context holds {context:,}, which leaves no room for an "
+                           f"answer of one canvas ({canvas_length} tokens); shorten the prompt.")
     if max_tokens is None:
         return min(DEFAULT_TOKEN_LIMIT, room)
     if max_tokens > room:
-        raise UserError(f"max_tokens {max_tokens:,} does not fit: the prompt has {prompt:,} tokens and the context holds "
-                        f"{context:,}, so at most {room:,} are possible.")
+        raise ContextError(f"max_tokens {max_tokens:,} does not fit: the prompt has {prompt:,} tokens and the context holds "
+                           f"{context:,}, so at most {room:,} are possible.")
     return max_tokens
 
 

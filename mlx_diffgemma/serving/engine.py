@@ -109,8 +109,8 @@ class Engine:
     """``load`` gives model and tokenizer; it is called on the engine's thread, to which all arrays belong.
 
     At most ``max_batch`` sessions run at once, fewer where memory does not hold them, and at most ``max_queue`` jobs wait.
-    ``prefill_step_size``: positions of prompts that are encoded in a turn.  ``prefix_bytes``: of the caches that are kept for prompts
-    to come, see ``Prefixes``.
+    ``prefill_step_size``: positions of prompts that are encoded in a turn.  ``prefix_bytes``: of the caches that are kept for
+    prompts to come, see ``Prefixes``.
     """
 
     def __init__(self, load: Callable[[], tuple[DiffusionGemma, TokenizerWrapper]], max_batch: int = 8, max_queue: int = 64,

@@ -148,14 +148,21 @@ class Choice:
                 calls.append(call)
             else:
                 self.broken.append(f"{call.get('name')}{json.dumps(call.get('arguments'))}")
-        if reason:
+        if reason and self.functions:
             self.broken += request.parser.malformed
         self._called = self._called or bool(calls)
-        return Piece(self.index, text, response.thought, tuple(calls), self._logprobs(response, step, text) if self.logprobs else (),
-                     "tool_calls" if reason == "stop" and self._called else reason)
+        if reason == "length":
+            self.broken = []  # the limit cut it off
+        if reason == "stop" and self._called:
+            reason = "tool_calls"
+        # A call that is made again ends the answer.
+        return Piece(self.index, text, response.thought, tuple(calls), self._logprobs(response, step, text),
+                     None if self.broken else reason)
 
     def _logprobs(self, response: GenerationResponse, step: CanvasStep, text: str) -> tuple[TokenLogprob, ...]:
         """Of the tokens that ``text`` is made of."""
+        if not self.logprobs:
+            return ()
         shown = [place for place, token in enumerate(response.tokens) if self._shown.shows(token)]
         pieces = self.tracer.pieces([response.tokens[place] for place in shown])
         top = None if step.top is None else [np.array(own).tolist() for own in step.top]
@@ -176,7 +183,7 @@ class Call(Choice):
     The prompt ends where the model would begin the call, and the end of the call ends the answer.
     """
 
-    def piece(self, step: CanvasStep) -> Piece:
+    def piece(self, step: CanvasStep) -> Piece:  # noqa: ARG002
         session = self.session
         response = self.request.add_canvas(session.canvases[-1], session.finished)
         if not session.finished:
@@ -199,7 +206,7 @@ class Functions:
         for name, schema in self.parameters.items():
             schema.setdefault("type", "object")
             if schema["type"] != "object":
-                raise UserError(f"The parameters of the function {name!r} are a JSON schema of an object, not of {schema['type']!r}.")
+                raise UserError(f"The parameters of the function {name!r} are the schema of an object, not of {schema['type']!r}.")
             try:
                 jsonschema.Draft202012Validator.check_schema(schema)
             except jsonschema.SchemaError as error:
@@ -212,15 +219,15 @@ class Functions:
             return False
         return bool(jsonschema.Draft202012Validator(schema).is_valid(call["arguments"]))
 
-    def request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request, limit: int) -> Request:
+    def request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request) -> Request:
         """As ``asked``, but for a ``Call`` of one of them.  Errors: UserError for parameters that cannot be guaranteed."""
         begin, end = (tokenizer.get_vocab().get(marker) for marker in (TOOL_START, TOOL_END))
         if begin is None or end is None:
             raise UserError("This model has no tokens for calls of tools; leave the tools out.")
         constraint = compile_named(tokenizer, model.config, {CALL + name: schema for name, schema in self.parameters.items()}, end)
         ids = [*asked.ids, begin]
-        return replace(asked, ids=ids, limit=limit, eos_ids=(end,), parser=ResponseParser(tokenizer), responses=[], warn=None,
-                       demands=Demands((end,), limit, stretches=[Stretch(constraint)]))
+        return replace(asked, ids=ids, eos_ids=(end,), parser=ResponseParser(tokenizer), responses=[], warn=None,
+                       demands=Demands((end,), asked.limit, stretches=[Stretch(constraint)]))
 
 
 class AnswerJob(Job):
@@ -267,7 +274,7 @@ class InfillJob(Job):
     def __init__(self, filling: Filling, emit: Emit) -> None:
         self.filling, self._emit, self._canvases = filling, emit, list[Canvas]()
 
-    def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:
+    def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:  # noqa: ARG002
         return self.filling.rounds()
 
     def step(self, session: Session, step: CanvasStep) -> None:

@@ -1,0 +1,518 @@
+"""The routes: from HTTP to jobs of the engine and back.
+
+    >>> app = create_app(engine, Settings(model="nano"))
+    >>> uvicorn.run(app)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request as HTTPRequest
+
+from mlx_diffgemma.decide import Question, canvas_for, label_ids
+from mlx_diffgemma.drafting import DraftModel
+from mlx_diffgemma.errors import ContextError, UserError
+from mlx_diffgemma.infill import LENGTHS, Filling, Hole, check_options
+from mlx_diffgemma.options import GenerationOptions
+from mlx_diffgemma.policy import Policy
+from mlx_diffgemma.prompt import place, prepare_media
+from mlx_diffgemma.request import Request, check_room, token_limit
+from mlx_diffgemma.serving.conversation import template_messages
+from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
+from mlx_diffgemma.serving.jobs import (
+    AnswerJob,
+    Call,
+    Choice,
+    DecisionJob,
+    Drafted,
+    Ended,
+    Event,
+    Functions,
+    InfillJob,
+    Piece,
+    Usage,
+)
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, KeyCheck
+from mlx_diffgemma.serving.metrics import Metrics
+from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
+from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, told
+from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.trace import PAGE, Tracer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+PATIENCE = 15.0  # seconds of silence after which a stream says that it is still there
+LOCAL = ("127.0.0.1", "localhost", "::1")
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+          "form-action 'none'; frame-ancestors 'none'")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``model``: the name it is served under.  ``defaults``: options of generations that a request may override.  ``api_key``: what
+    requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
+    server may be called, any if empty.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether images may be paths on
+    this machine, and remote."""
+
+    model: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    api_key: str | None = None
+    allowed_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
+    max_body: int = 32 * 2**20
+    max_prompt_tokens: int | None = None
+    allow_files: bool = False
+    allow_urls: bool = False
+    draft: DraftModel | None = None
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The application in front of an ``engine`` that has been started."""
+    server = _Server(engine, settings)
+    app = FastAPI(title="mlx-diffgemma", description="DiffusionGemma over OpenAI's protocol.", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    if settings.api_key is not None:
+        app.add_middleware(KeyCheck, key=settings.api_key)
+    if settings.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"],
+                           allow_headers=["Authorization", "Content-Type"])
+    if settings.allowed_hosts:  # else a page elsewhere could reach a server on this machine under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
+    app.add_middleware(Counted, count=lambda route, status: server.metrics.requests.labels(route, str(status)).inc())
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
+        return JSONResponse(_invalid_body(error), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(http: HTTPRequest, error: HTTPException) -> JSONResponse:
+        message = error.detail if error.status_code != 404 else f"There is nothing at {http.url.path}."
+        return JSONResponse(error_body(str(message)), error.status_code, error.headers)
+
+    @app.exception_handler(UserError)
+    async def user_error(http: HTTPRequest, error: UserError) -> JSONResponse:  # noqa: ARG001
+        return JSONResponse(_error_body(error), _status(error), _headers(error))
+
+    for kind in (BusyError, ClosedError, _GoneError, _UnknownModelError):
+        app.exception_handler(kind)(user_error)
+
+    @app.exception_handler(Exception)
+    async def failed(http: HTTPRequest, error: Exception) -> JSONResponse:
+        log.error("%s failed", http.url.path, exc_info=error)
+        return JSONResponse(_error_body(error), 500)
+
+    shape = {"application/json": {"schema": ERROR_SCHEMA}}
+    errors: dict[int | str, dict[str, Any]] = {status: {"description": text, "content": shape} for status, text in (
+        (400, "What cannot be honoured, named"), (401, "No valid key"), (404, "Unknown model"), (413, "Body too large"),
+        (429, "The queue is full"), (500, "The model failed"), (503, "Shutting down"))}
+
+    @app.post("/v1/chat/completions", responses=errors, response_model=None)
+    async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
+        return await server.chat(body, http)
+
+    @app.post("/v1/completions", responses=errors, response_model=None)
+    async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
+        return await server.complete(body, http)
+
+    @app.post("/v1/decisions", responses=errors, response_model=None)
+    async def decisions(body: DecisionRequest, http: HTTPRequest) -> Response:
+        return await server.decide(body, http)
+
+    @app.get("/v1/models", responses={401: errors[401]})
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [server.model]}
+
+    @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
+    async def model(name: str) -> dict[str, Any]:
+        server.check_model(name)
+        return server.model
+
+    @app.get("/health", responses={503: errors[503]})
+    async def health() -> Response:
+        figures = engine.figures
+        return JSONResponse({"status": "ok" if engine.alive else "closing", "model": settings.model, "rows": figures.rows,
+                             "waiting": figures.waiting}, 200 if engine.alive else 503)
+
+    @app.get("/metrics", responses={401: errors[401]})
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
+                                                          "Cache-Control": "no-cache"})
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+    return app
+
+
+ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {
+    "type": "object", "required": ["message", "type", "param", "code"], "properties": {
+        "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]}}}}}
+
+
+class _GoneError(RuntimeError):
+    """The client does not wait for its answer any longer."""
+
+
+class _UnknownModelError(RuntimeError):
+    pass
+
+
+class _Server:
+    """What the routes do."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self.metrics = Metrics(engine)
+        config = engine.model.config
+        self.model = model_body(settings.model, int(time.time()), context_length=config.text.max_position_embeddings,
+                                canvas_length=config.canvas_length, vision=config.vision is not None)
+        # Templates, tokens, images and constraints of requests; the engine's own thread is for the model.
+        self._workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="prepare")
+        self._policy_options = GenerationOptions.from_keywords(settings.defaults)  # refused now if it has to be
+
+    def check_model(self, name: str) -> None:
+        if name not in (self.settings.model, self.settings.model.rstrip("/").rsplit("/", 1)[-1], "default"):
+            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is.")
+
+    async def _prepared(self, prepare: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, functools.partial(prepare, *given))
+
+    # Chat
+
+    async def chat(self, body: ChatRequest, http: HTTPRequest) -> Response:
+        self.check_model(body.model)
+        box = _Mailbox()
+        choices, functions = await self._prepared(self._chat_choices, body)
+        envelope = Envelope("chat.completion", body.model)
+        return await self._answer(body, http, box, choices, functions, envelope)
+
+    def _chat_choices(self, body: ChatRequest) -> tuple[list[Choice], Functions | None]:
+        tokenizer = self.engine.tokenizer
+        messages, images = template_messages(body.messages, self.settings.allow_files, self.settings.allow_urls)
+        tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in body.called.values()]
+        template = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
+        if clash := next((name for name in template if name in RESERVED), None):
+            raise UserError(f"chat_template_kwargs: {clash} is not for a request to set; leave it out.")
+        ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+        functions = Functions({name: own.parameters for name, own in body.called.items()}) if body.called else None
+        kind = Call if functions and body.forced else Choice
+        return self._choices(body, ids, images, functions, kind, bool(body.logprobs), body.top_logprobs or 0), functions
+
+    # Completions
+
+    async def complete(self, body: CompletionRequest, http: HTTPRequest) -> Response:
+        self.check_model(body.model)
+        box, envelope = _Mailbox(), Envelope("text_completion", body.model)
+        if body.suffix:
+            return await self._infill(body, http, box, envelope)
+        choices = await self._prepared(lambda: self._choices(body, body.prompt, (), None, Choice, body.logprobs is not None,
+                                                             body.logprobs or 0))
+        echo = (body.prompt if isinstance(body.prompt, str) else self.engine.tokenizer.decode(body.prompt)) if body.echo else ""
+        return await self._answer(body, http, box, choices, None, envelope, echo)
+
+    async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
+        filling = await self._prepared(self._filling, body)
+        job = InfillJob(filling, box.put)
+        began = time.perf_counter()
+        await self._run(job, http, box)
+        usage = job.usage
+        self._count(usage, began)
+        fill = filling.fills[0]
+        piece, more = Piece(0, fill.text, finish_reason="stop"), {"seed": filling.seed, "unseen_tokens": filling.unseen}
+        if not body.stream:
+            return JSONResponse(envelope.whole([envelope.choice(0, [piece])], usage, **more))
+        chunks = [envelope.chunk([envelope.delta(piece)], **more)]
+        if body.stream_options and body.stream_options.include_usage:
+            chunks.append(envelope.chunk(usage=envelope.whole((), usage)["usage"]))
+        return StreamingResponse(iter([*map(event, chunks), DONE]), media_type="text/event-stream")
+
+    def _filling(self, body: CompletionRequest) -> Filling:
+        engine = self.engine
+        given = self.settings.defaults | body.options()
+        limit = given.pop("max_tokens", LENGTHS[1])
+        constraint = {name: given.pop(name) for name in ("regex", "choices") if name in given}
+        options = GenerationOptions.from_keywords(check_options(given))
+        fewest = body.min_tokens or LENGTHS[0]
+        if fewest > limit:
+            raise UserError(f"min_tokens {fewest} exceeds max_tokens {limit}.")
+        seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
+        filling = Filling(engine.model, engine.tokenizer, [str(body.prompt), str(body.suffix)],
+                          [Hole((fewest, limit), **constraint)], body.instruction, options.policy(engine.model),
+                          engine.prefill_step_size, seed)
+        self._check_prompt(filling.most)
+        check_room(engine.model, [filling.most])
+        return filling
+
+    # Both
+
+    def _choices(self, body: Sampling, prompt: Any, images: Sequence[Any], functions: Functions | None, kind: type[Choice],
+                 logprobs: bool, top_logprobs: int) -> list[Choice]:
+        engine = self.engine
+        given = self.settings.defaults | body.options()
+        options = GenerationOptions.from_keywords(given)
+        if options.mode == "ar":
+            raise UserError("mode 'ar' is for the command line; this server runs canvases.")
+        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images)
+        self._check_prompt(len(asked.ids))
+        check_room(engine.model, [len(asked.ids)], 1, asked.patches)
+        policy: Policy = options.policy(engine.model)
+        if self.settings.draft and kind is Choice and not options.constraints:
+            policy = self.settings.draft.canvas(engine.model, policy)
+        tracer, found = Tracer(engine.tokenizer, asked.eos_ids), []
+        for index in range(body.n or 1):
+            request = asked
+            if index:
+                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images)
+            if kind is Call:
+                assert functions is not None
+                request = functions.request(engine.model, engine.tokenizer, request)
+            found.append(kind(index, request, policy, tracer, engine.tokenizer, functions, body.stops, logprobs, top_logprobs))
+        return found
+
+    def _check_prompt(self, length: int) -> None:
+        most = self.settings.max_prompt_tokens
+        if most is not None and length > most:
+            raise ContextError(f"The prompt has {length:,} tokens, and this server takes {most:,}; shorten it.")
+
+    async def _answer(self, body: Sampling, http: HTTPRequest, box: _Mailbox, choices: list[Choice], functions: Functions | None,
+                      envelope: Envelope, echo: str = "") -> Response:
+        options = body.stream_options
+        job = AnswerJob(choices, box.put, drafts=bool(options and options.include_drafts))
+        self.engine.submit(job)  # a full queue is told before a stream begins
+        if body.stream:
+            return StreamingResponse(self._stream(body, job, box, functions, envelope, echo), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        pieces: list[list[Piece]] = [[] for _ in choices]
+        async with contextlib.aclosing(_until_gone(self._events(job, box, functions), http)) as events:
+            async for one in events:
+                if isinstance(one, Piece):
+                    pieces[one.index].append(one)
+        whole = [envelope.choice(index, own, echo) for index, own in enumerate(pieces)]
+        return JSONResponse(envelope.whole(whole, job.usage, **told(choices, choices[0].request.seed)))
+
+    async def _stream(self, body: Sampling, job: AnswerJob, box: _Mailbox, functions: Functions | None, envelope: Envelope,
+                      echo: str) -> AsyncGenerator[str, None]:
+        calls, lengths, began = [0] * len(job.choices), [0] * len(job.choices), [False] * len(job.choices)
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        none: dict[str, Any] = {"usage": None} if usage else {}
+        started = time.perf_counter()
+        try:
+            if echo:
+                for index in range(len(job.choices)):
+                    yield event(envelope.chunk([envelope.delta(Piece(index, echo))], **none))
+                    lengths[index] = len(echo)
+            async with contextlib.aclosing(self._events(job, box, functions)) as events:
+                async for one in _with_patience(events):
+                    if one is None:
+                        yield ": still here\n\n"
+                    elif isinstance(one, Drafted):
+                        frame = one.frame | {"seconds": round(time.perf_counter() - started, 4), "index": one.index}
+                        yield event(envelope.chunk(diffusion=frame, **none))
+                    elif isinstance(one, Piece):
+                        delta = envelope.delta(one, calls[one.index], lengths[one.index], not began[one.index])
+                        began[one.index] = True
+                        calls[one.index] += len(one.calls)
+                        lengths[one.index] += len(one.text)
+                        yield event(envelope.chunk([delta], **none))
+            more = told(job.choices, job.choices[0].request.seed)
+            yield event(envelope.chunk(usage=envelope.whole((), job.usage)["usage"], **more) if usage else envelope.chunk(**more))
+        except Exception as error:  # the status has been sent, so the stream itself has to tell
+            if not isinstance(error, UserError | ClosedError):
+                log.error("A stream failed", exc_info=error)
+            yield event(_error_body(error))
+        yield DONE
+
+    async def _events(self, job: AnswerJob, box: _Mailbox, functions: Functions | None) -> AsyncGenerator[Event, None]:
+        """Pieces and drafts of a job that was submitted, and of the calls that have to be made again."""
+        began, first = time.perf_counter(), True
+        try:
+            async for one in box.events():
+                if first and isinstance(one, Piece):
+                    first = False
+                    self.metrics.first.observe(time.perf_counter() - began)
+                yield one
+            self._count(job.usage, began)
+            for choice in job.choices:
+                if not (functions and choice.broken):
+                    continue
+                request = await self._prepared(functions.request, self.engine.model, self.engine.tokenizer, choice.request)
+                again = Call(choice.index, request, choice.policy, choice.tracer, self.engine.tokenizer)
+                box = _Mailbox()
+                job = AnswerJob([again], box.put)
+                self.engine.submit(job)
+                async for one in box.events():
+                    yield one
+                self._count(job.usage, began)
+        finally:
+            job.cancel()
+
+    async def _run(self, job: Job, http: HTTPRequest, box: _Mailbox) -> None:
+        """Submit ``job`` and wait for its end."""
+        self.engine.submit(job)
+        try:
+            async with contextlib.aclosing(_until_gone(box.events(), http)) as events:
+                async for _ in events:
+                    pass
+        finally:
+            job.cancel()
+
+    def _count(self, usage: Usage, began: float) -> None:
+        self.metrics.count(usage)
+        self.metrics.seconds.observe(time.perf_counter() - began)
+
+    # Decisions
+
+    async def decide(self, body: DecisionRequest, http: HTTPRequest) -> Response:
+        self.check_model(body.model)
+        box = _Mailbox()
+        job = await self._prepared(self._decision, body, box)
+        began = time.perf_counter()
+        await self._run(job, http, box)
+        self._count(job.usage, began)
+        envelope = Envelope("decisions", body.model)
+        return JSONResponse(envelope.whole((), job.usage, decisions=[decision_body(own) for own in job.decisions]))
+
+    def _decision(self, body: DecisionRequest, box: _Mailbox) -> DecisionJob:
+        model, tokenizer = self.engine.model, self.engine.tokenizer
+        messages, images = template_messages(body.messages, self.settings.allow_files, self.settings.allow_urls)
+        questions = [_question(own) for own in body.questions]
+        labels = [label_ids(tokenizer, question) for question in questions]
+        lengths = [canvas_for(model, own, body.canvas_length) for own in labels]
+        media = prepare_media(images, model.config, body.image_tokens)
+        ids, placed = place(chat_ids(tokenizer, messages), media, model.config.image_tokens, tokenizer)
+        token_limit(len(ids), None, max(lengths), model.config.text.max_position_embeddings)
+        self._check_prompt(len(ids))
+        check_room(model, [len(ids)])
+        return DecisionJob(ids, placed, questions, labels, lengths, body.reads, body.seed, box.put)
+
+
+RESERVED = ("messages", "tools", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors", "documents",
+            "think", "tokenizer", "conversation", "continue_final_message", "padding", "truncation", "max_length")
+
+
+class _Mailbox:
+    """Events from the engine's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+    def put(self, one: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+            self._loop.call_soon_threadsafe(self._events.put_nowait, one)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Up to the end of the job.  Errors: what the job ended with."""
+        while not isinstance(one := await self._events.get(), Ended):
+            yield one
+        if one.error is not None:
+            raise one.error
+
+
+async def _with_patience(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event | None, None]:
+    """``events``, and None after each PATIENCE seconds of silence."""
+    pending: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait((pending,), timeout=PATIENCE)
+            if not done:
+                yield None
+                continue
+            task, pending = pending, None
+            try:
+                one = task.result()
+            except StopAsyncIteration:
+                return
+            yield one
+    finally:
+        if pending:
+            pending.cancel()
+
+
+async def _until_gone(events: AsyncGenerator[Event, None], http: HTTPRequest) -> AsyncGenerator[Event, None]:
+    """``events``.  Errors: _GoneError when the client hangs up."""
+    gone = asyncio.ensure_future(_disconnected(http))
+    pending: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            pending = asyncio.ensure_future(anext(events))
+            await asyncio.wait((pending, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not pending.done():
+                raise _GoneError("The client has gone.")
+            try:
+                one = pending.result()
+            except StopAsyncIteration:
+                return
+            yield one
+    finally:
+        gone.cancel()
+        if pending and not pending.done():
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                await pending
+
+
+async def _disconnected(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _question(asked: DecisionQuestion) -> Question:
+    if asked.scale is not None:
+        return Question.scale(asked.scale[0], asked.scale[1], asked.question, asked.template)
+    if asked.labels is not None:
+        return Question.choice(asked.labels, asked.question, asked.template)
+    return Question.yes_no(asked.question, template=asked.template)
+
+
+def _status(error: Exception) -> int:
+    known = ((UserError, 400), (_UnknownModelError, 404), (BusyError, 429), (_GoneError, 499), (ClosedError, 503))
+    return next((status for kind, status in known if isinstance(error, kind)), 500)
+
+
+def _headers(error: Exception) -> dict[str, str] | None:
+    return {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else None
+
+
+def _error_body(error: Exception) -> dict[str, Any]:
+    status = _status(error)
+    if status == 500:  # what went wrong inside is for the log
+        return error_body("The server failed at this request; its log says more.", "server_error", code="internal_error")
+    kind = {429: "rate_limit_error", 503: "server_error"}.get(status, "invalid_request_error")
+    code = {404: "model_not_found", 429: "queue_full", 503: "shutting_down"}.get(status)
+    return error_body(str(error), kind, code="context_length_exceeded" if isinstance(error, ContextError) else code)
+
+
+def _invalid_body(error: RequestValidationError) -> dict[str, Any]:
+    """Of the first thing that is wrong; ``param`` is the path of the field."""
+    first = error.errors()[0]
+    path = [str(own) for own in first["loc"] if own != "body"]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"The field {path[-1]!r} is not known here; leave it out."
+    elif first["type"] == "json_invalid":
+        path, message = [], f"The body is not valid JSON: {first.get('ctx', {}).get('error', message)}."
+    elif first["type"] == "value_error" and (name := message.partition(":")[0]).isidentifier():
+        path.append(name)
+    where = ".".join(path)
+    return error_body(f"{where}: {message}" if where and not message.startswith(path[-1]) else message, param=where or None)

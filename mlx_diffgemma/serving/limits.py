@@ -1,0 +1,89 @@
+"""What stands before the routes: the size of bodies, and who may ask."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from mlx_diffgemma.serving.responses import error_body
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+OPEN = ("/", "/health")  # and what is under /page: what they show is no secret, and the page asks for the key
+
+
+class BodyLimit:
+    """Refuses bodies of more than ``limit`` bytes, by what they say of themselves or as soon as more has come."""
+
+    def __init__(self, app: Application, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if told.isdigit() and int(told) > self.limit:
+            await respond(send, 413, error_body(self._message))
+            return
+        came = 0
+
+        async def counted() -> Scope:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > self.limit:
+                raise HTTPException(413, self._message)
+            return message
+
+        await self.app(scope, counted, send)
+
+    @property
+    def _message(self) -> str:
+        return f"The body has more than the {self.limit:,} bytes that this server takes; send less, or raise --max-body."
+
+
+class KeyCheck:
+    """Asks for ``Authorization: Bearer`` with the ``key``, compared in constant time."""
+
+    def __init__(self, app: Application, key: str) -> None:
+        self.app, self.wanted = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        known = scope["type"] != "http" or scope["method"] == "OPTIONS" or path in OPEN or path.startswith("/page/")
+        if known or hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self.wanted):
+            await self.app(scope, receive, send)
+            return
+        await respond(send, 401, error_body("The API key is missing or wrong; send 'Authorization: Bearer KEY'.",
+                                            "authentication_error", code="invalid_api_key"), [(b"www-authenticate", b"Bearer")])
+
+
+class Counted:
+    """Tells ``count`` of each answer: its route, and its status."""
+
+    def __init__(self, app: Application, count: Callable[[str, int], None]) -> None:
+        self.app, self.count = app, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def seen(message: Scope) -> None:
+            if message["type"] == "http.response.start":
+                self.count(getattr(scope.get("route"), "path", "other"), message["status"])
+            await send(message)
+
+        await self.app(scope, receive, seen if scope["type"] == "http" else send)
+
+
+async def respond(send: Send, status: int, body: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    """Send ``body`` as JSON and close the connection, on which a rest of the request may stand."""
+    content = json.dumps(body).encode()
+    await send({"type": "http.response.start", "status": status, "headers": [
+        (b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), (b"connection", b"close"),
+        *(headers or [])]})
+    await send({"type": "http.response.body", "body": content})
