@@ -207,12 +207,19 @@ def decide(
     decisions = []
     for question, own in zip(questions, read, strict=True):
         decisions.append(decision_of(question, own))
-        if decisions[-1].mass < LEAST_MASS:
-            about = f" to {question.text[:40]!r}" if question.text else ""
-            warnings.warn(f"The labels {', '.join(question.labels)[:60]} hold {decisions[-1].mass:.1g} of what the model would "
-                          f"answer{about}; ask so that one of them is the answer, or pin by a template what comes before it.",
-                          GenerationWarning, stacklevel=2)
+        if warning := unlikely(decisions[-1]):
+            warnings.warn(warning, GenerationWarning, stacklevel=2)
     return decisions
+
+
+def unlikely(decision: Decision) -> str | None:
+    """A warning where the labels are nothing that the model would write."""
+    if decision.mass >= LEAST_MASS:
+        return None
+    question = decision.question
+    about = f" to {question.text[:40]!r}" if question.text else ""
+    return (f"The labels {', '.join(question.labels)[:60]} hold {decision.mass:.1g} of what the model would answer{about}; ask so "
+            "that one of them is the answer, or pin by a template what comes before it.")
 
 
 def decision_of(question: Question, logprobs: np.ndarray) -> Decision:

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
 
-from mlx_diffgemma.decide import Question, canvas_for, label_ids
+from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import ContextError, UserError
 from mlx_diffgemma.infill import LENGTHS, Filling, Hole, check_options
@@ -52,7 +52,7 @@ from mlx_diffgemma.serving.jobs import (
 from mlx_diffgemma.serving.limits import BodyLimit, Counted, KeyCheck
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
-from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, told
+from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, warned
 from mlx_diffgemma.tokenizer import chat_ids
 from mlx_diffgemma.trace import PAGE, Tracer
 
@@ -103,7 +103,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refused(http: HTTPRequest, error: HTTPException) -> JSONResponse:
-        message = error.detail if error.status_code != 404 else f"There is nothing at {http.url.path}."
+        message = {404: f"There is nothing at {http.url.path}.", 400: "The body is no JSON in UTF-8, or nested too deeply.",
+                   405: f"{http.url.path} is not for {http.method}."}.get(error.status_code, error.detail)
         return JSONResponse(error_body(str(message)), error.status_code, error.headers)
 
     @app.exception_handler(UserError)
@@ -308,7 +309,7 @@ class _Server:
                 if isinstance(one, Piece):
                     pieces[one.index].append(one)
         whole = [envelope.choice(index, own, echo) for index, own in enumerate(pieces)]
-        return JSONResponse(envelope.whole(whole, job.usage, **told(choices, choices[0].request.seed)))
+        return JSONResponse(envelope.whole(whole, job.usage, **_told(choices)))
 
     async def _stream(self, body: Sampling, job: AnswerJob, box: _Mailbox, functions: Functions | None, envelope: Envelope,
                       echo: str) -> AsyncGenerator[str, None]:
@@ -334,7 +335,7 @@ class _Server:
                         calls[one.index] += len(one.calls)
                         lengths[one.index] += len(one.text)
                         yield event(envelope.chunk([delta], **none))
-            more = told(job.choices, job.choices[0].request.seed)
+            more = _told(job.choices)
             yield event(envelope.chunk(usage=envelope.whole((), job.usage)["usage"], **more) if usage else envelope.chunk(**more))
         except Exception as error:  # the status has been sent, so the stream itself has to tell
             if not isinstance(error, UserError | ClosedError):
@@ -390,7 +391,8 @@ class _Server:
         await self._run(job, http, box)
         self._count(job.usage, began)
         envelope = Envelope("decisions", body.model)
-        return JSONResponse(envelope.whole((), job.usage, decisions=[decision_body(own) for own in job.decisions]))
+        return JSONResponse(envelope.whole((), job.usage, decisions=[decision_body(own) for own in job.decisions],
+                                           **warned(filter(None, map(unlikely, job.decisions)))))
 
     def _decision(self, body: DecisionRequest, box: _Mailbox) -> DecisionJob:
         model, tokenizer = self.engine.model, self.engine.tokenizer
@@ -475,6 +477,11 @@ async def _until_gone(events: AsyncGenerator[Event, None], http: HTTPRequest) ->
 async def _disconnected(http: HTTPRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _told(choices: Sequence[Choice]) -> dict[str, Any]:
+    """The seed of the first choice, and warnings."""
+    return {"seed": choices[0].request.seed} | warned(warning for choice in choices for warning in choice.warnings)
 
 
 def _question(asked: DecisionQuestion) -> Question:

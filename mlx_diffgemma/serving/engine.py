@@ -280,7 +280,7 @@ class Engine:
         self._rows[id(session)] = row
         if not session.cache.length and not session.policy.drafter:
             row.fresh = True
-            cache, row.border = self.prefixes.begin(keyed(session.ids, session.images))
+            cache, row.border = self.prefixes.begin(keyed(session.ids, session.images), whole=not session.wants_next)
             session.go_on(cache)
             self.figures.reused += cache.length
         if session.pending.size:

@@ -36,9 +36,9 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def begin(self, ids: Sequence[int]) -> tuple[Cache, int]:
-        """(A cache with the longest beginning of ``ids`` that is kept; where reading should pause to ``keep`` what many share, 0
-        for nowhere).
+    def begin(self, ids: Sequence[int], whole: bool = True) -> tuple[Cache, int]:
+        """(A cache with the longest beginning of ``ids`` that is kept, all of them only where ``whole``; where reading should pause
+        to ``keep`` what many share, 0 for nowhere).
 
         Never so much that a single token remains, which would take other kernels and round differently.
         """
@@ -46,7 +46,7 @@ class Prefixes:
         cache = self.empty.copy()
         for length in sorted(self._lengths, reverse=True):
             key = own[:length].tobytes()
-            if length <= own.size - 2 and key in self._kept:
+            if (length <= own.size - 2 or (whole and length == own.size)) and key in self._kept:
                 self._kept.move_to_end(key)
                 cache = self._kept[key].copy()
                 break

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlx_diffgemma import __version__
 from mlx_diffgemma.decide import Decision
-from mlx_diffgemma.serving.jobs import Choice, Piece, TokenLogprob, Usage
+from mlx_diffgemma.serving.jobs import Piece, TokenLogprob, Usage
 
 DONE = "data: [DONE]\n\n"
 
@@ -78,10 +78,10 @@ class Envelope:
         return found | {"delta": delta, "logprobs": _chat_logprobs(piece.logprobs) if piece.logprobs else None}
 
 
-def told(choices: Sequence[Choice], seed: int) -> dict[str, Any]:
-    """Fields of our own: the seed of the first choice, and what its caller should know."""
-    warnings = [warning for choice in choices for warning in choice.warnings]
-    return {"seed": seed} | ({"warnings": warnings} if warnings else {})
+def warned(warnings: Iterable[str]) -> dict[str, Any]:
+    """A field of our own for what the caller should know, if there is anything."""
+    found = list(warnings)
+    return {"warnings": found} if found else {}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
