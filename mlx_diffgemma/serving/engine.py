@@ -122,8 +122,7 @@ class Engine:
         self.prefixes: Prefixes
         self.figures = Figures()
         self._changed = threading.Condition()
-        self._new: deque[_Run] = deque()  # jobs that have not begun
-        self._going: deque[_Run] = deque()  # jobs that have begun and want more rows
+        self._queue: deque[_Run] = deque()  # jobs that want rows, those that have not begun among them
         self._reading: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}  # by id of the session
         self._closing, self._deadline = False, float("inf")
@@ -142,10 +141,10 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise ClosedError("The server is shutting down.")
-            if len(self._new) >= self.max_queue:
+            if self._waiting() >= self.max_queue:
                 raise BusyError(self._retry_after())
-            self._new.append(_Run(job))
-            self.figures.waiting = len(self._new)
+            self._queue.append(_Run(job))
+            self.figures.waiting = self._waiting()
             self._changed.notify()
 
     def close(self, grace: float = 0.0) -> None:
@@ -159,6 +158,10 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
+
+    def _waiting(self) -> int:
+        """How many jobs have not begun."""
+        return sum(run.rounds is None for run in self._queue)
 
     def _retry_after(self) -> int:
         """Seconds until a place in the queue is likely free: what a job takes, over those that run side by side."""
@@ -184,11 +187,11 @@ class Engine:
     def _wait(self) -> bool:
         """Until there is something to do; whether there ever will be."""
         with self._changed:
-            while not (self._closing or self._new or self._going or self._rows):
+            while not (self._closing or self._queue or self._rows):
                 self._changed.wait()
             if not self._closing:
                 return True
-        if not (self._new or self._going or self._rows):
+        if not (self._queue or self._rows):
             return False
         if time.monotonic() > self._deadline:
             self._drop_all(ClosedError("The server is shutting down."))
@@ -211,22 +214,14 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            gone = [run for run in self._new if run.job.cancelled]
-            for run in gone:
-                self._new.remove(run)
-            self.figures.waiting = len(self._new)
-        gone += [run for run in self._going if run.job.cancelled]
-        gone += [row.run for row in self._rows.values() if row.run.job.cancelled]
-        for run in dict.fromkeys(gone):
+            runs = [*self._queue, *(row.run for row in self._rows.values())]
+        for run in dict.fromkeys(run for run in runs if run.job.cancelled):
             self._finish(run, ClosedError("The request was cancelled."))
 
     def _drop_all(self, error: Exception, running: bool = False) -> None:
         """End every job, or those that are ``running``, with ``error``."""
-        runs = [*(row.run for row in self._rows.values()), *self._going]
-        if not running:
-            with self._changed:
-                runs += self._new
-                self._new.clear()
+        with self._changed:
+            runs = [*(row.run for row in self._rows.values()), *(run for run in self._queue if run.rounds or not running)]
         for run in dict.fromkeys(runs):
             self._finish(run, error)
         self._reading.clear()
@@ -234,27 +229,30 @@ class Engine:
         self._loop = Loop(self.model, (), self.prefill_step_size)
 
     def _admit(self) -> None:
-        """Give free rows to the sessions of jobs in turn, those that have begun first."""
+        """Give free rows to jobs in turn, one at a time."""
         while len(self._rows) < self.max_batch:
-            if self._going:
-                run = self._going.popleft()
-            else:
-                with self._changed:
-                    if not self._new:
-                        return
-                    run = self._new.popleft()
-                    self.figures.waiting = len(self._new)
+            with self._changed:
+                if not self._queue:
+                    break
+                run = self._queue.popleft()
+            if run.rounds is None:
                 run.began = time.perf_counter()
                 if not self._begin(run):
                     continue
             row = self._row(run)
             if self._rows and row.nbytes + sum(other.nbytes for other in self._rows.values()) > self._room:
                 run.todo.appendleft(row.session)
-                self._going.appendleft(run)
-                return  # until others have left
+                self._enqueue(run, first=True)
+                break  # until others have left
             if run.todo:
-                self._going.append(run)
+                self._enqueue(run)
             self._place(row)
+        with self._changed:
+            self.figures.waiting = self._waiting()
+
+    def _enqueue(self, run: _Run, first: bool = False) -> None:
+        with self._changed:
+            (self._queue.appendleft if first else self._queue.append)(run)
 
     def _begin(self, run: _Run) -> bool:
         """Ask a job for its next sessions; whether there are some."""
@@ -361,7 +359,7 @@ class Engine:
         self._loop.sessions = [session for session in self._loop.sessions if session is not row.session]
         row.run.open -= 1
         if not row.run.open and self._begin(row.run):
-            self._going.appendleft(row.run)
+            self._enqueue(row.run, first=True)
 
     def _finish(self, run: _Run, error: Exception | None) -> None:
         """Free what the job has, and tell it."""
@@ -371,8 +369,9 @@ class Engine:
         gone = {id(row.session) for row in rows}
         self._loop.sessions = [session for session in self._loop.sessions if id(session) not in gone]
         self._reading = deque(row for row in self._reading if row.run is not run)
-        if run in self._going:
-            self._going.remove(run)
+        with self._changed:
+            if run in self._queue:
+                self._queue.remove(run)
         if error is None:
             self.figures.finished += 1
             self.figures.seconds += time.perf_counter() - run.began

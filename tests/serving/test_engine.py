@@ -1,0 +1,349 @@
+import threading
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.errors import NonFiniteLogitsError
+from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.serving import engine as engine_module
+from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
+from mlx_diffgemma.session import Session
+from mlx_diffgemma.weights import load_model
+
+STEPS = 5
+
+
+class Answer(Job):
+    """One session, or several; what came of them, and when."""
+
+    def __init__(self, seed=0, size=20, limit=24, sessions=1, rounds=1, ids=None):
+        self.seed, self.limit, self.sessions, self.rounds_left = seed, limit, sessions, rounds
+        self.ids = np.random.default_rng(seed).integers(0, 300, size).tolist() if ids is None else ids
+        self.made, self.steps, self.ended, self.error = [], 0, threading.Event(), None
+        self.on_step = lambda session, step: None
+
+    def rounds(self, model):
+        policy = ReferencePolicy.from_config(model.config.generation, max_steps=STEPS)
+        for turn in range(self.rounds_left):
+            new = [Session(model, self.ids, policy, Draws(self.seed + 100 * place + turn, model.config.text.vocab_size), (1,),
+                           self.limit) for place in range(self.sessions)]
+            self.made += new
+            yield new
+
+    def step(self, session, step):
+        self.steps += 1
+        self.on_step(session, step)
+
+    def done(self, error):
+        self.error = error
+        self.ended.set()
+
+    def wait(self):
+        assert self.ended.wait(120), "the job never ended"
+        if self.error:
+            raise self.error
+        return [np.concatenate([canvas.tokens for canvas in session.canvases]).tolist() for session in self.made]
+
+
+@pytest.fixture()
+def begin(tiny_folder):
+    """Starts an engine of the tiny model with some options."""
+    engines = []
+
+    def start(load=lambda: (load_model(tiny_folder, "float32"), None), **options):
+        engine = Engine(load, **options)
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.close()
+        assert not engine._thread.is_alive()
+
+
+def alone(begin, **asked):
+    job = Answer(**asked)
+    begin().submit(job)
+    return job.wait()
+
+
+class TestAnswers:
+    def test_beside_others_as_alone(self, begin):
+        """Mixed lengths, more jobs than rows, and a prompt in many chunks among them."""
+        asked = [dict(seed=seed, size=[5, 33, 90, 12][seed % 4], limit=[24, 72, 40][seed % 3]) for seed in range(6)]
+        engine = begin(max_batch=3, prefill_step_size=32)
+        jobs = [Answer(**own) for own in asked]
+        for job in jobs:
+            engine.submit(job)
+        found = [job.wait() for job in jobs]
+        assert engine.figures.finished == 6
+        quiet = begin(max_batch=1, prefill_step_size=32, prefix_bytes=0)
+        for own, tokens in zip(asked, found):
+            job = Answer(**own)
+            quiet.submit(job)
+            assert job.wait() == tokens
+
+    def test_rounds_and_sessions_of_a_job(self, begin):
+        job = Answer(sessions=5, rounds=2)
+        begin(max_batch=2).submit(job)
+        found = job.wait()
+        assert len(found) == 10
+        assert found[0] != found[1]
+
+    def test_never_more_rows_than_allowed(self, begin):
+        engine = begin(max_batch=2)
+        seen = []
+        jobs = [Answer(seed=seed, sessions=2) for seed in range(3)]
+        for job in jobs:
+            job.on_step = lambda session, step: seen.append(len(engine._rows))
+            engine.submit(job)
+        for job in jobs:
+            job.wait()
+        assert max(seen) == 2
+
+    def test_a_job_of_many_sessions_leaves_room_for_others(self, begin):
+        """Its sessions take turns with other jobs."""
+        engine, order = begin(max_batch=1), []
+        many, one = Answer(seed=1, sessions=6), Answer(seed=2)
+        many.on_step = one.on_step = lambda session, step: order.append(session)
+        first = Answer(seed=3)
+        engine.submit(first)
+        engine.submit(many)
+        engine.submit(one)
+        many.wait()
+        one.wait()
+        assert order.index(one.made[0]) < order.index(many.made[-1])
+
+    def test_a_session_may_be_ended_by_its_job(self, begin):
+        job = Answer(limit=24 * 6)
+        job.on_step = lambda session, step: setattr(session, "finished", session.finished or len(session.canvases) == 2)
+        begin().submit(job)
+        assert len(job.wait()[0]) == 48
+
+    def test_readers_only_read(self, begin):
+        class Reader(Answer):
+            def rounds(self, model):
+                reader = Session.reading(model, self.ids)
+                yield [reader]
+                self.length = reader.cache.length
+
+        job = Reader(size=100)
+        begin(prefill_step_size=16).submit(job)
+        job.wait()
+        assert (job.length, job.steps) == (100, 0)
+
+
+class TestPrompts:
+    def test_a_long_prompt_does_not_stop_the_others(self, begin, monkeypatch):
+        """Between any two steps of another answer no more is read than a chunk."""
+        engine, read, between = begin(prefill_step_size=32, prefix_bytes=0), [], []
+        real = engine_module.encode_chunk
+        monkeypatch.setattr(engine_module, "encode_chunk",
+                            lambda model, sessions, sizes: read.append(sum(sizes)) or real(model, sessions, sizes))
+        going, long = Answer(seed=1, limit=24 * 8), Answer(seed=2, size=400)
+        began = threading.Event()
+
+        def step(session, step):
+            began.set()
+            between.append(sum(read))
+            read.clear()
+
+        going.on_step = step
+        engine.submit(going)
+        began.wait(60)
+        engine.submit(long)
+        going.wait()
+        long.wait()
+        assert max(between) <= 34  # a single token is never left over
+        assert between.count(32) >= 3  # and meanwhile it took steps
+
+    def test_short_ones_pass_a_long_one(self, begin):
+        engine, ends = begin(prefill_step_size=32), []
+        long, short = Answer(seed=1, size=600), Answer(seed=2, size=10)
+        for job in (long, short):
+            job.done = lambda error, job=job: (ends.append(job), job.ended.set())
+            engine.submit(job)
+        long.wait()
+        short.wait()
+        assert ends[0] is short
+
+    def test_what_was_read_is_not_read_again(self, begin):
+        engine = begin()
+        prompt = np.random.default_rng(9).integers(0, 300, 200).tolist()
+        for ids, encoded in ((prompt, 200), (prompt, 200), ([*prompt, 5, 6, 7], 203)):
+            job = Answer(ids=ids)
+            engine.submit(job)
+            job.wait()
+            assert engine.figures.encoded == encoded
+
+    def test_a_shared_beginning_is_kept_when_it_is_seen_twice(self, begin):
+        engine = begin(prefill_step_size=64)
+        system = np.random.default_rng(9).integers(0, 300, 100).tolist()
+        for user in range(3):
+            job = Answer(ids=[*system, user, *range(10, 30)])
+            engine.submit(job)
+            job.wait()
+        assert engine.figures.encoded == 121 + 121 + 21
+
+    def test_and_changes_no_token(self, begin):
+        system = np.random.default_rng(9).integers(0, 300, 100).tolist()
+        asked = [dict(ids=[*system, user, *range(10, 30)], seed=user, limit=48) for user in range(4)]
+        with_cache, without = begin(), begin(prefix_bytes=0)
+        for own in asked:
+            jobs = [Answer(**own), Answer(**own)]
+            with_cache.submit(jobs[0])
+            without.submit(jobs[1])
+            assert jobs[0].wait() == jobs[1].wait()
+        assert with_cache.figures.reused >= 200
+        assert without.figures.reused == 0
+
+
+class TestEnds:
+    def test_a_cancelled_job_leaves_at_the_next_turn(self, begin):
+        engine = begin(max_batch=1)
+        job, other = Answer(limit=24 * 40), Answer(seed=1)
+        job.on_step = lambda session, step: job.cancel()
+        engine.submit(job)
+        engine.submit(other)
+        with pytest.raises(ClosedError):
+            job.wait()
+        assert job.steps == 1
+        other.wait()
+        assert (engine.figures.cancelled, engine.figures.finished) == (1, 1)
+
+    def test_one_that_waits_is_never_begun(self, begin):
+        engine = begin(max_batch=1)
+        held = threading.Event()
+        first, second = Answer(), Answer(seed=1)
+        first.on_step = lambda session, step: held.wait(60)
+        engine.submit(first)
+        engine.submit(second)
+        second.cancel()
+        held.set()
+        first.wait()
+        with pytest.raises(ClosedError):
+            second.wait()
+        assert not second.made
+
+    @pytest.mark.parametrize("where", ["rounds", "step", "second round", "done"])
+    def test_a_job_that_fails_takes_no_other_with_it(self, begin, where):
+        class Failing(Answer):
+            def rounds(self, model):
+                if where == "rounds":
+                    raise ZeroDivisionError
+                yield from super().rounds(model)
+                if where == "second round":
+                    raise ZeroDivisionError
+
+            def step(self, session, step):
+                if where == "step":
+                    raise ZeroDivisionError
+
+            def done(self, error):
+                super().done(error)
+                if where == "done":
+                    raise ZeroDivisionError
+
+        engine = begin()
+        failing, others = Failing(sessions=2), [Answer(seed=seed, limit=72) for seed in (1, 2)]
+        for job in (others[0], failing, others[1]):
+            engine.submit(job)
+        if where == "done":
+            failing.wait()
+        else:
+            with pytest.raises(ZeroDivisionError):
+                failing.wait()
+        found = [job.wait() for job in others]
+        assert found == [alone(begin, seed=seed, limit=72) for seed in (1, 2)]
+        assert not engine._rows
+        assert not engine._loop.sessions
+
+    def test_a_row_without_numbers_takes_no_other_with_it(self, begin):
+        class Damaged(Answer):
+            def rounds(self, model):
+                for new in super().rounds(model):
+                    keys, values = new[0].cache, None
+                    model.encode([mx.array(self.ids)], [keys])
+                    keys._entries[0] = tuple(entries * mx.array(float("nan")) for entries in keys._entries[0])
+                    new[0].go_on(keys)
+                    yield new
+
+        engine = begin()
+        damaged, other = Damaged(), Answer(seed=1, limit=72)
+        engine.submit(other)
+        engine.submit(damaged)
+        with pytest.raises(NonFiniteLogitsError):
+            damaged.wait()
+        assert other.wait() == alone(begin, seed=1, limit=72)
+
+    def test_a_turn_that_fails_is_not_the_end(self, begin, monkeypatch):
+        engine = begin()
+        lost = Answer()
+        monkeypatch.setattr(engine._loop, "advance", lambda: 1 / 0)
+        engine.submit(lost)
+        with pytest.raises(ZeroDivisionError):
+            lost.wait()
+        assert alone(begin) == (job := Answer(), engine.submit(job), job.wait())[2]
+
+    def test_the_queue_is_bounded(self, begin):
+        engine, held, began = begin(max_batch=1, max_queue=2), threading.Event(), threading.Event()
+        first = Answer()
+        first.on_step = lambda session, step: (began.set(), held.wait(60))
+        engine.submit(first)
+        began.wait(60)
+        waiting = [Answer(seed=seed) for seed in (1, 2)]
+        for job in waiting:
+            engine.submit(job)
+        with pytest.raises(BusyError) as refused:
+            engine.submit(Answer(seed=3))
+        assert refused.value.retry_after >= 1
+        held.set()
+        for job in (first, *waiting):
+            job.wait()
+        engine.submit(job := Answer(seed=3))
+        job.wait()
+
+    def test_jobs_that_do_not_fit_together_run_one_after_the_other(self, begin):
+        engine, seen = begin(), []
+        engine._room = 1  # of bytes: one always runs
+        jobs = [Answer(seed=seed) for seed in range(3)]
+        for job in jobs:
+            job.on_step = lambda session, step: seen.append(len(engine._rows))
+            engine.submit(job)
+        for job in jobs:
+            job.wait()
+        assert set(seen) == {1}
+
+    def test_closing_lets_finish_what_runs(self, begin):
+        engine = begin(max_batch=1)
+        jobs = [Answer(seed=seed) for seed in range(3)]
+        for job in jobs:
+            engine.submit(job)
+        engine.close(grace=60)
+        for job in jobs:
+            job.wait()
+        with pytest.raises(ClosedError):
+            engine.submit(Answer())
+
+    def test_but_not_for_ever(self, begin):
+        engine, began = begin(), threading.Event()
+        job = Answer(limit=24 * 40)
+        job.on_step = lambda session, step: began.set()
+        engine.submit(job)
+        began.wait(60)
+        started = time.monotonic()
+        engine.close(grace=0)
+        with pytest.raises(ClosedError):
+            job.wait()
+        assert time.monotonic() - started < 30
+
+    def test_what_cannot_be_loaded(self):
+        def load():
+            raise FileNotFoundError("no model")
+
+        with pytest.raises(FileNotFoundError, match="no model"):
+            Engine(load).start()
