@@ -1,0 +1,492 @@
+"""A server of nano that really runs, asked by OpenAI's own client."""
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from mlx_diffgemma import Question, chat_ids, decide, infill, stream_generate
+from mlx_diffgemma.serving.protocol import ChatRequest
+from tests.serving.conftest import serving
+
+ADD = [{"role": "user", "content": "Add 12 and 30."}]
+STORY = [{"role": "user", "content": "Tell me a story about Leo the owl and a map."}]
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+          "required": ["name", "age"], "additionalProperties": False}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Tells the weather.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 9}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"], "additionalProperties": False}}}
+TIME = {"type": "function", "function": {"name": "time"}}
+
+
+@pytest.fixture()
+def chat(client):
+    return lambda messages=ADD, **options: client.chat.completions.create(**{"model": "nano", "messages": messages, "seed": 0, **options})
+
+
+def answer(nano_pair, messages=ADD, think=False, **options):
+    """What generate says, in pieces."""
+    return list(stream_generate(*nano_pair, chat_ids(nano_pair[1], messages, think=think), **{"seed": 0, **options}))
+
+
+class TestModels:
+    def test_list_and_retrieve(self, client):
+        assert [model.id for model in client.models.list()] == ["nano"]
+        found = client.models.retrieve("nano")
+        assert (found.object, found.context_length, found.vision) == ("model", 8192, False)
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
+
+
+class TestChat:
+    def test_as_generate(self, chat, nano_pair):
+        response = chat(STORY)
+        own = answer(nano_pair, STORY)
+        choice = response.choices[0]
+        assert choice.message.content == "".join(part.text for part in own)
+        assert (choice.message.role, choice.finish_reason, response.object) == ("assistant", "stop", "chat.completion")
+        assert response.usage.completion_tokens == own[-1].generation_tokens
+        assert response.usage.prompt_tokens == own[-1].prompt_tokens
+        assert response.usage.denoising_steps == sum(part.steps for part in own)
+        assert response.usage.tokens_per_forward == pytest.approx(own[-1].tokens_per_forward, abs=0.01)
+        assert response.seed == 0
+
+    @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.5}, {"max_tokens": 20}, {"extra_body": {"preset": "fast"}},
+                                         {"extra_body": {"max_denoising_steps": 3, "diffusion_sampler": "confidence-threshold"}}])
+    def test_options_are_those_of_generate(self, chat, nano_pair, options):
+        own = answer(nano_pair, STORY, **{**options, **options.get("extra_body", {}), "extra_body": None} if False else
+                     {name: value for name, value in {**options, **options.get("extra_body", {})}.items() if name != "extra_body"})
+        response = chat(STORY, **options)
+        assert response.choices[0].message.content == "".join(part.text for part in own)
+        assert response.choices[0].finish_reason == own[-1].finish_reason
+
+    def test_streamed_as_whole(self, chat):
+        chunks = list(chat(STORY, stream=True, stream_options={"include_usage": True}))
+        whole = chat(STORY)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == whole.choices[0].message.content
+        assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices][:2] == ["assistant", None]
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+        assert sum(chunk.usage is not None for chunk in chunks) == 1
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+        assert len({chunk.id for chunk in chunks}) == 1
+
+    def test_no_usage_unless_asked_for(self, chat):
+        assert all(chunk.usage is None for chunk in chat(stream=True))
+
+    def test_seeds(self, chat):
+        first, again, other = chat(STORY, seed=5), chat(STORY, seed=5), chat(STORY, seed=6)
+        assert first.choices[0].message.content == again.choices[0].message.content != other.choices[0].message.content
+        fresh = chat(STORY, seed=None)
+        assert chat(STORY, seed=fresh.seed).choices[0].message.content == fresh.choices[0].message.content
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_several_choices(self, chat, stream):
+        alone = [chat(STORY, seed=seed, max_tokens=40).choices[0].message.content for seed in (3, 4, 5)]
+        if stream:
+            found = ["", "", ""]
+            for chunk in chat(STORY, seed=3, n=3, max_tokens=40, stream=True):
+                for choice in chunk.choices:
+                    found[choice.index] += choice.delta.content or ""
+        else:
+            found = [choice.message.content for choice in chat(STORY, seed=3, n=3, max_tokens=40).choices]
+        assert found == alone
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_stop(self, chat, stream):
+        """At the first of them, also where it spans two canvases; the rest of the text is what it was."""
+        whole = chat(STORY).choices[0].message.content
+        sentences = whole.split(". ")
+        for stops in ([". "], [sentences[3], "never said"], whole[70:76]):
+            cut = min(whole.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in whole)
+            response = chat(STORY, stop=stops, stream=stream)
+            if stream:
+                chunks = [chunk.choices[0] for chunk in response if chunk.choices]
+                text, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+            else:
+                text, reason = response.choices[0].message.content, response.choices[0].finish_reason
+            assert (text, reason) == (whole[:cut], "stop")
+
+    def test_length(self, chat):
+        response = chat(STORY, max_completion_tokens=5)
+        assert response.choices[0].finish_reason == "length"
+        assert response.usage.completion_tokens == 5
+
+    def test_neutral_values_are_accepted(self, chat):
+        response = chat(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, user="u", store=False, metadata={"a": "b"}, n=1,
+                        parallel_tool_calls=True, service_tier="auto", modalities=["text"], response_format={"type": "text"},
+                        reasoning_effort="none")
+        assert response.choices[0].message.content == "42"
+
+    def test_content_in_parts(self, chat):
+        assert chat([{"role": "user", "content": [{"type": "text", "text": "Add 12 and 30."}]}]).choices[0].message.content == "42"
+
+    def test_thoughts_apart(self, chat, nano_pair):
+        own = answer(nano_pair, think=True)
+        message = chat(reasoning_effort="high").choices[0].message
+        assert message.content == "".join(part.text for part in own) == "42"
+        assert message.reasoning_content == "".join(part.thought for part in own).strip() != ""
+        chunks = [chunk.choices[0].delta for chunk in chat(reasoning_effort="low", stream=True) if chunk.choices]
+        assert "".join(getattr(delta, "reasoning_content", "") or "" for delta in chunks).strip() == message.reasoning_content
+
+    def test_thoughts_are_dropped_from_the_history(self, chat):
+        history = [*ADD, {"role": "assistant", "content": "42"}, {"role": "user", "content": "Add 1 and 2."}]
+        thought = [*ADD, {"role": "assistant", "content": "42", "reasoning_content": "I think"}, history[-1]]
+        assert chat(history).usage.prompt_tokens == chat(thought).usage.prompt_tokens
+
+    def test_a_conversation_goes_on_from_the_cache(self, chat):
+        first = chat(STORY, seed=11)
+        said = {"role": "assistant", "content": first.choices[0].message.content}
+        second = chat([*STORY, said, {"role": "user", "content": "Add 12 and 30."}], seed=11)
+        assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+
+
+class TestLogprobs:
+    def test_of_the_visible_tokens(self, chat, nano_pair):
+        response = chat(STORY, logprobs=True, top_logprobs=3)
+        found = response.choices[0].logprobs.content
+        assert "".join(entry.token for entry in found) == response.choices[0].message.content
+        own = [value for part in answer(nano_pair, STORY) for value in part.logprobs.tolist()][: len(found)]
+        assert [entry.logprob for entry in found] == pytest.approx(own, abs=1e-4)
+        for entry in found:
+            assert bytes(entry.bytes).decode() == entry.token
+            assert [top.logprob for top in entry.top_logprobs] == sorted((t.logprob for t in entry.top_logprobs), reverse=True)
+            assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob, abs=1e-3)
+            assert len(entry.top_logprobs) == 3
+
+    def test_of_a_cut_text(self, chat):
+        response = chat(STORY, logprobs=True, stop=" owl")
+        text = response.choices[0].message.content
+        assert "".join(entry.token for entry in response.choices[0].logprobs.content)[: len(text)] == text
+        assert len(response.choices[0].logprobs.content) < 10
+
+    def test_none(self, chat):
+        assert chat().choices[0].logprobs is None
+
+
+class TestStructure:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_schema_is_kept_to(self, chat, stream):
+        asked = [{"role": "user", "content": "Anna is 31 years old and lives in Paris."}]
+        for seed in range(3):
+            response = chat(asked, seed=seed, stream=stream, max_tokens=64, response_format={
+                "type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}})
+            text = ("".join(chunk.choices[0].delta.content or "" for chunk in response if chunk.choices) if stream
+                    else response.choices[0].message.content)
+            jsonschema.validate(json.loads(text), PERSON)
+
+    def test_json_object(self, chat):
+        assert isinstance(json.loads(chat(response_format={"type": "json_object"}, max_tokens=64).choices[0].message.content), dict)
+
+    def test_expressions_and_choices(self, chat):
+        assert re.fullmatch("[a-f]{4}", chat(extra_body={"regex": "[a-f]{4}"}).choices[0].message.content)
+        assert chat(extra_body={"choices": ["41", "42"]}).choices[0].message.content == "42"
+
+
+class TestTools:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+    def test_a_call_that_must_be_is_valid(self, chat, stream, choice):
+        response = chat(tools=[WEATHER, TIME], tool_choice=choice, stream=stream, max_tokens=64)
+        if stream:
+            chunks = [chunk.choices[0] for chunk in response if chunk.choices]
+            calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+            reason = chunks[-1].finish_reason
+        else:
+            calls, reason = response.choices[0].message.tool_calls, response.choices[0].finish_reason
+            assert response.choices[0].message.content is None
+        assert reason == "tool_calls"
+        assert [call.type for call in calls] == ["function"]
+        arguments = json.loads(calls[0].function.arguments)
+        assert calls[0].function.name in ("weather", "time")
+        if choice != "required" or calls[0].function.name == "weather":
+            jsonschema.validate(arguments, WEATHER["function"]["parameters"])
+        else:
+            assert arguments == {}
+
+    def test_an_answer_may_call_none(self, chat):
+        assert chat(tools=[WEATHER]).choices[0].finish_reason == "stop"
+
+    def test_without_a_choice_they_are_not_shown(self, chat):
+        assert chat(tools=[WEATHER], tool_choice="none").usage.prompt_tokens == chat().usage.prompt_tokens
+        assert chat(tools=[WEATHER]).usage.prompt_tokens > chat().usage.prompt_tokens
+
+    def test_a_conversation_with_calls(self, chat):
+        call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}}
+        response = chat([*ADD, {"role": "assistant", "content": None, "tool_calls": [call]},
+                         {"role": "tool", "tool_call_id": "c1", "content": "sunny"}], tools=[WEATHER])
+        assert response.usage.prompt_tokens > chat(tools=[WEATHER]).usage.prompt_tokens
+
+
+class TestCompletions:
+    def test_plain(self, client, nano_pair):
+        own = list(stream_generate(*nano_pair, "Mia was a red", seed=0, max_tokens=20))
+        response = client.completions.create(model="nano", prompt="Mia was a red", seed=0, max_tokens=20, logprobs=1)
+        assert response.choices[0].text == "".join(part.text for part in own)
+        assert "".join(response.choices[0].logprobs.tokens) == response.choices[0].text
+        echoed = client.completions.create(model="nano", prompt="Mia was a red", seed=0, max_tokens=20, echo=True)
+        assert echoed.choices[0].text == "Mia was a red" + response.choices[0].text
+        streamed = client.completions.create(model="nano", prompt="Mia was a red", seed=0, max_tokens=20, stream=True, echo=True)
+        assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == echoed.choices[0].text
+
+    def test_ids(self, client, nano_pair):
+        ids = chat_ids(nano_pair[1], ADD)
+        assert client.completions.create(model="nano", prompt=ids, seed=0).choices[0].text == "42"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_suffix_fills_in(self, client, nano_pair, stream):
+        about = "Tell me a story about Mia the fox."
+        own = infill(*nano_pair, ("Mia was a red ", ". Mia lived near the river."), about, seed=0,
+                     hole=__import__("mlx_diffgemma").Hole((1, 3)))
+        response = client.completions.create(model="nano", prompt="Mia was a red ", suffix=". Mia lived near the river.", seed=0,
+                                             max_tokens=3, stream=stream, extra_body={"instruction": about})
+        text = "".join(chunk.choices[0].text for chunk in response if chunk.choices) if stream else response.choices[0].text
+        assert text == own.fills[0].text
+
+    def test_suffix_under_a_constraint(self, client):
+        response = client.completions.create(model="nano", prompt="Anna is ", suffix=" years old.", seed=0, max_tokens=2,
+                                             extra_body={"regex": "[1-9][0-9]", "min_tokens": 2})
+        assert re.fullmatch("[1-9][0-9]", response.choices[0].text)
+
+
+class TestDecisions:
+    def test_as_decide(self, server, nano_pair):
+        questions = [{"question": "Which is larger?", "labels": ["12", "30"]}, {"scale": [1, 3]}, {}]
+        asked = [Question.choice(["12", "30"], "Which is larger?"), Question.scale(1, 3), Question.yes_no()]
+        with pytest.warns():
+            own = decide(*nano_pair, chat_ids(nano_pair[1], ADD), asked, reads=2, seed=3)
+        response = httpx.post(f"{server}/v1/decisions", json={"model": "nano", "messages": ADD, "questions": questions, "reads": 2,
+                                                              "seed": 3}, timeout=100).json()
+        assert [found["label"] for found in response["decisions"]] == [decision.label for decision in own]
+        for found, decision in zip(response["decisions"], own):
+            assert found["probabilities"] == pytest.approx(decision.probabilities, abs=1e-4)
+            assert found["value"] == (decision.value if decision.value is None else pytest.approx(decision.value, abs=1e-4))
+        assert response["warnings"]
+
+
+class TestDrafts:
+    def test_official_clients_pass_over_them(self, chat):
+        chunks = list(chat(STORY, stream=True, stream_options={"include_usage": True, "include_drafts": True}))
+        plain = list(chat(STORY, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == "".join(chunk.choices[0].delta.content or "" for chunk in plain if chunk.choices)
+        frames = [chunk.diffusion for chunk in chunks if getattr(chunk, "diffusion", None)]
+        assert len(frames) == chunks[-1].usage.denoising_steps
+        assert all(not chunk.choices for chunk in chunks if getattr(chunk, "diffusion", None))
+        committed = [frame for frame in frames if frame["reason"]]
+        assert "".join("".join(frame["pieces"]) for frame in committed) == text
+        assert not any(getattr(chunk, "diffusion", None) for chunk in plain)
+
+
+REFUSED = [
+    ({"model": "gpt-4"}, 404, "nano"), ({"messages": []}, 400, "messages"), ({"messages": "hello"}, 400, "messages"),
+    ({"messages": [{"role": "king", "content": "x"}]}, 400, "role"), ({"messages": [{"role": "user"}]}, 400, "content"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty"), ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"n": 0}, 400, "n"),
+    ({"n": 1.5}, 400, "n"), ({"temperature": -1}, 400, "temperature"), ({"temperature": "hot"}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"), ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": 100_000}, 400, "max_tokens"),
+    ({"seed": "x"}, 400, "seed"), ({"stream": "yes"}, 400, "stream"), ({"best": 1}, 400, "best"), ({"stop": [""]}, 400, "stop"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options"), ({"top_logprobs": 2}, 400, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"), ({"functions": [{"name": "f"}]}, 400, "tools"),
+    ({"tool_choice": "required"}, 400, "tool_choice"), ({"tools": [WEATHER, WEATHER]}, 400, "same name"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "no"}}}, 400, "no"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "strange"}}}]}, 400, "f"),
+    ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, 400, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": "required", "max_tokens": 2}, 400, "max_tokens"),
+    ({"response_format": {"type": "json_schema"}}, 400, "json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wrong"}}}}, 400, "schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}}, 400, "uniqueItems"),
+    ({"response_format": {"type": "json_object"}, "regex": "a"}, 400, "regex"), ({"regex": "("}, 400, "("),
+    ({"response_format": {"type": "json_object"}, "reasoning_effort": "high"}, 400, "reasoning_effort"),
+    ({"preset": "magic"}, 400, "preset"), ({"chat_template_kwargs": {"tools": []}}, 400, "tools"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]}, 400, "data URL"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]}]}, 400, "URL"),
+    ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "context"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, 400, "'y'"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": "no"}}]}]}, 400, "arguments"),
+]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("body", "status", "named"), REFUSED, ids=[json.dumps(body)[:50] for body, _, _ in REFUSED])
+    def test_what_cannot_be_honoured_is_named(self, server, body, status, named):
+        response = httpx.post(f"{server}/v1/chat/completions", json={"model": "nano", "messages": ADD, **body}, timeout=100)
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert named in error["message"]
+
+    @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "nano"}', b"[]", b"null", b"5", b'"x"', b'{"model": "\xff"}', b"\x00",
+                                      b"[" * 100_000, b'{"model": "nano", "messages": NaN}'])
+    @pytest.mark.parametrize("route", ["chat/completions", "completions", "decisions"])
+    def test_bodies_that_are_none(self, server, route, body):
+        response = httpx.post(f"{server}/v1/{route}", content=body, headers={"Content-Type": "application/json"}, timeout=100)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"]
+
+    @pytest.mark.parametrize("told", [True, False])
+    def test_a_body_that_is_too_large(self, server, told):
+        body = b"x" * 100_000_000
+        try:
+            response = httpx.post(f"{server}/v1/chat/completions", content=body if told else iter([body[:700_000]] * 4),
+                                  headers={"Content-Type": "application/json"}, timeout=100)
+        except httpx.TransportError:  # the rest of it was not read
+            assert told
+        else:
+            assert response.status_code == 413
+            assert "1,000,000" in response.json()["error"]["message"]
+        assert httpx.get(f"{server}/health").json()["status"] == "ok"
+
+    def test_routes(self, server):
+        for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405)):
+            response = httpx.request(method, server + path)
+            assert response.status_code == status
+            assert path in response.json()["error"]["message"]
+
+    @pytest.mark.parametrize(("body", "named"), [
+        ({"suffix": "b", "n": 2}, "n"), ({"suffix": "b", "logprobs": 1}, "logprobs"), ({"instruction": "x"}, "suffix"),
+        ({"prompt": ""}, "prompt"), ({"prompt": [10**9]}, "vocab"), ({"best_of": 3}, "best_of"), ({"prompt": ["a", "b"]}, "prompt"),
+        ({"suffix": "b", "max_tokens": 2, "min_tokens": 5}, "min_tokens"), ({"suffix": "b", "regex": "x{99}"}, "constraint")])
+    def test_completions(self, server, body, named):
+        response = httpx.post(f"{server}/v1/completions", json={"model": "nano", "prompt": "a", **body}, timeout=100)
+        assert response.status_code == 400, response.text
+        assert named in response.json()["error"]["message"]
+
+    @pytest.mark.parametrize(("body", "named"), [
+        ({"questions": []}, "questions"), ({"questions": [{"labels": ["a"]}]}, "label"), ({"questions": [{"labels": ["a", "a"]}]}, "'a'"),
+        ({"questions": [{"labels": ["a", "b"], "scale": [1, 2]}]}, "scale"), ({"questions": [{"scale": [5, 1]}]}, "5"),
+        ({"questions": [{}], "reads": 0}, "reads")])
+    def test_decisions(self, server, body, named):
+        response = httpx.post(f"{server}/v1/decisions", json={"model": "nano", "messages": ADD, **body}, timeout=100)
+        assert response.status_code == 400, response.text
+        assert named in response.json()["error"]["message"]
+
+
+class TestService:
+    def test_health_and_metrics(self, server, chat):
+        chat()
+        health = httpx.get(f"{server}/health").json()
+        assert (health["status"], health["model"]) == ("ok", "nano")
+        text = httpx.get(f"{server}/metrics").text
+        figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(figures['diffgemma_requests_total{route="/v1/chat/completions",status="200"}']) >= 1
+        assert float(figures["diffgemma_completion_tokens_total"]) >= 3
+        assert float(figures["diffgemma_prefix_bytes"]) > 0
+
+    def test_the_page_is_whole(self, server):
+        page = httpx.get(server)
+        assert page.status_code == 200
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        for path in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+            assert httpx.get(f"{server}/{path}").status_code == 200, path
+
+    def test_who_hangs_up_frees_the_row(self, server):
+        asked = {"model": "nano", "messages": STORY, "max_tokens": 4000, "extra_body": None}
+        asked = {"model": "nano", "messages": STORY, "max_tokens": 4000, "regex": "[a-z ]{3000,3500}"}
+        with (httpx.Client(timeout=100) as http, http.stream("POST", f"{server}/v1/chat/completions",
+                                                           json={**asked, "stream": True}) as response):
+            next(response.iter_bytes())
+            assert httpx.get(f"{server}/health").json()["rows"] == 1
+        until(lambda: httpx.get(f"{server}/health").json()["rows"] == 0)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server}/v1/chat/completions", json=asked, timeout=3)
+        until(lambda: httpx.get(f"{server}/health").json()["rows"] == 0)
+
+    def test_names_of_this_machine_only(self, server):
+        assert httpx.get(f"{server}/health", headers={"Host": "evil.example"}).status_code == 400
+        port = server.rsplit(":", 1)[1]
+        assert httpx.get(f"{server}/health", headers={"Host": f"localhost:{port}"}).status_code == 200
+
+    def test_no_other_origins(self, server):
+        answer = httpx.options(f"{server}/v1/chat/completions", headers={"Origin": "http://evil.example",
+                                                                         "Access-Control-Request-Method": "POST"})
+        assert "access-control-allow-origin" not in answer.headers
+
+    def test_the_document_knows_every_field(self, server):
+        document = httpx.get(f"{server}/openapi.json").json()
+        assert set(ChatRequest.model_fields) == set(document["components"]["schemas"]["ChatRequest"]["properties"])
+
+
+def test_keys_origins_limits_and_a_full_queue():
+    options = ["--api-key", "secret", "--allowed-origin", "http://app.example", "--max-prompt-tokens", "30", "--max-batch", "1",
+               "--max-queue", "1", "--grace", "1", "--preset", "fast"]
+    with serving(*options) as (url, process):
+        until(lambda: answers(url))
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=100)
+        for key in ("wrong", "secret2", ""):
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
+        assert httpx.get(f"{url}/v1/models").json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(url).status_code == 200
+        assert client.chat.completions.create(model="nano", messages=ADD).choices[0].message.content == "42"
+        allowed = httpx.options(f"{url}/v1/models", headers={"Origin": "http://app.example", "Access-Control-Request-Method": "GET",
+                                                             "Access-Control-Request-Headers": "Authorization"})
+        assert allowed.headers["access-control-allow-origin"] == "http://app.example"
+        with pytest.raises(openai.BadRequestError, match="30"):
+            client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "word " * 40}])
+        long = {"model": "nano", "messages": ADD, "extra_body": {"regex": "[a-z ]{3000,3500}"}, "stream": True}
+        streams = [client.chat.completions.create(**long) for _ in range(1)]
+        until(lambda: httpx.get(f"{url}/health").json()["rows"] == 1)
+        streams.append(client.chat.completions.create(**long))
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.chat.completions.create(**long)
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        # Told to stop, the server gives up what runs when the grace is over, and its streams say so.
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        for stream in streams:
+            stream.close()
+
+
+def test_an_address_that_is_taken(capfd):
+    from mlx_diffgemma.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mlx-diffgemma", "serve", "--port", str(taken.getsockname()[1])])
+        with pytest.raises(SystemExit) as left:
+            main()
+    assert left.value.code == 2
+    assert "cannot listen" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_eight_at_once_answer_as_alone(client):
+    """More than a hundred requests of mixed lengths; at most one may differ, at a rounding tie."""
+    asked = [dict(messages=[{"role": "user", "content": text}], seed=seed, max_tokens=limit)
+             for seed in range(4) for text, limit in (
+                 *[(f"Add {a} and {b}." + " Please." * (7 * (a % 3)), 64) for a, b in ((12, 30), (7, 5), (44, 13), (81, 9))],
+                 *[(f"Tell me a story about {name}.", 150) for name in ("Leo the owl", "Mia the fox", "Dora the deer")],
+                 *[(f"Sort these numbers: {numbers}", 100) for numbers in ("42 17 91", "5 3 8 1", "77 6")],
+                 *[(f"Turn this into JSON: {text}", 64) for text in ("Anna is 31 years old.", "Ben lives in Rome.")],
+                 *[(f"Say {word}." * repeats, 40) for word, repeats in (("yes", 1), ("no", 60), ("maybe", 200))])]
+    assert len(asked) >= 60
+
+    def one(own):
+        return client.chat.completions.create(model="nano", **own).choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(one, [*asked, *asked]))
+    alone = [one(own) for own in asked]
+    assert len(together) >= 100
+    assert sum(a != b for a, b in zip(together, [*alone, *alone])) <= 1
+
+
+def answers(url):
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.05)
