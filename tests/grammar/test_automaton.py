@@ -87,7 +87,7 @@ def texts(language, most=5):
 
 
 class TestCompile:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(LANGUAGES)
     def test_smallest_automaton_of_just_these_texts(self, language):
         expected = texts(language)

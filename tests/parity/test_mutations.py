@@ -83,7 +83,7 @@ def test_frozen_positions_are_noticed(tmp_path, monkeypatch):
     """Positions accepted once keep their token, in place of being drawn or renoised anew."""
     folder = make_checkpoint(tmp_path, calm=False)
     loaded = load_model(folder, "float32")
-    sides = loaded, Reference(folder), default_prompts(loaded, 3)
+    sides = loaded, Reference(folder), default_prompts(loaded, 2)
     assert compare_trajectories(*sides, "plain").ok
     sample, frozen = policy.sample_step, {}
 

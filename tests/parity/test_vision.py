@@ -49,7 +49,7 @@ def groups(model, sizes, budget):
 @pytest.mark.parametrize(("shape", "vision"), few(
     [("five-and-one", "plain"), ("five-and-one", "released-heads"), ("odd-heads", "clipped"), ("full-only", "plain"),
      ("wide-window", "clipped"), ("wide-window", "released-heads")],
-    ("odd-heads", "clipped"), ("five-and-one", "released-heads")))
+    ("odd-heads", "clipped")))
 def test_every_stage(shape, vision, tmp_path):
     folder = make_checkpoint(tmp_path, shape, vision=vision)
     model, reference = load_model(folder, "float32"), Reference(folder)
