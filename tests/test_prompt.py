@@ -338,7 +338,7 @@ class TestFrontEnds:
             held.append(len(made))
             return images
 
-        for mode in ({"max_denoising_steps": 2}, {"mode": "ar"}):
+        for mode in ({"max_denoising_steps": 2, "canvas_length": 8}, {"mode": "ar"}):
             options = dict(images=sources, seeds=range(6), max_tokens=8, **mode)
             whole = batch_generate(model, tokenizer, prompts, batch_size=6, **options)
             monkeypatch.setattr(generate_module, "prepare_media", spy)
