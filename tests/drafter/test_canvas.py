@@ -457,15 +457,16 @@ def test_rules_from_text():
 def test_a_batch_is_as_alone_also_beside_undrafted_ones(nano_pair):
     model, _ = nano_pair
     prompts = nano_prompts(4)
+    base = base_of(model, max_steps=6, entropy_bound=20.0)  # so that what is drawn shows
     rules = DraftRules(gate=0.5, handoff=True, watchdog=3)
-    policy = random_drafter(model, head_size=200).canvas(model, base_of(model, max_steps=6), rules)
+    policy = random_drafter(model, head_size=200).canvas(model, base, rules)
     alone, alone_steps = run(model, prompts, policy, together=False)
     together, steps = run(model, prompts, policy)
     assert answers(alone) == answers(together)
     assert numbers(alone_steps) == numbers(steps)
     assert sum(c.proposed for s in alone for c in s.canvases) > 0
     assert len({len(own) for own in steps}) > 1, "rows leave the batch at different steps"
-    mixed = [Session(model, ids, policy if i % 2 else base_of(model, max_steps=6), Draws(i, 1024),
+    mixed = [Session(model, ids, policy if i % 2 else base, Draws(i, 1024),
                      model.config.generation.eos_token_ids, 256) for i, ids in enumerate(prompts)]
     loop = Loop(model, mixed)
     while loop.active:
