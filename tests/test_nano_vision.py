@@ -97,6 +97,7 @@ def test_the_picture_decides(sighted):
     assert answers[0].text != answers[1].text
 
 
+@pytest.mark.slow
 def test_parity(sighted):
     """Trained weights, stage by stage against transformers, on noise.
 
