@@ -179,7 +179,8 @@ class TestGenerate:
     @pytest.mark.parametrize("limit", [8, 16])
     def test_a_text_that_could_go_on_but_fills_the_limit_is_whole(self, nano_pair, limit):
         """Also where the limit is the end of a canvas, on which no end token follows."""
-        [response] = batch_generate(*nano_pair, ["Hello."], seed=0, regex=f"(?:[0-9]{{{limit}}})+", max_tokens=limit, canvas_length=8, **FEW)
+        [response] = batch_generate(*nano_pair, ["Hello."], seed=0, regex=f"(?:[0-9]{{{limit}}})+", max_tokens=limit,
+                                    canvas_length=8, **FEW)
         assert (len(response.text), len(response.tokens), response.finish_reason) == (limit, limit, "stop")
 
     def test_a_begin_that_is_given(self, nano_pair):

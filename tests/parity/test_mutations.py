@@ -65,7 +65,7 @@ MUTATIONS = [shared_layer_scalar, normed_router_input, no_value_norm, whole_wind
 def sides(tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     loaded = load_model(folder, "float32")
-    return loaded, Reference(folder), default_prompts(loaded, 3)
+    return loaded, Reference(folder), default_prompts(loaded, 2)
 
 
 def test_unbroken_code_passes(sides):
