@@ -63,7 +63,7 @@ def test_every_budget(budget, tmp_path):
     small = VISIONS["plain"] | dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     folder = make_checkpoint(tmp_path, vision=small)
     model, reference = load_model(folder, "float32"), Reference(folder)
-    for stage in compare_images(model, reference, groups(model, ((500, 400), (60, 900)), budget)):
+    for stage in compare_images(model, reference, groups(model, ((500, 400), (60, 900))[: 1 if budget == 1120 else 2], budget)):
         assert stage.ok, stage
 
 
