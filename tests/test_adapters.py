@@ -111,7 +111,7 @@ class TestPrepare:
                 prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": [key]}))
 
 
-@pytest.mark.parametrize("kind", few(["lora", "dora", "full", "experts"], "dora", "experts"))
+@pytest.mark.parametrize("kind", few(["lora", "dora", "full", "experts"], "experts"))
 def test_saved_and_loaded_is_the_same(divisible_folder, tmp_path, kind):
     options = AdapterOptions("lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts")
     before = outputs(load_model(divisible_folder))

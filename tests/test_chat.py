@@ -76,9 +76,10 @@ def test_what_a_second_turn_encodes_past_the_window(nano_pair, monkeypatch, thin
 
 
 def test_an_answer_that_is_broken_off(nano_pair):
-    chat = Chat(*nano_pair, seed=5)
+    chat = Chat(*nano_pair, seed=5, max_denoising_steps=2)
     answer = chat.send("Tell me a story about Leo the owl and a map.")
     first = next(answer)
+    assert first.finish_reason is None, "there is more to come"
     answer.close()
     assert [m["content"] for m in chat.messages][1:] == [first.text]
     before = list(chat.messages)

@@ -54,7 +54,8 @@ class TestGenerate:
     def test_figures_count_the_soft_tokens(self, monkeypatch, capsys, folder):
         counts = []
         for tokens in ("70", "280"):
-            _, out, _ = ask(monkeypatch, capsys, "--image", str(folder / "circle.png"), "--image-tokens", tokens, "--json")
+            _, out, _ = ask(monkeypatch, capsys, "--image", str(folder / "circle.png"), "--image-tokens", tokens, "--json",
+                            "--max-denoising-steps", "1")
             counts.append(json.loads(out.splitlines()[-1])["prompt_tokens"])
         assert counts[1] - counts[0] == 16 * 16 - 8 * 8
 
@@ -110,7 +111,7 @@ class TestChat:
         lines, counts = f"/image {folder / 'circle.png'}\n{QUESTION}\n/stats\n", []
         for tokens in ("70", "280"):
             _, _, err = run(monkeypatch, capsys, "chat", "--model", nano.VISION, "--seed", "0", "--image-tokens", tokens, "-m", "8",
-                            stdin=lines)
+                            "--max-denoising-steps", "1", stdin=lines)
             counts.append(int(re.search(r"(\d+) encoded", err)[1]))
         assert counts[1] - counts[0] == 16 * 16 - 8 * 8
 

@@ -27,16 +27,18 @@ def packed_folder(divisible_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapters(divisible_folder, packed_folder, tmp_path_factory):
-    """Adapters by (base, kind)."""
-    made = {}
-    for base, kind in ((divisible_folder, "dora"), (divisible_folder, "full"), (divisible_folder, "experts"),
-                       (packed_folder, "experts")):
-        model = trained(load_model(base), options_of(kind))
-        folder = tmp_path_factory.mktemp(kind) / "adapters"
-        save(model, options_of(kind), folder)
-        made[base, kind] = folder
-    return made
+def adapters(tmp_path_factory):
+    """Adapters by (base, kind), trained when they are first asked for."""
+    class Made(dict):
+        def __missing__(self, key):
+            base, kind = key
+            model = trained(load_model(base), options_of(kind), iters=2, rate=1.5e-2)
+            folder = tmp_path_factory.mktemp(kind) / "adapters"
+            save(model, options_of(kind), folder)
+            self[key] = folder
+            return folder
+
+    return Made()
 
 
 def with_adapter(base, adapter):

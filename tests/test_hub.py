@@ -119,6 +119,7 @@ def test_interrupted_download_goes_on(server):
     assert downloaded.read_bytes() == (nano.FOLDER / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_run_is_refused_before_its_weights_are_fetched(server, tmp_path):
     handler, endpoint, home = server
     handler.root = tmp_path / "quantised"
@@ -143,7 +144,7 @@ def test_a_dry_run_fetches_headers_only(server):
 
 @pytest.mark.parametrize(("options", "message"), [
     pytest.param(["-d"], "is not quantised; leave -d out", marks=pytest.mark.slow),
-    (["-q", "--q-group-size", "128"], "which groups of 128 do not divide"),
+    pytest.param(["-q", "--q-group-size", "128"], "which groups of 128 do not divide", marks=pytest.mark.slow),
     pytest.param(["-q", "--mlx-path", "."], "exists already", marks=pytest.mark.slow)])
 def test_what_headers_tell_is_refused_before_the_download(server, options, message):
     _, endpoint, home = server
@@ -168,6 +169,7 @@ def test_convert_from_the_hub(server, tmp_path):
     assert f"base_model: {REPO}" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_is_converted_for_an_upload_that_nobody_may_make(server, tmp_path):
     _, endpoint, home = server
     out = command(endpoint, home, "convert", "--hf-path", "nano", "-q", "--mlx-path", str(tmp_path / "out"), "--upload-repo", REPO)

@@ -75,13 +75,15 @@ class TestWhatComesBack:
         assert found.text.startswith("<turn|> a")
         assert found.text.endswith(" <|turn>b<eos>")
 
-    @pytest.mark.parametrize("cases", [12, pytest.param(500, marks=pytest.mark.slow)])
-    def test_byte_for_byte(self, nano_pair, cases):
-        rng = random.Random(0)
+    @pytest.mark.parametrize(("pair", "cases"), [
+        ("random_pair", 40), pytest.param("random_pair", 500, marks=pytest.mark.slow),
+        pytest.param("nano_pair", 40, marks=pytest.mark.slow)])
+    def test_byte_for_byte(self, request, pair, cases):
+        rng, model_and_tokenizer = random.Random(0), request.getfixturevalue(pair)
         letters = "ab \t\r\n{}\"'<|>é\u0301ßñ漢字😀👩\u200d🚀עربي\u202e\ufeff\u0000"
         texts = [tuple("".join(rng.choices(letters, k=rng.choice((0, 1, 5, 40)))) for _ in range(rng.randint(2, 4)))
                  for _ in range(cases)]
-        found = batch_infill(*nano_pair, texts, hole=Hole(2), seeds=range(cases), max_denoising_steps=1, batch_size=16)
+        found = batch_infill(*model_and_tokenizer, texts, hole=Hole(2), seeds=range(cases), max_denoising_steps=1, batch_size=16)
         for parts, one in zip(texts, found, strict=True):
             pieces = [piece for part, fill in zip(parts, [*one.fills, None]) for piece in (part, fill.text if fill else "")]
             assert one.text.encode() == "".join(pieces).encode()
@@ -93,16 +95,18 @@ class TestLengths:
     TEXT = "Mia was a red <|hole:1-4|>. Mia lived near the river."
 
     def test_the_best_score_wins(self, nano_pair):
-        fill = infill(*nano_pair, self.TEXT, STORY, seed=0).fills[0]
+        fill = infill(*nano_pair, self.TEXT, STORY, seed=0, **FEW).fills[0]
         assert fill.text == "fox"
         assert [one.length for one in fill.candidates] == [1, 2, 3, 4]
         assert max(fill.candidates, key=lambda one: one.score).text == "fox"
 
-    def test_each_length_as_if_it_were_given(self, nano_pair):
+    def test_each_length_as_if_it_were_given(self, random_pair):
         """Side by side as alone, and none sees another's prefix."""
-        candidates = infill(*nano_pair, self.TEXT, STORY, seed=0, **FEW).fills[0].candidates
+        text = "Mia was a <|hole:1-4|>."  # all of it on a canvas, whichever length
+        candidates = infill(*random_pair, text, STORY, seed=0, **FEW).fills[0].candidates
+        assert len({one.text for one in candidates}) == 4
         for one in candidates:
-            alone = infill(*nano_pair, self.TEXT.replace("1-4", str(one.length)), STORY, seed=0, **FEW).fills[0]
+            alone = infill(*random_pair, text.replace("1-4", str(one.length)), STORY, seed=0, **FEW).fills[0]
             assert (alone.text, alone.converged) == (one.text, one.converged)
 
     @pytest.mark.parametrize("text", [TEXT, "<|hole:1-2|> was a red fox."])
@@ -136,7 +140,7 @@ class TestLengths:
         assert rounds == 3
 
     def test_holes_of_unknown_length_one_after_the_other(self, nano_pair):
-        found = infill(*nano_pair, '{"name": "<|hole:1-3|>", "age": <|hole:1-3|>, "city": "Paris"}', PROMPT, seed=0)
+        found = infill(*nano_pair, '{"name": "<|hole:1-3|>", "age": <|hole:1-3|>, "city": "Paris"}', PROMPT, seed=0, **FEW)
         assert found.text == '{"name": "Anna", "age": 31, "city": "Paris"}'
         assert [len(fill.candidates) for fill in found.fills] == [3, 3]
 
@@ -149,7 +153,7 @@ class TestConstraints:
 
     def test_each_hole_its_own(self, nano_pair):
         holes = (Hole(3, choices=["31", "13"]), Hole((2, 6), json_schema={"enum": ["Paris", "Rome"]}))
-        found = infill(*nano_pair, ('{"name": "Anna", "age": ', ', "city": ', "}"), PROMPT, hole=holes, seed=0)
+        found = infill(*nano_pair, ('{"name": "Anna", "age": ', ', "city": ', "}"), PROMPT, hole=holes, seed=0, **FEW)
         assert found.text == '{"name": "Anna", "age": 31, "city": "Paris"}'
 
     def test_whatever_the_model_thinks(self, nano_pair):
@@ -178,13 +182,13 @@ class TestLongTexts:
     def test_holes_far_apart(self, nano_pair):
         """The second canvas goes on from the cache of the first; a hole at the border comes whole onto the next."""
         text = f"Mia was a red <|hole:1|>. {self.BEFORE}Mia was a red <|hole:1|>. Mia lived near the river."
-        found = infill(*nano_pair, text, STORY, seed=0)
+        found = infill(*nano_pair, text, STORY, seed=0, **FEW)
         assert [len(fill.tokens) for fill in found.fills] == [1, 1]
         assert found.fills[0].text == "fox"
         assert all(fill.steps for fill in found.fills)
         size_of_canvas = nano_pair[0].config.canvas_length
         part = " and the" * (size_of_canvas - 3)
-        border = infill(*nano_pair, f"Mia<|hole:1|>{part}<|hole:4|> river.", STORY, seed=0, max_denoising_steps=2)
+        border = infill(*nano_pair, f"Mia<|hole:1|>{part}<|hole:4|> river.", STORY, seed=0, max_denoising_steps=1)
         assert [len(fill.tokens) for fill in border.fills] == [1, 4]
         assert border.fills[1].steps
 
@@ -198,13 +202,16 @@ class TestLongTexts:
         assert len(pins) == 2
         assert [own[-1] != FREE for own in pins] == [True, True]
 
-    def test_longer_than_a_canvas(self, nano_pair):
-        found = infill(*nano_pair, "Mia was a red fox.<|hole:100|> Mia was never lonely again.", STORY, seed=0, **FEW)
-        assert len(found.fills[0].tokens) == 100
+    def test_longer_than_a_canvas(self, either_pair):
+        length = either_pair[0].config.canvas_length
+        found = infill(*either_pair, f"Mia was a red fox.<|hole:{length + 9}|> Mia was never lonely again.", STORY, seed=0, **FEW)
+        assert len(found.fills[0].tokens) == length + 9
         assert found.text.endswith(" Mia was never lonely again.")
-        candidates = infill(*nano_pair, "Mia was<|hole:65-67|> again.", STORY, seed=0, **FEW).fills[0].candidates
+        text = f"Mia was<|hole:{length + 1}-{length + 3}|> again."
+        candidates = infill(*either_pair, text, STORY, seed=0, **FEW).fills[0].candidates
+        assert len(candidates) == 3
         for one in candidates:  # each with a first canvas of its own in the cache
-            assert infill(*nano_pair, f"Mia was<|hole:{one.length}|> again.", STORY, seed=0, **FEW).fills[0].text == one.text
+            assert infill(*either_pair, f"Mia was<|hole:{one.length}|> again.", STORY, seed=0, **FEW).fills[0].text == one.text
 
     def test_the_cache_of_the_prefix_changes_nothing(self, nano_pair):
         """Filled one after the other, as a text that has the first fill in it already."""
@@ -218,18 +225,18 @@ class TestTogether:
     TEXTS = (JSON, "Mia was a red <|hole:1-3|>. Mia lived near the <|hole:1|>.", "Once there was a <|hole:2|> named Mia.")
     PROMPTS = (PROMPT, STORY, STORY)
 
-    def test_in_a_batch_as_alone(self, nano_pair):
-        together = batch_infill(*nano_pair, self.TEXTS, self.PROMPTS, seeds=[3, 4, 5], batch_size=3, **FEW)
+    def test_in_a_batch_as_alone(self, either_pair):
+        together = batch_infill(*either_pair, self.TEXTS, self.PROMPTS, seeds=[3, 4, 5], batch_size=3, **FEW)
         for text, prompt, seed, one in zip(self.TEXTS, self.PROMPTS, (3, 4, 5), together, strict=True):
-            alone = infill(*nano_pair, text, prompt, seed=seed, batch_size=1, **FEW)
+            alone = infill(*either_pair, text, prompt, seed=seed, batch_size=1, **FEW)
             assert [fill.tokens for fill in alone.fills] == [fill.tokens for fill in one.fills]
             assert alone.text == one.text
 
-    def test_a_stream_gives_each_fill_when_it_is_known(self, nano_pair):
-        fills = list(stream_infill(*nano_pair, self.TEXTS[1], STORY, seed=4, **FEW))
-        assert fills == list(infill(*nano_pair, self.TEXTS[1], STORY, seed=4, **FEW).fills)
+    def test_a_stream_gives_each_fill_when_it_is_known(self, random_pair):
+        fills = list(stream_infill(*random_pair, self.TEXTS[1], STORY, seed=4, **FEW))
+        assert fills == list(infill(*random_pair, self.TEXTS[1], STORY, seed=4, **FEW).fills)
         told = []
-        batch_infill(*nano_pair, self.TEXTS, self.PROMPTS, seed=3, **FEW,
+        batch_infill(*random_pair, self.TEXTS, self.PROMPTS, seed=3, **FEW,
                      on_fill=lambda index, fill: told.append((index, fill.hole)))
         assert sorted(told) == [(0, 0), (1, 0), (1, 1), (2, 0)]
 

@@ -17,11 +17,11 @@ from tests.test_cli import run
 from tests.variants import few
 
 RNG = np.random.default_rng(5)
-LONG = RNG.integers(20, 1000, 150).tolist()  # beyond the window of 64
+LONG = RNG.integers(20, 1000, 150).tolist()  # beyond the windows of nano and of random weights
 
 
-def turn(pair, ids, cache=None, **options):
-    responses = list(stream_generate(*pair, ids, seed=3, prompt_cache=cache, **options))
+def turn(pair, ids, cache=None, max_denoising_steps=3, **options):
+    responses = list(stream_generate(*pair, ids, seed=3, prompt_cache=cache, max_denoising_steps=max_denoising_steps, **options))
     return [token for response in responses for token in response.tokens]
 
 
@@ -54,27 +54,27 @@ class TestReuse:
         assert rows == [len(first), len(second) - len(first)]
         assert with_cache == turn(nano_pair, second)
 
-    def test_a_thought_that_the_history_drops(self, nano_pair, monkeypatch):
+    def test_a_thought_that_the_history_drops(self, random_pair, monkeypatch):
         """The common prefix ends where the thought began, so the last snapshot before it counts."""
-        model, _ = nano_pair
+        model, _ = random_pair
         cache, thought = PromptCache(model), LONG[100:120]
-        turn(nano_pair, LONG[:90], cache, max_tokens=64)
-        turn(nano_pair, LONG[:90] + LONG[90:100] + thought, cache, max_tokens=64)
+        turn(random_pair, LONG[:90], cache, max_tokens=16)
+        turn(random_pair, LONG[:90] + LONG[90:100] + thought, cache, max_tokens=16)
         assert cache.reused == 90
-        turn(nano_pair, LONG[:100] + LONG[130:], cache, max_tokens=64)
+        turn(random_pair, LONG[:100] + LONG[130:], cache, max_tokens=16)
         assert (cache.reused, cache.encoded) == (90, 30)
 
     @pytest.mark.parametrize("shared", few([0, 30, 90, 140], 30, 140))
-    def test_identical_past_the_window(self, nano_pair, shared):
-        cache = PromptCache(nano_pair[0])
+    def test_identical_past_the_window(self, random_pair, shared):
+        cache = PromptCache(random_pair[0])
         for start in range(0, shared, 30):
-            turn(nano_pair, LONG[: start + 30], cache, max_tokens=64, max_denoising_steps=3)
-        ours = turn(nano_pair, LONG, cache, max_denoising_steps=5, max_tokens=128)
+            turn(random_pair, LONG[: start + 30], cache, max_tokens=16, max_denoising_steps=1)
+        ours = turn(random_pair, LONG, cache, max_denoising_steps=2, max_tokens=32)
         assert cache.reused == shared // 30 * 30 + (30 if shared % 30 else 0)
-        assert ours == turn(nano_pair, LONG, max_denoising_steps=5, max_tokens=128)
+        assert ours == turn(random_pair, LONG, max_denoising_steps=2, max_tokens=32)
 
-    def test_committed_canvases_are_snapshots(self, nano_pair):
-        model, _ = nano_pair
+    def test_committed_canvases_are_snapshots(self, random_pair):
+        model, _ = random_pair
         cache, policy = PromptCache(model), ReferencePolicy.from_config(replace(model.config.generation, max_denoising_steps=2))
 
         def tokens(ids, length, cache=None):
@@ -85,59 +85,59 @@ class TestReuse:
                 loop.advance()
             return [token for canvas in session.canvases for token in canvas.tokens.tolist()]
 
-        answer = tokens(LONG, 192, cache)
-        assert [s.length for s in cache.snapshots] == [150, 214, 278], "the last canvas is not encoded"
+        answer = tokens(LONG, 48, cache)
+        assert [s.length for s in cache.snapshots] == [150, 166, 182], "the last canvas is not encoded"
         again = LONG + answer + LONG[:9]
-        ours = tokens(again, 64, cache)
-        assert (cache.reused, cache.encoded) == (278, 64 + 9)
-        assert ours == tokens(again, 64)
+        ours = tokens(again, 16, cache)
+        assert (cache.reused, cache.encoded) == (182, 16 + 9)
+        assert ours == tokens(again, 16)
 
-    def test_the_last_token_may_be_the_one_that_differs(self, nano_pair):
-        cache = PromptCache(nano_pair[0])
-        turn(nano_pair, LONG, cache, max_tokens=64)
+    def test_the_last_token_may_be_the_one_that_differs(self, random_pair):
+        cache = PromptCache(random_pair[0])
+        turn(random_pair, LONG, cache, max_tokens=16)
         other = [*LONG[:-1], LONG[-1] + 1]
-        assert turn(nano_pair, other, cache, max_tokens=64) == turn(nano_pair, other, max_tokens=64)
+        assert turn(random_pair, other, cache, max_tokens=16) == turn(random_pair, other, max_tokens=16)
         assert cache.reused == 0
 
-    def test_the_same_prompt_again_encodes_nothing(self, nano_pair):
-        cache = PromptCache(nano_pair[0])
-        first = turn(nano_pair, LONG, cache, max_tokens=64)
-        assert turn(nano_pair, LONG, cache, max_tokens=64) == first
+    def test_the_same_prompt_again_encodes_nothing(self, random_pair):
+        cache = PromptCache(random_pair[0])
+        first = turn(random_pair, LONG, cache, max_tokens=16)
+        assert turn(random_pair, LONG, cache, max_tokens=16) == first
         assert (cache.reused, cache.encoded) == (150, 0)
 
-    def test_never_a_single_token(self, nano_pair):
-        cache = PromptCache(nano_pair[0])
+    def test_never_a_single_token(self, random_pair):
+        cache = PromptCache(random_pair[0])
         for end in (100, 120):
-            turn(nano_pair, LONG[:end], cache, max_tokens=64)
-        turn(nano_pair, LONG[:121], cache, max_tokens=64)
+            turn(random_pair, LONG[:end], cache, max_tokens=16)
+        turn(random_pair, LONG[:121], cache, max_tokens=16)
         assert (cache.reused, cache.encoded) == (100, 21)
 
-    def test_an_answer_that_was_broken_off(self, nano_pair):
-        cache = PromptCache(nano_pair[0])
-        stream = stream_generate(*nano_pair, LONG, seed=3, prompt_cache=cache, max_denoising_steps=2, max_tokens=192)
+    def test_an_answer_that_was_broken_off(self, random_pair):
+        cache = PromptCache(random_pair[0])
+        stream = stream_generate(*random_pair, LONG, seed=3, prompt_cache=cache, max_denoising_steps=2, max_tokens=48)
         next(stream)
         stream.close()
-        ours = turn(nano_pair, LONG + LONG[:20], cache, max_tokens=64)
+        ours = turn(random_pair, LONG + LONG[:20], cache, max_tokens=16)
         assert cache.reused == 150
-        assert ours == turn(nano_pair, LONG + LONG[:20], max_tokens=64)
+        assert ours == turn(random_pair, LONG + LONG[:20], max_tokens=16)
 
-    def test_the_budget(self, nano_pair):
-        cache = PromptCache(nano_pair[0], budget=0)
+    def test_the_budget(self, random_pair):
+        cache = PromptCache(random_pair[0], budget=0)
         for end in (80, 100, 120):
-            turn(nano_pair, LONG[:end], cache, max_tokens=64)
+            turn(random_pair, LONG[:end], cache, max_tokens=16)
         assert [s.length for s in cache.snapshots] == [120]
 
 
 class TestFile:
-    def test_goes_on_in_another_process(self, nano_pair, tmp_path):
-        model, tokenizer = nano_pair
+    def test_goes_on_in_another_process(self, random_pair, tmp_path):
+        model, tokenizer = random_pair
         cache = PromptCache(model)
-        turn(nano_pair, LONG[:90], cache, max_tokens=64)
+        turn(random_pair, LONG[:90], cache, max_tokens=16)
         cache.save(tmp_path / "c.safetensors", tokenizer)
         loaded = PromptCache.load(tmp_path / "c.safetensors", model, tokenizer)
-        ours = turn(nano_pair, LONG, loaded, max_tokens=64)
+        ours = turn(random_pair, LONG, loaded, max_tokens=16)
         assert (loaded.reused, loaded.encoded) == (90, 60)
-        assert ours == turn(nano_pair, LONG, max_tokens=64)
+        assert ours == turn(random_pair, LONG, max_tokens=16)
 
     def test_refusals(self, nano_pair, tmp_path, tiny):
         model, tokenizer = nano_pair

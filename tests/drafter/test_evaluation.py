@@ -97,7 +97,8 @@ def test_answers_are_scored_and_kept_whole(nano_pair):
     model, tokenizer = nano_pair
     (task,) = tasks_named("story")
     (question,) = task.questions(1)
-    (found,) = answer(model, tokenizer, [question], base_of(model), 0, 256)
+    (found,) = answer(model, tokenizer, [question], base_of(model, max_steps=12), 0, 256)
+    assert len(found.canvases) > 1
     assert (len(found.canvases), found.commits) == (len(found.committed), len(found.committed) - 1)
     assert all(canvas.size == 64 for canvas in found.committed)
     assert found.score > 0.5

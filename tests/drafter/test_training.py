@@ -26,7 +26,7 @@ from tests.test_cli import run as run_command
 
 
 def policy_of(model):
-    return ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6, max_steps=10)
+    return ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6, max_steps=4)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,11 @@ def compiled(pattern):
     return compile_language(regex.parse(pattern))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(EXPRESSIONS, st.lists(st.text(ALPHABET, max_size=5), min_size=10, max_size=10), st.integers(0, 2**32))
-def test_language_is_that_of_fullmatch(pattern, texts, seed):
+SOUND = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+CASES = given(EXPRESSIONS, st.lists(st.text(ALPHABET, max_size=5), min_size=10, max_size=10), st.integers(0, 2**32))
+
+
+def check(pattern, texts, seed):
     """On random texts, on texts of the automaton, and on these with one character changed."""
     with warnings.catch_warnings(record=True):
         try:
@@ -39,6 +41,19 @@ def test_language_is_that_of_fullmatch(pattern, texts, seed):
         texts += [own[:place] + rng.choice(list(ALPHABET)) + own[place + rng.integers(0, 2) :], own.swapcase(), own + "\n"]
     for text in texts:
         assert automaton.accepts(text.encode()) == bool(expected.fullmatch(text)), text
+
+
+@SOUND
+@CASES
+def test_language_is_that_of_fullmatch(pattern, texts, seed):
+    check(pattern, texts, seed)
+
+
+@pytest.mark.slow
+@settings(SOUND, max_examples=1000)
+@CASES
+def test_language_is_that_of_fullmatch_at_length(pattern, texts, seed):
+    check(pattern, texts, seed)
 
 
 @pytest.mark.parametrize("pattern",

@@ -16,7 +16,7 @@ from mlx_diffgemma.grammar.automaton import compile_language
 from tests.grammar.strategies import READ, bounded, cases, compact, plain, valid
 from tests.grammar.walks import walk
 
-SOUND = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+SOUND = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def compiled(schema):
@@ -41,14 +41,14 @@ def test_texts_are_valid_and_normal_forms_are_texts(case, seed):
 
 
 @pytest.mark.slow
-@settings(SOUND, max_examples=2000)
+@settings(SOUND, max_examples=1500)
 @given(cases(), st.integers(0, 2**32))
 def test_texts_are_valid_and_normal_forms_are_texts_at_length(case, seed):
     check(*case, seed)
 
 
 class TestNumbers:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(bounded(False), st.lists(st.tuples(st.integers(-2, 2), st.integers(0, 6)), max_size=6), st.integers(-10**8, 10**8))
     def test_decimals_are_accepted_where_valid(self, case, near, other):
         """Around the bounds, and anywhere."""
@@ -59,7 +59,7 @@ class TestNumbers:
             if value == round(value, 6):
                 assert automaton.accepts(plain(value).encode()) == valid(schema, float(value)), value
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(bounded(True), st.lists(st.integers(-5000, 5000), max_size=10))
     def test_whole_numbers_are_accepted_where_valid(self, case, others):
         schema, _ = case

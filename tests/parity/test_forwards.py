@@ -14,7 +14,7 @@ from tests.checkpoints import SHAPES, make_checkpoint
 def test_random_checkpoint(shape, tmp_path):
     folder = make_checkpoint(tmp_path, shape)
     model, reference = load_model(folder, "float32"), Reference(folder)
-    prompts = default_prompts(model, 4)
+    prompts = default_prompts(model, 3)
     window = SHAPES[shape]["window"]
     assert min(map(len, prompts)) < window, "a prompt shorter than the window"
     assert max(map(len, prompts)) > window, "a prompt longer than the window"
@@ -26,7 +26,7 @@ def test_random_checkpoint(shape, tmp_path):
 
 def test_nano():
     model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
-    for stage in compare_forwards(model, reference, default_prompts(model, 4)):
+    for stage in compare_forwards(model, reference, default_prompts(model, 3)):
         assert stage.ok, stage
 
 

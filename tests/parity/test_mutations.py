@@ -65,7 +65,7 @@ MUTATIONS = [shared_layer_scalar, normed_router_input, no_value_norm, whole_wind
 def sides(tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     loaded = load_model(folder, "float32")
-    return loaded, Reference(folder), default_prompts(loaded, 3)
+    return loaded, Reference(folder), default_prompts(loaded, 2)
 
 
 def test_unbroken_code_passes(sides):
@@ -83,7 +83,7 @@ def test_frozen_positions_are_noticed(tmp_path, monkeypatch):
     """Positions accepted once keep their token, in place of being drawn or renoised anew."""
     folder = make_checkpoint(tmp_path, calm=False)
     loaded = load_model(folder, "float32")
-    sides = loaded, Reference(folder), default_prompts(loaded, 3)
+    sides = loaded, Reference(folder), default_prompts(loaded, 2)
     assert compare_trajectories(*sides, "plain").ok
     sample, frozen = policy.sample_step, {}
 

@@ -22,7 +22,7 @@ def noise(rng, width, height, mode="RGB"):
     return pillow.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 
 
-@pytest.mark.parametrize("number", range(60))
+@pytest.mark.parametrize("number", few(range(60), *range(20)))
 def test_processor(number):
     rng = np.random.default_rng(number)
     width, height = EXTREME[number] if number < len(EXTREME) else (int(2 ** rng.uniform(0, 10.5)) for _ in range(2))
@@ -49,7 +49,7 @@ def groups(model, sizes, budget):
 @pytest.mark.parametrize(("shape", "vision"), few(
     [("five-and-one", "plain"), ("five-and-one", "released-heads"), ("odd-heads", "clipped"), ("full-only", "plain"),
      ("wide-window", "clipped"), ("wide-window", "released-heads")],
-    ("odd-heads", "clipped"), ("five-and-one", "released-heads")))
+    ("odd-heads", "clipped")))
 def test_every_stage(shape, vision, tmp_path):
     folder = make_checkpoint(tmp_path, shape, vision=vision)
     model, reference = load_model(folder, "float32"), Reference(folder)
@@ -63,7 +63,7 @@ def test_every_budget(budget, tmp_path):
     small = VISIONS["plain"] | dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     folder = make_checkpoint(tmp_path, vision=small)
     model, reference = load_model(folder, "float32"), Reference(folder)
-    for stage in compare_images(model, reference, groups(model, ((500, 400), (60, 900)), budget)):
+    for stage in compare_images(model, reference, groups(model, ((500, 400), (60, 900))[: 1 if budget == 1120 else 2], budget)):
         assert stage.ok, stage
 
 
