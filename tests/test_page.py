@@ -250,6 +250,7 @@ class TestChat:
         assert page.locator(".model .text").is_visible()
         assert page.locator(".stage").is_hidden()
         assert all(url.startswith(stub.url) for url in watched.requests), watched.requests
+        assert page.locator(".problem").count() == 0
 
     def test_the_request_settings_and_history(self, watched, stub):
         stub.pause = 0
@@ -260,6 +261,7 @@ class TestChat:
         assert stub.asked[0][1] == {"model": "nano", "messages": [{"role": "user", "content": "one"}], "stream": True,
                                     "stream_options": {"include_usage": True, "include_drafts": True}}
         assert "Authorization" not in stub.asked[0][0]
+        assert page.locator(".problem").count() == 0
         page.get_by_role("button", name="Settings").click()
         for name, value in (("System prompt", "Be brief."), ("Temperature", "0.5"), ("Seed", "0"), ("Max tokens", "90"),
                             ("API key, if the server wants one", "sesame")):
@@ -311,7 +313,9 @@ class TestChat:
         ask(page, "hello")
         page.get_by_text("fresh").wait_for()
         assert stub.asked[1][1]["messages"] == [{"role": "user", "content": "hello"}]
+        page.locator(".foot").wait_for()
         assert page.locator(".turn").count() == 2
+        assert page.locator("#announce").text_content() == "fresh"
 
     def test_refusals_are_shown_and_the_message_is_given_back(self, watched, stub):
         stub.answers = [(400, {"message": "max_tokens 9,000 does not fit.", "type": "invalid_request_error", "param": "max_tokens",
@@ -320,7 +324,7 @@ class TestChat:
         page = visit(watched, stub)
         ask(page, "one")
         page.get_by_role("alert").wait_for()
-        assert page.get_by_role("alert").inner_text() == "max_tokens 9,000 does not fit. (400)."
+        assert page.get_by_role("alert").inner_text() == "HTTP 400: max_tokens 9,000 does not fit."
         assert page.get_by_label("Message").input_value() == "one"
         page.keyboard.press("Enter")
         page.get_by_role("alert").nth(1).wait_for()
