@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import shutil
-import time
+import threading
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,17 +22,42 @@ BANDS = ("certain", "sure", "likely", "unsure", "guessing")
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def playwright():
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright, opened(playwright, tmp_path_factory.mktemp("profile"), accept_downloads=True) as context:
+    with sync_playwright() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser(playwright, tmp_path_factory):
+    with opened(playwright, tmp_path_factory.mktemp("profile"), accept_downloads=True) as context:
         context.set_default_timeout(15000)
+        yield context
+
+
+@pytest.fixture(scope="module")
+def timed_browser(playwright, tmp_path_factory):
+    """One whose clock the tests turn, in all its tabs."""
+    with opened(playwright, tmp_path_factory.mktemp("timed")) as context:
+        context.set_default_timeout(15000)
+        context.clock.install(time=0)
+        context.clock.pause_at(1000)
         yield context
 
 
 @pytest.fixture
 def watched(browser):
     """A fresh tab; in the end it must have complained of nothing."""
+    yield from tab_of(browser)
+
+
+@pytest.fixture
+def timed(timed_browser):
+    yield from tab_of(timed_browser)
+
+
+def tab_of(browser):
     found = Watched(browser)
     yield found
     found.page.close()
@@ -127,12 +152,10 @@ class TestReplay:
             assert contrast(*stage) >= 7
 
     @pytest.mark.parametrize("speed", ["0.5", "1", "2"])
-    def test_it_plays_at_the_pace_of_the_recording(self, watched, replay, speed):
+    def test_it_plays_at_the_pace_of_the_recording(self, timed, replay, speed):
         path, frames = replay
-        page = watched.page
-        page.clock.install()
+        page = timed.page
         page.goto(path.as_uri())
-        page.clock.pause_at(time.time() + 60)
         page.get_by_label("Speed").select_option(speed)
         waits = [min(1500, max(60, 1000 * (after["seconds"] - before["seconds"]))) / float(speed)
                  for before, after in itertools.pairwise(frames)]
@@ -144,11 +167,9 @@ class TestReplay:
         assert number(page) == len(frames) - 1
         assert page.get_by_role("button", name="Play").is_visible(), "it stops at the end"
 
-    def test_keyboard(self, watched, replay):
-        page = watched.page
-        page.clock.install()
+    def test_keyboard(self, timed, replay):
+        page = timed.page
         page.goto(replay[0].as_uri())
-        page.clock.pause_at(time.time() + 60)
         page.keyboard.press(" ")
         assert page.get_by_role("button", name="Pause").is_visible()
         page.keyboard.press(" ")
@@ -225,12 +246,22 @@ def visit(watched, stub):
 class TestChat:
     def test_an_answer_from_noise_to_replay(self, watched, stub, trace_lines, replay):
         frames = replay[1]
-        stub.pause, stub.answers = 0.05, [recorded(trace_lines)]
+        seen, events = threading.Event(), recorded(trace_lines)
+
+        def answer():
+            yield from events[:8]
+            assert seen.wait(30)
+            yield from events[8:]
+
+        stub.answers = [answer()]
         page = visit(watched, stub)
         ask(page, STORY)
         page.locator(".live .positions .token").first.wait_for()
         assert page.get_by_role("button", name="Stop").is_visible()
         assert "Mean entropy" in page.locator(".live .figures").inner_text()
+        page.get_by_text(f"7 of {frames[6]['max_steps']}").wait_for()
+        assert positions(page) == "".join(frames[6]["pieces"])
+        seen.set()
         page.locator(".foot").wait_for()
         whole = "".join("".join(frame["pieces"]) for frame in frames if frame["reason"])
         assert page.locator(".model .text").inner_text() == whole
@@ -250,6 +281,7 @@ class TestChat:
         assert page.locator(".model .text").is_visible()
         assert page.locator(".stage").is_hidden()
         assert all(url.startswith(stub.url) for url in watched.requests), watched.requests
+        assert page.locator(".problem").count() == 0
 
     def test_the_request_settings_and_history(self, watched, stub):
         stub.pause = 0
@@ -260,6 +292,7 @@ class TestChat:
         assert stub.asked[0][1] == {"model": "nano", "messages": [{"role": "user", "content": "one"}], "stream": True,
                                     "stream_options": {"include_usage": True, "include_drafts": True}}
         assert "Authorization" not in stub.asked[0][0]
+        assert page.locator(".problem").count() == 0
         page.get_by_role("button", name="Settings").click()
         for name, value in (("System prompt", "Be brief."), ("Temperature", "0.5"), ("Seed", "0"), ("Max tokens", "90"),
                             ("API key, if the server wants one", "sesame")):
@@ -311,7 +344,9 @@ class TestChat:
         ask(page, "hello")
         page.get_by_text("fresh").wait_for()
         assert stub.asked[1][1]["messages"] == [{"role": "user", "content": "hello"}]
+        page.locator(".foot").wait_for()
         assert page.locator(".turn").count() == 2
+        assert page.locator("#announce").text_content() == "fresh"
 
     def test_refusals_are_shown_and_the_message_is_given_back(self, watched, stub):
         stub.answers = [(400, {"message": "max_tokens 9,000 does not fit.", "type": "invalid_request_error", "param": "max_tokens",
@@ -320,7 +355,7 @@ class TestChat:
         page = visit(watched, stub)
         ask(page, "one")
         page.get_by_role("alert").wait_for()
-        assert page.get_by_role("alert").inner_text() == "max_tokens 9,000 does not fit. (400)."
+        assert page.get_by_role("alert").inner_text() == "HTTP 400: max_tokens 9,000 does not fit."
         assert page.get_by_label("Message").input_value() == "one"
         page.keyboard.press("Enter")
         page.get_by_role("alert").nth(1).wait_for()

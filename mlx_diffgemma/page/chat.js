@@ -62,7 +62,7 @@
       // some other server's page
     }
     const hint = response.status === 401 ? " The key goes into Settings." : "";
-    return new Problem(`${said || response.statusText || "The server refused"} (${response.status}).${hint}`.replace("..", "."));
+    return new Problem(`HTTP ${response.status}: ${said || response.statusText}${hint}`);
   }
 
   // The data of server-sent events, as they come.
@@ -255,7 +255,7 @@
       here.pop(); // the turn is as if it had not been, and can be sent again
       if (problem && !box.value) box.value = text;
     }
-    at("announce").textContent = answer.text;
+    if (answer.root.isConnected) at("announce").textContent = answer.text; // a new chat may have begun
     follow();
   }
 
