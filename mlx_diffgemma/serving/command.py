@@ -89,6 +89,8 @@ def serve_command(
                         max_prompt_tokens, allow_image_files, allow_image_urls, drafter[0])
     server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
                                            timeout_graceful_shutdown=grace))
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{model} is at http://{shown}:{listening.getsockname()[1]}: a page to watch it, and OpenAI's protocol under /v1", flush=True)
     try:
         server.run(sockets=[listening])
     finally:
@@ -105,6 +107,4 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"The server cannot listen on {host} port {port} ({error.strerror}); choose another --port or "
                         "--host.") from None
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     return listening

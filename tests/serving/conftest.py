@@ -1,9 +1,11 @@
 import os
+import re
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 
+import httpx
 import openai
 import pytest
 
@@ -11,11 +13,17 @@ import pytest
 @contextmanager
 def serving(*options, env=None):
     """The address of a server of nano that really runs, told by its own first line."""
-    command = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()", "serve", "--port", "0", "--log-level", "warning", *options]
+    command = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()", "serve", "--port", "0", "--log-level", "warning",
+               *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
     try:
-        url = process.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), url
+        url = re.search(r"http://127[.]0[.]0[.]1:[0-9]+", process.stdout.readline())[0]
+        while True:  # until it listens
+            try:
+                httpx.get(f"{url}/health")
+                break
+            except httpx.ConnectError:
+                assert process.poll() is None
         yield url, process
     finally:
         if process.poll() is None:

@@ -48,7 +48,7 @@ class Answer(Job):
         return [np.concatenate([canvas.tokens for canvas in session.canvases]).tolist() for session in self.made]
 
 
-@pytest.fixture()
+@pytest.fixture
 def begin(tiny_folder):
     """Starts an engine of the tiny model with some options."""
     engines = []

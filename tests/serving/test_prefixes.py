@@ -6,7 +6,7 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.serving.prefixes import LEAST, Prefixes
 
 
-@pytest.fixture()
+@pytest.fixture
 def made(tiny):
     """Prefixes without a limit, and a function that reads ids into a cache."""
     def read(ids, cache=None):

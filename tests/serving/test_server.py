@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ import jsonschema
 import openai
 import pytest
 
-from mlx_diffgemma import Question, chat_ids, decide, infill, stream_generate
+from mlx_diffgemma import Hole, Question, chat_ids, decide, infill, stream_generate
 from mlx_diffgemma.serving.protocol import ChatRequest
 from tests.serving.conftest import serving
 
@@ -27,7 +26,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "description": "T
 TIME = {"type": "function", "function": {"name": "time"}}
 
 
-@pytest.fixture()
+@pytest.fixture
 def chat(client):
     return lambda messages=ADD, **options: client.chat.completions.create(**{"model": "nano", "messages": messages, "seed": 0, **options})
 
@@ -62,8 +61,9 @@ class TestChat:
     @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.5}, {"max_tokens": 20}, {"extra_body": {"preset": "fast"}},
                                          {"extra_body": {"max_denoising_steps": 3, "diffusion_sampler": "confidence-threshold"}}])
     def test_options_are_those_of_generate(self, chat, nano_pair, options):
-        own = answer(nano_pair, STORY, **{**options, **options.get("extra_body", {}), "extra_body": None} if False else
-                     {name: value for name, value in {**options, **options.get("extra_body", {})}.items() if name != "extra_body"})
+        named = {**options, **options.get("extra_body", {})}
+        named.pop("extra_body", None)
+        own = answer(nano_pair, STORY, **named)
         response = chat(STORY, **options)
         assert response.choices[0].message.content == "".join(part.text for part in own)
         assert response.choices[0].finish_reason == own[-1].finish_reason
@@ -245,7 +245,7 @@ class TestCompletions:
     def test_suffix_fills_in(self, client, nano_pair, stream):
         about = "Tell me a story about Mia the fox."
         own = infill(*nano_pair, ("Mia was a red ", ". Mia lived near the river."), about, seed=0,
-                     hole=__import__("mlx_diffgemma").Hole((1, 3)))
+                     hole=Hole((1, 3)))
         response = client.completions.create(model="nano", prompt="Mia was a red ", suffix=". Mia lived near the river.", seed=0,
                                              max_tokens=3, stream=stream, extra_body={"instruction": about})
         text = "".join(chunk.choices[0].text for chunk in response if chunk.choices) if stream else response.choices[0].text
@@ -389,7 +389,6 @@ class TestService:
             assert httpx.get(f"{server}/{path}").status_code == 200, path
 
     def test_who_hangs_up_frees_the_row(self, server):
-        asked = {"model": "nano", "messages": STORY, "max_tokens": 4000, "extra_body": None}
         asked = {"model": "nano", "messages": STORY, "max_tokens": 4000, "regex": "[a-z ]{3000,3500}"}
         with (httpx.Client(timeout=100) as http, http.stream("POST", f"{server}/v1/chat/completions",
                                                            json={**asked, "stream": True}) as response):
@@ -419,9 +418,8 @@ def test_keys_origins_limits_and_a_full_queue():
     options = ["--api-key", "secret", "--allowed-origin", "http://app.example", "--max-prompt-tokens", "30", "--max-batch", "1",
                "--max-queue", "1", "--grace", "1", "--preset", "fast"]
     with serving(*options) as (url, process):
-        until(lambda: answers(url))
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=100)
-        for key in ("wrong", "secret2", ""):
+        for key in ("wrong", "secret2", "secre"):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
         assert httpx.get(f"{url}/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(url).status_code == 200
@@ -476,13 +474,6 @@ def test_eight_at_once_answer_as_alone(client):
     alone = [one(own) for own in asked]
     assert len(together) >= 100
     assert sum(a != b for a, b in zip(together, [*alone, *alone])) <= 1
-
-
-def answers(url):
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def until(condition, seconds=60):
