@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -84,17 +86,37 @@ def serve_command(
 
     listening = _listen(host, port)
     engine = Engine(loaded, max_batch, max_queue, prefill_step_size, prompt_cache_bytes)
-    engine.start()
-    settings = Settings(model, defaults, api_key, allowed_origins, [*LOCAL, "[::1]", host] if host in LOCAL else (), max_body,
-                        max_prompt_tokens, allow_image_files, allow_image_urls, drafter[0])
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
-                                           timeout_graceful_shutdown=grace))
+    hosts = [*LOCAL, "[::1]", host] if host in LOCAL else ()
     shown = f"[{host}]" if ":" in host else host
-    print(f"{model} is at http://{shown}:{listening.getsockname()[1]}: a page to watch it, and OpenAI's protocol under /v1", flush=True)
-    try:
-        server.run(sockets=[listening])
-    finally:
-        engine.close()
+
+    def serve() -> None:
+        settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
+                            allow_image_urls, drafter[0])
+        server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
+                                               timeout_graceful_shutdown=grace))
+        servers.append(server)
+        print(f"{model} is at http://{shown}:{listening.getsockname()[1]}: a page to watch it, and OpenAI's protocol under /v1",
+              flush=True)
+        try:
+            server.run(sockets=[listening])
+        finally:
+            engine.close()
+
+    servers: list[uvicorn.Server] = []
+    # MLX works on this thread: what it keeps for a thread it gives back when that ends, with Python's help, which may be over then.
+    http = threading.Thread(target=serve, name="http", daemon=True)
+
+    def stop(*_: object) -> None:
+        for server in servers:
+            server.should_exit = True
+
+    def ready() -> None:
+        http.start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+
+    engine.run(ready)
+    http.join()
 
 
 def _listen(host: str, port: int) -> socket.socket:

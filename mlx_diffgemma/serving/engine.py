@@ -106,7 +106,8 @@ class Figures:
 
 
 class Engine:
-    """``load`` gives model and tokenizer; it is called on the engine's thread, to which all arrays belong.
+    """``load`` gives model and tokenizer; it is called on the engine's thread, to which all arrays belong: one that ``start`` makes,
+    or the one that calls ``run``.
 
     At most ``max_batch`` sessions run at once, fewer where memory does not hold them, and at most ``max_queue`` jobs wait.
     ``prefill_step_size``: positions of prompts that are encoded in a turn.  ``prefix_bytes``: of the caches that are kept for
@@ -126,15 +127,39 @@ class Engine:
         self._reading: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}  # by id of the session
         self._closing, self._deadline = False, float("inf")
-        self._ready, self._failure = threading.Event(), list[BaseException]()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._running = False
 
     def start(self) -> None:
-        """Load the model; returns when it is there.  Errors: whatever ``load`` raises."""
+        """Load the model on a thread of its own, which then works; returns when it is there.  Errors: whatever ``load`` raises."""
+        ready, failure = threading.Event(), list[BaseException]()
+
+        def run() -> None:
+            try:
+                self.run(ready.set)
+            except BaseException as error:  # raised on the thread that waits
+                failure.append(error)
+                ready.set()
+
+        self._thread = threading.Thread(target=run, name="engine", daemon=True)
         self._thread.start()
-        self._ready.wait()
-        if self._failure:
-            raise self._failure[0]
+        ready.wait()
+        if failure:
+            raise failure[0]
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Load the model, call ``ready``, and work on this thread until closed.  Errors: whatever ``load`` raises."""
+        self.model, self.tokenizer = self._load()
+        mx.eval(self.model.parameters())
+        self.prefixes = Prefixes(Cache(self.model.config.text), self._prefix_bytes)
+        self._room = memory_limit() - sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        self._loop = Loop(self.model, (), self.prefill_step_size)
+        self._running = True
+        ready()
+        with generation_memory():
+            while self._wait():
+                self._turn()
+        self._running = False
 
     def submit(self, job: Job) -> None:
         """From any thread.  Errors: BusyError when the queue is full, ClosedError behind ``close``."""
@@ -148,16 +173,17 @@ class Engine:
             self._changed.notify()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more jobs, give those that run or wait ``grace`` seconds to finish, and end the thread."""
+        """Take no more jobs, give those that run or wait ``grace`` seconds to finish, and stop."""
         with self._changed:
             if not self._closing:
                 self._closing, self._deadline = True, time.monotonic() + grace
             self._changed.notify()
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+        return self._running and not self._closing
 
     def _waiting(self) -> int:
         """How many jobs have not begun."""
@@ -167,22 +193,6 @@ class Engine:
         """Seconds until a place in the queue is likely free: what a job takes, over those that run side by side."""
         each = self.figures.seconds / self.figures.finished if self.figures.finished else 1.0
         return max(1, min(60, round(each / self.max_batch)))
-
-    def _run(self) -> None:
-        try:
-            self.model, self.tokenizer = self._load()
-            mx.eval(self.model.parameters())
-            self.prefixes = Prefixes(Cache(self.model.config.text), self._prefix_bytes)
-            self._room = memory_limit() - sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
-            self._loop = Loop(self.model, (), self.prefill_step_size)
-        except BaseException as error:  # start() raises it on the thread that waits
-            self._failure.append(error)
-            return
-        finally:
-            self._ready.set()
-        with generation_memory():
-            while self._wait():
-                self._turn()
 
     def _wait(self) -> bool:
         """Until there is something to do; whether there ever will be."""

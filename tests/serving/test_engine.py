@@ -62,7 +62,7 @@ def begin(tiny_folder):
     yield start
     for engine in engines:
         engine.close()
-        assert not engine._thread.is_alive()
+        assert not engine.alive
 
 
 def alone(begin, **asked):
@@ -266,10 +266,10 @@ class TestEnds:
         class Damaged(Answer):
             def rounds(self, model):
                 for new in super().rounds(model):
-                    keys, values = new[0].cache, None
-                    model.encode([mx.array(self.ids)], [keys])
-                    keys._entries[0] = tuple(entries * mx.array(float("nan")) for entries in keys._entries[0])
-                    new[0].go_on(keys)
+                    cache = new[0].cache
+                    model.encode([mx.array(self.ids)], [cache])
+                    cache._entries[0] = tuple(entries * mx.array(float("nan")) for entries in cache._entries[0])
+                    new[0].go_on(cache)
                     yield new
 
         engine = begin()
