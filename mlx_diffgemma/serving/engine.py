@@ -106,8 +106,8 @@ class Figures:
 
 
 class Engine:
-    """``load`` gives model and tokenizer; it is called on the engine's thread, to which all arrays belong: one that ``start`` makes,
-    or the one that calls ``run``.
+    """``load`` gives model and tokenizer; it is called on the engine's thread, to which all arrays belong: one that ``start``
+    makes, or the one that calls ``run``.
 
     At most ``max_batch`` sessions run at once, fewer where memory does not hold them, and at most ``max_queue`` jobs wait.
     ``prefill_step_size``: positions of prompts that are encoded in a turn.  ``prefix_bytes``: of the caches that are kept for
