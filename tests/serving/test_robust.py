@@ -65,7 +65,8 @@ def test_a_thousand_requests_leave_it_as_it_was():
                 return http.post(route, content=rng.randbytes(rng.randrange(1, 200)),
                                  headers={"Content-Type": "application/json"}).status_code
 
-        kinds = [*["plain"] * 9, *["hang up", "hang up early"] * 3, "constrained", "infill", "decide", "too long", "too large", "bad"]
+        kinds = [*["plain"] * 9, *["hang up", "hang up early"] * 3, "constrained", "infill", "decide", "too long",
+                 "too large", "bad"]
         expected = {"hang up": {0}, "hang up early": {0}, "too long": {400}, "too large": {413}, "bad": {400}}
 
         def run(count, begin):
