@@ -31,23 +31,22 @@ from mlx_diffgemma.sampler import KEPT, Marginals, StepNumbers, inverse_cdf, lar
 
 PIECE = 16  # tokens of one column that are looked at together
 ALONE = 128  # pieces from which a column is reduced for itself, others beside those of about their size
+AT_ONCE = 64  # positions whose logits are reduced together
 HOPELESS = -1e30  # in place of the minus infinity of a column without tokens
 REMEMBERED = 32  # compiled constraints that are kept, the latest used
 
 
 class Masses(NamedTuple):
     """Of the columns of a constraint at each position [length, columns]: the largest logit ``best``, the log ``total`` of the sum
-    of the ``weights``, which are exponentials of the scaled distances from it, and the ``entropy`` in nats within the column.
+    of the weights, which are exponentials of the scaled distances from it, and the ``entropy`` in nats within the column.
 
-    ``weights`` [length, pieces, PIECE], also of what fills pieces up; of each piece the largest logit ``tops`` and the sum ``sums``
-    of the weights of its own tokens.
+    Of each piece [length, pieces]: the largest logit ``tops``, and the sum ``sums`` of the weights of its own tokens.
     """
 
     temperature: float
     best: mx.array
     total: mx.array
     entropy: mx.array
-    weights: mx.array
     tops: mx.array
     sums: mx.array
 
@@ -181,7 +180,14 @@ class Constraint:
         return found
 
     def masses(self, logits: mx.array, temperature: float) -> Masses:
-        """Of float32 ``logits`` [length, vocabulary]."""
+        """Of float32 ``logits`` [length, vocabulary]; some positions after others, so that little memory is taken."""
+        parts = list[tuple[mx.array, ...]]()
+        for start in range(0, len(logits), AT_ONCE):
+            parts.append(self._masses(logits[start : start + AT_ONCE], temperature))
+            mx.eval(parts[-1])
+        return Masses(temperature, *(mx.concatenate(own) for own in zip(*parts, strict=True)))
+
+    def _masses(self, logits: mx.array, temperature: float) -> tuple[mx.array, ...]:
         pieces = self.pieces
         own = _picked(logits, pieces.ids)
         tops = own.max(axis=-1)
@@ -190,8 +196,7 @@ class Constraint:
         sums = pieces.sums_within(weights)
         total = pieces.sums(sums)
         entropy = mx.log(total) - pieces.sums(pieces.sums_within(weighted)) / total
-        return Masses(temperature, mx.where(pieces.empty, -mx.inf, best), mx.log(total), mx.where(pieces.empty, 0.0, entropy),
-                      weights, tops, sums)
+        return (mx.where(pieces.empty, -mx.inf, best), mx.log(total), mx.where(pieces.empty, 0.0, entropy), tops, sums)
 
     def best(self, logits: mx.array, masses: Masses, columns: np.ndarray) -> mx.array:
         """[length] the most probable token of each position's column."""
@@ -200,22 +205,25 @@ class Constraint:
         ids = self.pieces.ids[_at(places, piece)]
         return _at(ids, mx.argmax(mx.take_along_axis(logits, ids, axis=-1), axis=-1))
 
-    def draw(self, masses: Masses, columns: np.ndarray, u: np.ndarray, numbers: StepNumbers) -> tuple[mx.array, mx.array]:
+    def draw(self, logits: mx.array, masses: Masses, columns: np.ndarray, u: np.ndarray, numbers: StepNumbers,
+             ) -> tuple[mx.array, mx.array]:
         """[length] a token of each position's column, by the softmax within it, and its weight.  top_k and top_p act within the
         column."""
         (places, some), target = self.pieces.of(columns), mx.array(u.astype(np.float32))
+        best, temperature = _at(masses.best, mx.array(columns))[:, None], mx.array([[masses.temperature]])
         if numbers.top_k is None and numbers.top_p is None:
             sums = mx.where(some, mx.take_along_axis(masses.sums, places, axis=-1), 0.0)
             target = target * sums.sum(axis=-1)
             piece, before = passing(sums, target)
-            piece = _at(places, piece)
-            place, _ = passing(_at(masses.weights, piece), target - before)
+            ids = self.pieces.ids[_at(places, piece)]
+            weights, _ = _weigh(mx.take_along_axis(logits, ids, axis=-1), best, temperature)
+            place, _ = passing(weights, target - before)
         else:
-            weights = mx.take_along_axis(masses.weights, places[..., None], axis=1)
-            weights = (mx.where(some[..., None], weights, 0.0) * self.pieces.own[places]).flatten(1)
-            drawn = inverse_cdf(truncate(weights[None], numbers), target[None])[0]
-            piece, place = _at(places, drawn // PIECE), drawn % PIECE
-        return _at(self.pieces.ids[piece], place), _at(_at(masses.weights, piece), place)
+            ids = self.pieces.ids[places].flatten(1)
+            weights, _ = _weigh(mx.take_along_axis(logits, ids, axis=-1), best, temperature)
+            weights = mx.where(some[..., None], self.pieces.own[places], 0.0).flatten(1) * weights
+            place = inverse_cdf(truncate(weights[None], numbers), target[None])[0]
+        return _at(ids, place), _at(weights, place)
 
     def largest(self, logits: mx.array, masses: Masses, bias: mx.array, k: int) -> tuple[mx.array, mx.array]:
         """(ids [length, k] of the largest logits when ``bias`` [length, columns] is added, their columns).
@@ -243,7 +251,7 @@ class Constraint:
         of_path, of_drawn = (np.take_along_axis(log_best, own[:, None], axis=-1)[:, 0] for own in (solution.path, solution.drawn))
         bias, log_best = mx.array((masses.temperature * solution.bias).astype(np.float32)), mx.array(log_best.astype(np.float32))
         argmax = self.best(logits, masses, solution.path)
-        drawn, weight = self.draw(masses, solution.drawn, solution.rest, numbers)
+        drawn, weight = self.draw(logits, masses, solution.drawn, solution.rest, numbers)
         logprob, probability = mx.array(of_path.astype(np.float32)), weight * mx.array(np.exp(of_drawn).astype(np.float32))
         if numbers.greedy is not None:
             drawn, probability = argmax, mx.exp(logprob)

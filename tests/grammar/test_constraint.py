@@ -117,7 +117,7 @@ class TestMarginals:
 
 def drawn_of(constraint, given, columns, u, options):
     found = constraint.masses(mx.array(given), options.temperature.item())
-    return map(np.array, constraint.draw(found, columns, u, options))
+    return map(np.array, constraint.draw(logits, found, columns, u, options))
 
 
 class TestDraw:
