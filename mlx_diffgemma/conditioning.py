@@ -19,7 +19,6 @@ from mlx_diffgemma.sampler import largest
 
 BUCKET = 32  # uncovered positions are taken in multiples of this, or in fewer powers of two, so that few shapes occur
 SMALLEST = 8
-AT_ONCE = 64  # positions of constrained canvases whose scaled logits are held together
 
 
 class Bias(NamedTuple):
@@ -91,11 +90,7 @@ def _scaled(logits: mx.array, bias: mx.array, temperature: mx.array) -> mx.array
 def soft_embedding(model: DiffusionGemma, belief: Belief) -> mx.array:
     """The signal [rows, length, hidden]."""
     if belief.kept is None or belief.uncovered is None or (belief.exact and sum(belief.counts) == belief.uncovered.size):
-        if belief.bias is None:
-            return dense(model, belief.scaled())
-        rows, length = belief.logits.shape[:2]  # of constrained ones some after the others, as they take an array more
-        places = [mx.arange(start, min(rows * length, start + AT_ONCE)) for start in range(0, rows * length, AT_ONCE)]
-        return mx.concatenate([dense(model, belief.scaled(own)) for own in places]).reshape(rows, length, -1)
+        return dense(model, belief.scaled())
     soft = sparse(model, belief.scaled_kept(), belief.kept)
     count, flat = sum(belief.counts), belief.uncovered.flatten()
     if not count:

@@ -116,7 +116,8 @@ class TestMarginals:
 
 
 def drawn_of(constraint, given, columns, u, options):
-    found = constraint.masses(mx.array(given), options.temperature.item())
+    logits = mx.array(given)
+    found = constraint.masses(logits, options.temperature.item())
     return map(np.array, constraint.draw(logits, found, columns, u, options))
 
 
