@@ -31,7 +31,9 @@ from mlx_diffgemma.sampler import KEPT, Marginals, StepNumbers, inverse_cdf, lar
 
 PIECE = 16  # tokens of one column that are looked at together
 ALONE = 128  # pieces from which a column is reduced for itself, others beside those of about their size
-AT_ONCE = 64  # positions whose logits are reduced together
+# Positions whose logits are reduced together.  On the CPU as many as stay in its caches: larger arrays are also taken from the
+# system anew each time, and its pages cost as much as a fifth of the work.  On a GPU each turn costs a launch.
+AT_ONCE = {mx.DeviceType.cpu: 4, mx.DeviceType.gpu: 64}
 HOPELESS = -1e30  # in place of the minus infinity of a column without tokens
 REMEMBERED = 32  # compiled constraints that are kept, the latest used
 
@@ -181,9 +183,9 @@ class Constraint:
 
     def masses(self, logits: mx.array, temperature: float) -> Masses:
         """Of float32 ``logits`` [length, vocabulary]; some positions after others, so that little memory is taken."""
-        parts = list[tuple[mx.array, ...]]()
-        for start in range(0, len(logits), AT_ONCE):
-            parts.append(self._masses(logits[start : start + AT_ONCE], temperature))
+        parts, at_once = list[tuple[mx.array, ...]](), AT_ONCE[mx.default_device().type]
+        for start in range(0, len(logits), at_once):
+            parts.append(self._masses(logits[start : start + at_once], temperature))
             mx.eval(parts[-1])
         return Masses(temperature, *(mx.concatenate(own) for own in zip(*parts, strict=True)))
 

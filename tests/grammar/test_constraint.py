@@ -115,6 +115,16 @@ class TestMarginals:
         np.testing.assert_allclose(np.sort(np.take_along_axis(biased, kept, axis=1)), np.sort(biased)[:, -64:], rtol=1e-5)
 
 
+def test_so_many_positions_at_once_change_nothing(wide, monkeypatch):
+    logits = mx.array(np.random.default_rng(3).normal(0, 4, (21, len(wide.column_of))).astype(np.float32))
+    found = []
+    for count in (4, 64):
+        monkeypatch.setattr(constraints, "AT_ONCE", dict.fromkeys(constraints.AT_ONCE, count))
+        found.append(wide.masses(logits, 0.7))
+    for a, b in zip(*found):
+        assert np.array_equal(np.array(a), np.array(b), equal_nan=True)
+
+
 def drawn_of(constraint, given, columns, u, options):
     logits = mx.array(given)
     found = constraint.masses(logits, options.temperature.item())
