@@ -6,8 +6,8 @@ turn.
 
 The model is the mid-size one of ``bench/rivals.py`` with the whole vocabulary, of random weights; both sessions have a canvas
 of their own that never ends.  Steps are timed pair by pair; a figure is the fastest of them, as whatever else the machine does
-only ever adds to a step, and the medians stand beside it in the record.  Self-conditioning is the same on both sides: over the whole
-vocabulary everywhere, or sparse at a temperature so low that the most probable tokens hold the mass, which is the shorter step.
+only ever adds to a step, and the medians stand beside it in the record.  Self-conditioning is the same on both sides: over the
+whole vocabulary everywhere, or sparse at a temperature so low that the most probable tokens hold the mass, the shorter step.
 The parts are those of further steps, each evaluated by itself.  The last line is one JSON record.
 """
 
