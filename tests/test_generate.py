@@ -162,7 +162,7 @@ def scripted(monkeypatch, model, canvases):
     """Commit the given ids, one list a canvas, in place of what the model would."""
     left = list(canvases)
 
-    def record(session, row, outcome, flags):
+    def record(session, row, outcome, flags, belief):
         ids = left.pop(0)
         from mlx_diffgemma.session import CanvasStep
 

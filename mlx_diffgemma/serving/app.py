@@ -304,7 +304,7 @@ class _Server:
             return StreamingResponse(self._stream(body, job, box, functions, envelope, echo), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         pieces: list[list[Piece]] = [[] for _ in choices]
-        async with contextlib.aclosing(_until_gone(self._events(job, box, functions), http)) as events:
+        async with box.until_gone(http), contextlib.aclosing(self._events(job, box, functions)) as events:
             async for one in events:
                 if isinstance(one, Piece):
                     pieces[one.index].append(one)
@@ -323,7 +323,7 @@ class _Server:
                     yield event(envelope.chunk([envelope.delta(Piece(index, echo))], **none))
                     lengths[index] = len(echo)
             async with contextlib.aclosing(self._events(job, box, functions)) as events:
-                async for one in _with_patience(events):
+                async for one in events:
                     if one is None:
                         yield ": still here\n\n"
                     elif isinstance(one, Drafted):
@@ -343,8 +343,8 @@ class _Server:
             yield event(_error_body(error))
         yield DONE
 
-    async def _events(self, job: AnswerJob, box: _Mailbox, functions: Functions | None) -> AsyncGenerator[Event, None]:
-        """Pieces and drafts of a job that was submitted, and of the calls that have to be made again."""
+    async def _events(self, job: AnswerJob, box: _Mailbox, functions: Functions | None) -> AsyncGenerator[Event | None, None]:
+        """Pieces and drafts of a job that was submitted, and of the calls that have to be made again; None for silence."""
         began, first = time.perf_counter(), True
         try:
             async for one in box.events():
@@ -358,7 +358,6 @@ class _Server:
                     continue
                 request = await self._prepared(functions.request, self.engine.model, self.engine.tokenizer, choice.request)
                 again = Call(choice.index, request, choice.policy, choice.tracer, self.engine.tokenizer)
-                box = _Mailbox()
                 job = AnswerJob([again], box.put)
                 self.engine.submit(job)
                 async for one in box.events():
@@ -371,8 +370,8 @@ class _Server:
         """Submit ``job`` and wait for its end."""
         self.engine.submit(job)
         try:
-            async with contextlib.aclosing(_until_gone(box.events(), http)) as events:
-                async for _ in events:
+            async with box.until_gone(http):
+                async for _ in box.events():
                     pass
         finally:
             job.cancel()
@@ -422,56 +421,29 @@ class _Mailbox:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
             self._loop.call_soon_threadsafe(self._events.put_nowait, one)
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """Up to the end of the job.  Errors: what the job ended with."""
-        while not isinstance(one := await self._events.get(), Ended):
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        """Up to the end of a job, None after each PATIENCE seconds of silence.  Errors: what the job ended with."""
+        while True:
+            try:
+                one = await asyncio.wait_for(self._events.get(), PATIENCE)
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            if isinstance(one, Ended):
+                break
             yield one
         if one.error is not None:
             raise one.error
 
-
-async def _with_patience(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event | None, None]:
-    """``events``, and None after each PATIENCE seconds of silence."""
-    pending: asyncio.Task[Event] | None = None
-    try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait((pending,), timeout=PATIENCE)
-            if not done:
-                yield None
-                continue
-            task, pending = pending, None
-            try:
-                one = task.result()
-            except StopAsyncIteration:
-                return
-            yield one
-    finally:
-        if pending:
-            pending.cancel()
-
-
-async def _until_gone(events: AsyncGenerator[Event, None], http: HTTPRequest) -> AsyncGenerator[Event, None]:
-    """``events``.  Errors: _GoneError when the client hangs up."""
-    gone = asyncio.ensure_future(_disconnected(http))
-    pending: asyncio.Task[Event] | None = None
-    try:
-        while True:
-            pending = asyncio.ensure_future(anext(events))
-            await asyncio.wait((pending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not pending.done():
-                raise _GoneError("The client has gone.")
-            try:
-                one = pending.result()
-            except StopAsyncIteration:
-                return
-            yield one
-    finally:
-        gone.cancel()
-        if pending and not pending.done():
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await pending
+    @contextlib.asynccontextmanager
+    async def until_gone(self, http: HTTPRequest) -> AsyncGenerator[None, None]:
+        """Within, events end with a _GoneError when the client hangs up."""
+        watching = asyncio.ensure_future(_disconnected(http))
+        watching.add_done_callback(lambda done: None if done.cancelled() else self.put(Ended(_GoneError("The client has gone."))))
+        try:
+            yield
+        finally:
+            watching.cancel()
 
 
 async def _disconnected(http: HTTPRequest) -> None:
