@@ -59,8 +59,8 @@ TEXTS = st.lists(st.one_of(st.sampled_from(MARKUP), st.sampled_from(WRITTEN),
                  min_size=1, max_size=3).map("".join)
 
 CHECKER = jsonschema.FormatChecker(formats=())
-CHECKER.checkers = jsonschema.Draft202012Validator.FORMAT_CHECKER.checkers | {
-    name: (read, ValueError) for name, read in READ.items() if "time" in name}  # which jsonschema checks with further packages only
+CHECKER.checkers = jsonschema.Draft202012Validator.FORMAT_CHECKER.checkers | {  # jsonschema checks times with further packages only
+    name: (lambda value, read=READ[name]: not isinstance(value, str) or read(value), ValueError) for name in ("time", "date-time")}
 
 
 @pytest.fixture(scope="module")
