@@ -233,7 +233,8 @@ def table(made: dict[str, Any]) -> str:
               f"| seconds, once a schema | {compiled['seconds']:.1f} ({compiled['seconds_bytes']:.1f} over bytes, "
               f"{compiled['seconds_tokens']:.1f} over tokens) |",
               f"| seconds, once a tokenizer | {compiled['seconds_vocabulary']:.1f} |",
-              f"| memory | {compiled['nbytes'] / 1e6:.0f} MB kept, {compiled['peak_bytes_compile'] / 1e6:.0f} MB at the peak |",
+              f"| memory | {compiled['nbytes'] / 1e6:.0f} MB kept, {compiled['peak_bytes_compile'] / 1e6:.0f} MB more at the peak "
+              "than loading the tokenizer takes |",
               f"| automaton over tokens | {compiled['states']:,} states, {compiled['classes']:,} classes, "
               f"{compiled['steps']:,} steps |"]
     return "\n".join(lines)

@@ -437,8 +437,9 @@ class Loop:
             logits.append(flat[start:stop].reshape(len(group), length, -1))
             masses.append([])
             if demands := group[0].demands:  # which is alone in its group
-                logits[-1] = demands.restrict(logits[-1][0])[None]
-                masses[-1] = demands.masses(logits[-1][0], group[0].policy.schedule(group[0].step))
+                own = demands.restrict(logits[-1].squeeze(0))  # in place of [0], which copies
+                masses[-1] = demands.masses(own, group[0].policy.schedule(group[0].step))
+                logits[-1] = own[None]
             start = stop
         mx.eval(masses)
         outcomes, biases = [], []
@@ -547,6 +548,6 @@ def _sample(group: Sequence[Session], logits: mx.array, masses: Sequence[Masses 
     before = Before(mx.stack([_canvas(s) for s in group]), mx.stack([s.accepted for s in group]), history)
     policies, steps, forced, bias = [s.policy.sampling for s in group], [s.step for s in group], None, None
     if group[0].demands and any(masses):
-        bias, forced = group[0].demands.force(logits[0], masses, draws[0].u, policies[0].numbers(policies, steps))
+        bias, forced = group[0].demands.force(logits.squeeze(0), masses, draws[0].u, policies[0].numbers(policies, steps))
     return policies[0].sample(policies, steps, [max(1, s.free) for s in group], logits, np.stack([d.u for d in draws]),
                               np.stack([d.renoise for d in draws]), before, mx.array(group[0].eos_ids), forced), bias
