@@ -1,4 +1,4 @@
-"""The pages in a real browser: the replay of a recorded answer, and the chat page against a stub of the server."""
+"""The pages in a real browser: the replay of a recorded answer, and the chat page, against a stub of the server and the server."""
 
 import itertools
 import json
@@ -7,12 +7,14 @@ import shutil
 import threading
 from dataclasses import replace
 
+import httpx
 import mlx.core as mx
 import pytest
 
 from mlx_diffgemma.cli import app
 from mlx_diffgemma.trace import FORMAT, Recorder, Tracer
 from tests.browser import Stub, Watched, chunk, delta, opened, recorded
+from tests.serving.process import serving, until
 from tests.test_live import ids_of, step
 from tests.test_trace import STORY, records_of
 
@@ -237,8 +239,8 @@ def ask(page, text):
     page.keyboard.press("Enter")
 
 
-def visit(watched, stub):
-    watched.page.goto(stub.url)
+def visit(watched, server):
+    watched.page.goto(server if isinstance(server, str) else server.url)
     watched.page.locator("#model").wait_for()
     return watched.page
 
@@ -437,3 +439,80 @@ class TestChat:
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.locator("#log").evaluate("one => one.scrollWidth - one.clientWidth") <= 0
         assert page.locator(".positions .token").first.evaluate("one => getComputedStyle(one).transitionDuration") == "0s"
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving("--max-batch", "2", "--api-key", "sesame") as (url, _):
+        yield url
+
+
+def settings(page, **values):
+    page.get_by_role("button", name="Settings").click()
+    for name, value in {"API key": "sesame", **values}.items():
+        page.get_by_label(name).fill(value)
+    page.get_by_role("button", name="Done").click()
+    page.locator("#model").wait_for()
+
+
+class TestServed:
+    """Against a server that really runs."""
+
+    @pytest.fixture
+    def page(self, watched, served):
+        watched.page.goto(served)
+        watched.page.locator(".welcome .problem").wait_for()
+        assert "key" in watched.page.locator(".welcome .problem").inner_text()
+        watched.complaints.clear()  # of the 401
+        return watched.page
+
+    def test_an_answer_is_what_generate_writes_step_by_step(self, page, replay, watched, served, tmp_path):
+        settings(page, **{"Seed": "7", "Max tokens": "80"})
+        ask(page, STORY)
+        page.locator(".live .positions .token").first.wait_for()
+        page.locator(".foot").wait_for()
+        *_, told = records_of(replay[0])
+        assert page.locator(".model .text").text_content() == told["text"]
+        assert f"{told['tokens']} tokens · {told['steps']} steps" in page.locator(".foot").inner_text()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save trace").click()
+        shutil.copy(download.value.path(), tmp_path / "a.jsonl")
+        header, *frames, footer = records_of(tmp_path / "a.jsonl")
+
+        def apart_from_time(frame):
+            return {name: value for name, value in frame.items() if name not in ("seconds", "index")}
+
+        assert [*map(apart_from_time, frames)] == [*map(apart_from_time, replay[1])]
+        assert (header["seed"], footer["text"]) == (7, told["text"])
+        slider = page.get_by_role("slider", name="Step")
+        slider.fill("3")
+        assert positions(page) == "".join(replay[1][3]["pieces"])
+        assert all(url.startswith((served, "blob:")) for url in watched.requests), watched.requests
+
+    def test_a_conversation_whose_seed_nobody_gave(self, page, tmp_path):
+        settings(page, **{"Seed": "", "Max tokens": "30"})
+        for count, text in enumerate(("Add 12 and 30.", "Sort these numbers: 42 17 91"), 1):
+            ask(page, text)
+            page.locator(f".turn.model:nth-of-type({2 * count}) .foot").wait_for()
+        assert page.locator(".model .text").first.text_content() == "42"
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save trace").last.click()
+        shutil.copy(download.value.path(), tmp_path / "a.jsonl")
+        assert isinstance(records_of(tmp_path / "a.jsonl")[0]["seed"], int), "the one the server chose"
+
+    def test_stop_frees_the_row(self, page, served):
+        settings(page)
+        ask(page, STORY)
+        page.locator(".live .positions .token").first.wait_for()
+        page.get_by_role("button", name="Stop").click()
+        assert "stopped" in page.locator(".foot").inner_text()
+        until(lambda: httpx.get(f"{served}/health").json()["rows"] == 0)
+
+    def test_what_the_server_warns_of_is_shown(self, page):
+        settings(page, **{"Seed": "7", "Max tokens": "5"})
+        page.route("**/v1/chat/completions", lambda route: route.continue_(
+            post_data={**route.request.post_data_json, "max_denoising_steps": 1}))
+        ask(page, STORY)
+        page.locator(".foot").wait_for()
+        assert "did not converge" in page.locator(".warning").inner_text()
+        assert "cut at the limit" in page.locator(".foot").inner_text()

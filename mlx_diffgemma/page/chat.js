@@ -85,6 +85,7 @@
     constructor(body, prompt) {
       [this.body, this.prompt, this.created, this.began] = [body, prompt, new Date().toISOString(), performance.now()];
       [this.frames, this.calls, this.text, this.thought, this.reason, this.usage] = [[], [], "", "", null, null];
+      [this.seed, this.warnings] = [body.seed ?? null, []];
       [this.committed, this.unread, this.drawing] = [0, 0, false];
       this.shown = element("p", { className: "text", dir: "auto" });
       this.thoughts = element("p", { dir: "auto" });
@@ -101,6 +102,8 @@
       if (chunk.error) throw new Problem(chunk.error.message ?? "The server stopped with an error.");
       if (chunk.diffusion) this.frame(chunk.diffusion);
       if (chunk.usage) this.usage = chunk.usage;
+      this.seed = chunk.seed ?? this.seed;
+      this.warnings.push(...(chunk.warnings ?? []));
       const choice = chunk.choices?.[0];
       if (!choice) return;
       const delta = choice.delta ?? {};
@@ -143,6 +146,7 @@
         this.root.append(element("pre", { className: "call", text: `${call.name}(${call.arguments})` }));
       }
       if (this.unread) this.root.append(element("p", { className: "problem", text: `${plural(this.unread, "event")} of the stream could not be read; something may be missing.` }));
+      for (const text of this.warnings) this.root.append(element("p", { className: "note warning", role: "status", text }));
       if (this.frames.length) {
         this.root.append(new Player({ frames: this.frames, footer: this.footer() }, { final: this.shown }).root);
       }
@@ -176,8 +180,8 @@
 
     // The same lines as `generate --trace` writes.
     save() {
-      const { model, seed = null, messages: _, stream: _1, stream_options: _2, ...options } = this.body;
-      const header = { format: "mlx-diffgemma trace 1", model, prompt: this.prompt, seed, options, created: this.created };
+      const { model, seed: _0, messages: _, stream: _1, stream_options: _2, ...options } = this.body;
+      const header = { format: "mlx-diffgemma trace 1", model, prompt: this.prompt, seed: this.seed, options, created: this.created };
       const lines = [header, ...this.frames, this.footer()].map((record) => `${JSON.stringify(record)}\n`);
       const link = element("a", { href: URL.createObjectURL(new Blob(lines, { type: "application/jsonl" })),
         download: `trace-${this.created.replace(/[:.]/g, "-")}.jsonl` });

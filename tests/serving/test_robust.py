@@ -11,8 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serving.conftest import serving
-from tests.serving.test_server import until
+from tests.serving.process import serving, until
 
 BUDGET = 3_000_000  # bytes of prefixes, which some forty prompts fill
 

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,7 +13,7 @@ import pytest
 
 from mlx_diffgemma import Hole, Question, chat_ids, decide, infill, stream_generate
 from mlx_diffgemma.serving.protocol import ChatRequest
-from tests.serving.conftest import serving
+from tests.serving.process import serving, until
 from tests.variants import few
 
 STEPS, FULL = 3, 48  # of a canvas
@@ -486,10 +485,3 @@ def test_eight_at_once_answer_as_alone(client):
     alone = [one(own) for own in asked]
     assert len(together) >= 100
     assert sum(a != b for a, b in zip(together, [*alone, *alone])) <= 1
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.05)
