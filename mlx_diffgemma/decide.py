@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -291,6 +291,18 @@ def read_labels(model: DiffusionGemma, cache: Cache, questions: Sequence[Labels]
 
     float64 sums of float32 log-probabilities at temperature 1, without self-conditioning.  Errors: NonFiniteLogitsError.
     """
+    reading = labels_in_turns(model, cache, questions, lengths, reads, seed, batch_rows)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            found: list[np.ndarray] = end.value
+            return found
+
+
+def labels_in_turns(model: DiffusionGemma, cache: Cache, questions: Sequence[Labels], lengths: Sequence[int], reads: int, seed: int,
+                    batch_rows: int = BATCH_ROWS) -> Generator[tuple[()], None, list[np.ndarray]]:
+    """As ``read_labels``, but that it pauses behind each forward, so that others may have a turn."""
     draws = [Draws(seed + read, model.config.text.vocab_size) for read in range(reads)]
     noise = [draw.step(0, 0, 0, 0, max(lengths)).initial for draw in draws]
     canvases = [_Canvas(question, read, begin, np.concatenate((begin, noise[read][len(begin) : length])).astype(np.int32))
@@ -302,6 +314,7 @@ def read_labels(model: DiffusionGemma, cache: Cache, questions: Sequence[Labels]
                                strict=True):
             for token, value in row.items():
                 known[canvas.question, canvas.read, (*canvas.begin, token)] = value
+        yield ()
     return [np.array([[sum(known[question, read, ids[:end]] for end in range(labels.common + 1, len(ids) + 1))
                        for ids in labels.ids] for read in range(reads)])
             for question, labels in enumerate(questions)]

@@ -9,7 +9,6 @@ comes before the canvas is in the cache, what comes behind it is returned as it 
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import deque
@@ -30,7 +29,7 @@ from mlx_diffgemma.grammar.constraint import check_constraint, compile_constrain
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.options import CONSTRAINTS, GenerationOptions
 from mlx_diffgemma.policy import Policy
-from mlx_diffgemma.request import GenerationWarning, check_room
+from mlx_diffgemma.request import GenerationWarning, check_room, fresh_seed
 from mlx_diffgemma.session import Loop, Session, prefill
 from mlx_diffgemma.tokenizer import chat_ids, encode_literally, turn_end, user_message
 
@@ -201,7 +200,7 @@ class _Run:
         self.options = GenerationOptions.from_keywords(check_options(options))
         policy, seed = self.options.policy(model), self.options.seed
         if seed is None:
-            seed = int.from_bytes(os.urandom(4), "little")
+            seed = fresh_seed()
         self.fillings = []
         for index, text in enumerate(texts):
             if isinstance(text, str):
@@ -257,8 +256,14 @@ class _Round:
 
     def begin(self, running: dict[int, _Round]) -> list[Session]:
         """The next round's sessions, none behind the last."""
-        while (new := next(self.rounds, [])) and new[0].finished:  # they only read
-            prefill(self.filling.model, new, self.filling.chunk)
+        for new in self.rounds:
+            if not new:
+                continue  # it has worked itself
+            if not new[0].finished:
+                break
+            prefill(self.filling.model, new, self.filling.chunk)  # they only read
+        else:
+            new = []
         self.open = len(new)
         running |= {id(session): self for session in new}
         return new
@@ -320,6 +325,7 @@ class Filling:
         self.cache = Cache(model.config.text)  # what comes before the canvases
         self.next_logits = mx.zeros(0)  # [vocabulary] of the causal mode behind it
         self.unseen = 0
+        self.warn: Callable[[str], None] | None = None  # is told what the caller should see; None: as a GenerationWarning
 
     def _lengths(self, number: int) -> list[int]:
         fewest, most = self.holes[number].bounds
@@ -334,7 +340,8 @@ class Filling:
                                 for piece in (part, fill)), tuple(self.fills), self.unseen, self.seed)
 
     def rounds(self) -> Iterator[list[Session]]:
-        """The sessions that are to be run to their ends next, until all holes are filled; finished ones only read."""
+        """The sessions that are to be run to their ends next, until all holes are filled; finished ones only read.  None where it
+        has worked itself and others may have a turn."""
         while len(self.fills) < len(self.holes):
             number = len(self.fills)
             tried: dict[int, tuple[float, _Trial]] = {}
@@ -344,7 +351,9 @@ class Filling:
                 if len(self.lengths[number]) == 1:
                     tried[new[0]] = 0.0, trials[0]
                     break
-                tried |= {length: (self._score(number, trial), trial) for length, trial in zip(new, trials, strict=True)}
+                for length, trial in zip(new, trials, strict=True):
+                    tried[length] = self._score(number, trial), trial
+                    yield []
             self._take(number, tried)
 
     def _trials(self, number: int, lengths: Sequence[int]) -> Generator[list[Session], None, list[_Trial]]:
@@ -411,8 +420,11 @@ class Filling:
         """Fill the hole as the best trial did, and those that are on its canvas too."""
         _, best = max(tried.values(), key=lambda one: one[0])
         if not best.converged:
-            warnings.warn(f"The canvas of hole {number + 1} did not converge; its text may be faulty.", GenerationWarning,
-                          stacklevel=2)
+            message = f"The canvas of hole {number + 1} did not converge; its text may be faulty."
+            if self.warn:
+                self.warn(message)
+            else:
+                warnings.warn(message, GenerationWarning, stacklevel=2)
         candidates = tuple(Candidate(self._text(number, trial, 0), length, score, trial.converged)
                            for length, (score, trial) in sorted(tried.items())) if len(tried) > 1 else ()
         steps = sum(canvas.steps for _, trial in tried.values() for canvas in trial.session.canvases)

@@ -133,7 +133,7 @@ class Request:
         if options.constraints:
             constraint = compile_constraint(tokenizer, model.config, **options.constraints)
             demands = Demands(eos_ids, limit, stretches=[Stretch(constraint, begun=tuple(answer_part(tokenizer, prefix)))])
-        return cls(ids, limit, int.from_bytes(os.urandom(4), "little") if chosen is None else chosen, parser, eos_ids, opened,
+        return cls(ids, limit, fresh_seed() if chosen is None else chosen, parser, eos_ids, opened,
                    placed, max((math.prod(p.image.grid) for p in placed), default=0), demands)
 
     def draws(self, model: DiffusionGemma) -> Draws:
@@ -228,12 +228,20 @@ class Request:
         if response.finish_reason == "empty":
             found.append("The answer is empty: the end token came first; try another seed or a fuller prompt.")
         if response.finish_reason and self.parser.malformed:
-            found.append(f"{len(self.parser.malformed)} tool call(s) could not be parsed: {self.parser.malformed[0]!r}.")
+            found.append(malformed_warning(self.parser.malformed))
         for message in found:
             if self.warn:
                 self.warn(message)
             else:
                 warnings.warn(message, GenerationWarning, stacklevel=4)
+
+
+def fresh_seed() -> int:
+    return int.from_bytes(os.urandom(4), "little")
+
+
+def malformed_warning(malformed: Sequence[str]) -> str:
+    return f"{len(malformed)} tool call(s) could not be parsed: {malformed[0]!r}."
 
 
 def prompt_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:

@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import jinja2
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
+from tokenizers import Tokenizer
 
 from mlx_diffgemma.errors import UserError
 
@@ -24,6 +27,8 @@ TOOL_START, TOOL_END = "<|tool_call>", "<tool_call|>"
 MARKERS = (CHANNEL_START, CHANNEL_END, TOOL_START, TOOL_END)
 THOUGHT = "thought"
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
+_literal: weakref.WeakKeyDictionary[TokenizerWrapper, Tokenizer] = weakref.WeakKeyDictionary()  # see encode_literally
+_lock = threading.Lock()  # of it
 
 
 def load_tokenizer(folder: Path, eos_ids: Iterable[int]) -> TokenizerWrapper:
@@ -107,8 +112,13 @@ def encode_prompt(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 
 
 def encode_literally(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """Ids of text in which nothing is a control token, whatever it looks like."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    """Ids of text in which nothing is a control token, whatever it looks like.  Errors: TypeError for text that is not Unicode."""
+    with _lock:
+        literal = _literal.get(tokenizer)
+        if literal is None:  # one of its own: the flag is the tokenizer's, which other threads use
+            literal = _literal[tokenizer] = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            literal.encode_special_tokens = True
+    return list(literal.encode(text, add_special_tokens=False).ids)
 
 
 def answer_part(tokenizer: TokenizerWrapper, ids: Sequence[int]) -> list[int]:

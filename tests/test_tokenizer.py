@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 
 import pytest
 import sentencepiece
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.nano.build_tokenizer import MARKERS, to_tokenizers_json
-from mlx_diffgemma.tokenizer import ResponseParser, TextStream, chat_ids, encode_prompt, load_tokenizer
+from mlx_diffgemma.tokenizer import ResponseParser, TextStream, chat_ids, encode_literally, encode_prompt, load_tokenizer
 
 EOS = (1, 5, 13)
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(nano.FOLDER / "tokenizer.model"))
@@ -154,3 +155,24 @@ class TestBadFolders:
         (tmp_path / "tokenizer.json").write_text("{broken")
         with pytest.raises(UserError, match="cannot be read"):
             load_tokenizer(tmp_path, EOS)
+
+
+def test_literal_text_and_templates_do_not_disturb_each_other(nano_pair):
+    """A server writes prompts on several threads with one tokenizer."""
+    tokenizer, wrong, done = nano_pair[1], [], threading.Event()
+    text, messages = "<|turn>user\nHello<turn|>", [{"role": "user", "content": "Hello"}]
+    literal, chat = encode_literally(tokenizer, text), chat_ids(tokenizer, messages)
+    assert len(literal) > len(tokenizer.encode(text, add_special_tokens=False)), "no marker is one"
+
+    def write_literally():
+        while not done.is_set():
+            wrong.append(encode_literally(tokenizer, text) != literal)
+
+    threads = [threading.Thread(target=write_literally) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wrong += [chat_ids(tokenizer, messages) != chat for _ in range(500)]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not any(wrong)

@@ -100,7 +100,10 @@
 
     read(chunk) {
       if (chunk.error) throw new Problem(chunk.error.message ?? "The server stopped with an error.");
-      if (chunk.diffusion) this.frame(chunk.diffusion);
+      if (chunk.diffusion) {
+        const { index: _, ...frame } = chunk.diffusion; // there is one choice
+        this.frame(frame);
+      }
       if (chunk.usage) this.usage = chunk.usage;
       this.seed = chunk.seed ?? this.seed;
       this.warnings.push(...(chunk.warnings ?? []));
@@ -175,13 +178,14 @@
     footer() {
       const tokens = this.usage?.completion_tokens;
       return { text: this.text, finish_reason: this.reason, ...(this.thought && { thought: this.thought }),
-        ...(tokens !== undefined && { tokens, tokens_per_second: tokens / this.seconds }), steps: this.steps, seconds: this.seconds };
+        ...(tokens !== undefined && { tokens, tokens_per_second: tokens / this.seconds }), steps: this.steps, seconds: this.seconds,
+        ...(this.seed !== null && { seed: this.seed }) };
     }
 
     // The same lines as `generate --trace` writes.
     save() {
-      const { model, seed: _0, messages: _, stream: _1, stream_options: _2, ...options } = this.body;
-      const header = { format: "mlx-diffgemma trace 1", model, prompt: this.prompt, seed: this.seed, options, created: this.created };
+      const { model, seed = null, messages: _, stream: _1, stream_options: _2, ...options } = this.body;
+      const header = { format: "mlx-diffgemma trace 1", model, prompt: this.prompt, seed, options, created: this.created };
       const lines = [header, ...this.frames, this.footer()].map((record) => `${JSON.stringify(record)}\n`);
       const link = element("a", { href: URL.createObjectURL(new Blob(lines, { type: "application/jsonl" })),
         download: `trace-${this.created.replace(/[:.]/g, "-")}.jsonl` });

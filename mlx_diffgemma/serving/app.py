@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
+import operator
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ from mlx_diffgemma.infill import LENGTHS, Filling, Hole, check_options
 from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import place, prepare_media
-from mlx_diffgemma.request import Request, check_room, token_limit
+from mlx_diffgemma.request import Request, check_room, fresh_seed, token_limit
 from mlx_diffgemma.serving.conversation import template_messages
 from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
 from mlx_diffgemma.serving.jobs import (
@@ -52,7 +52,7 @@ from mlx_diffgemma.serving.jobs import (
 from mlx_diffgemma.serving.limits import BodyLimit, Counted, KeyCheck
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
-from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, warned
+from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, usage_body, warned
 from mlx_diffgemma.tokenizer import chat_ids
 from mlx_diffgemma.trace import PAGE, Tracer
 
@@ -189,13 +189,22 @@ class _Server:
                                 canvas_length=config.canvas_length, vision=config.vision is not None)
         # Templates, tokens, images and constraints of requests; the engine's own thread is for the model.
         self._workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="prepare")
-        self._policy_options = GenerationOptions.from_keywords(settings.defaults)  # refused now if it has to be
+        self._preparing = 0  # requests
 
     def check_model(self, name: str) -> None:
         if name not in (self.settings.model, self.settings.model.rstrip("/").rsplit("/", 1)[-1], "default"):
             raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is.")
 
     async def _prepared(self, prepare: Callable[..., T], *given: Any) -> T:
+        """What becomes of a request before it is submitted.  Errors: BusyError where the queue has no place for it."""
+        self.engine.check_queue(self._preparing)
+        self._preparing += 1
+        try:
+            return await self._on_worker(prepare, *given)
+        finally:
+            self._preparing -= 1
+
+    async def _on_worker(self, prepare: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, functools.partial(prepare, *given))
 
     # Chat
@@ -203,11 +212,11 @@ class _Server:
     async def chat(self, body: ChatRequest, http: HTTPRequest) -> Response:
         self.check_model(body.model)
         box = _Mailbox()
-        choices, functions = await self._prepared(self._chat_choices, body)
+        choices = await self._prepared(self._chat_choices, body)
         envelope = Envelope("chat.completion", body.model)
-        return await self._answer(body, http, box, choices, functions, envelope)
+        return await self._answer(body, http, box, choices, envelope)
 
-    def _chat_choices(self, body: ChatRequest) -> tuple[list[Choice], Functions | None]:
+    def _chat_choices(self, body: ChatRequest) -> list[Choice]:
         tokenizer = self.engine.tokenizer
         messages, images = template_messages(body.messages, self.settings.allow_files, self.settings.allow_urls)
         tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in body.called.values()]
@@ -217,7 +226,7 @@ class _Server:
         ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
         functions = Functions({name: own.parameters for name, own in body.called.items()}) if body.called else None
         kind = Call if functions and body.forced else Choice
-        return self._choices(body, ids, images, functions, kind, bool(body.logprobs), body.top_logprobs or 0), functions
+        return self._choices(body, ids, images, functions, kind, bool(body.logprobs), body.top_logprobs or 0)
 
     # Completions
 
@@ -229,37 +238,36 @@ class _Server:
         choices = await self._prepared(lambda: self._choices(body, body.prompt, (), None, Choice, body.logprobs is not None,
                                                              body.logprobs or 0))
         echo = (body.prompt if isinstance(body.prompt, str) else self.engine.tokenizer.decode(body.prompt)) if body.echo else ""
-        return await self._answer(body, http, box, choices, None, envelope, echo)
+        return await self._answer(body, http, box, choices, envelope, echo)
 
     async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
         filling = await self._prepared(self._filling, body)
         job = InfillJob(filling, box.put)
         began = time.perf_counter()
         await self._run(job, http, box)
-        usage = job.usage
-        self._count(usage, began)
-        fill = filling.fills[0]
-        piece, more = Piece(0, fill.text, finish_reason="stop"), {"seed": filling.seed, "unseen_tokens": filling.unseen}
+        self._count(job.usage, began)
+        piece = Piece(0, filling.fills[0].text, finish_reason="stop")
+        more = {"seed": filling.seed, "unseen_tokens": filling.unseen} | warned(job.warnings)
         if not body.stream:
-            return JSONResponse(envelope.whole([envelope.choice(0, [piece])], usage, **more))
+            return JSONResponse(envelope.whole([envelope.choice(0, [piece])], job.usage, **more))
         chunks = [envelope.chunk([envelope.delta(piece)], **more)]
         if body.stream_options and body.stream_options.include_usage:
-            chunks.append(envelope.chunk(usage=envelope.whole((), usage)["usage"]))
+            chunks.append(envelope.chunk(usage=usage_body(job.usage)))
         return StreamingResponse(iter([*map(event, chunks), DONE]), media_type="text/event-stream")
 
     def _filling(self, body: CompletionRequest) -> Filling:
         engine = self.engine
         given = self.settings.defaults | body.options()
-        limit = given.pop("max_tokens", LENGTHS[1])
+        given.pop("max_tokens", None)  # the server's own is for answers
+        limit = body.max_tokens or LENGTHS[1]
         constraint = {name: given.pop(name) for name in ("regex", "choices") if name in given}
         options = GenerationOptions.from_keywords(check_options(given))
         fewest = body.min_tokens or LENGTHS[0]
         if fewest > limit:
             raise UserError(f"min_tokens {fewest} exceeds max_tokens {limit}.")
-        seed = int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed
         filling = Filling(engine.model, engine.tokenizer, [str(body.prompt), str(body.suffix)],
                           [Hole((fewest, limit), **constraint)], body.instruction, options.policy(engine.model),
-                          engine.prefill_step_size, seed)
+                          engine.prefill_step_size, fresh_seed() if options.seed is None else options.seed)
         self._check_prompt(filling.most)
         check_room(engine.model, [filling.most])
         return filling
@@ -271,8 +279,6 @@ class _Server:
         engine = self.engine
         given = self.settings.defaults | body.options()
         options = GenerationOptions.from_keywords(given)
-        if options.mode == "ar":
-            raise UserError("mode 'ar' is for the command line; this server runs canvases.")
         asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images)
         self._check_prompt(len(asked.ids))
         check_room(engine.model, [len(asked.ids)], 1, asked.patches)
@@ -287,7 +293,8 @@ class _Server:
             if kind is Call:
                 assert functions is not None
                 request = functions.request(engine.model, engine.tokenizer, request)
-            found.append(kind(index, request, policy, tracer, engine.tokenizer, functions, body.stops, logprobs, top_logprobs))
+            found.append(kind(index, request, policy, tracer, engine.tokenizer, functions, body.stops, logprobs, top_logprobs,
+                              one_call=isinstance(body, ChatRequest) and body.parallel_tool_calls is False))
         return found
 
     def _check_prompt(self, length: int) -> None:
@@ -295,34 +302,36 @@ class _Server:
         if most is not None and length > most:
             raise ContextError(f"The prompt has {length:,} tokens, and this server takes {most:,}; shorten it.")
 
-    async def _answer(self, body: Sampling, http: HTTPRequest, box: _Mailbox, choices: list[Choice], functions: Functions | None,
-                      envelope: Envelope, echo: str = "") -> Response:
+    async def _answer(self, body: Sampling, http: HTTPRequest, box: _Mailbox, choices: list[Choice], envelope: Envelope,
+                      echo: str = "") -> Response:
         options = body.stream_options
-        job = AnswerJob(choices, box.put, drafts=bool(options and options.include_drafts))
-        self.engine.submit(job)  # a full queue is told before a stream begins
+        jobs = [AnswerJob(choices, box.put, drafts=bool(options and options.include_drafts))]
+        self.engine.submit(jobs[0])  # a full queue is told before a stream begins
         if body.stream:
-            return StreamingResponse(self._stream(body, job, box, functions, envelope, echo), media_type="text/event-stream",
+            return StreamingResponse(self._stream(body, jobs, box, envelope, echo), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         pieces: list[list[Piece]] = [[] for _ in choices]
-        async with box.until_gone(http), contextlib.aclosing(self._events(job, box, functions)) as events:
+        async with box.until_gone(http), contextlib.aclosing(self._events(jobs, box)) as events:
             async for one in events:
                 if isinstance(one, Piece):
                     pieces[one.index].append(one)
         whole = [envelope.choice(index, own, echo) for index, own in enumerate(pieces)]
-        return JSONResponse(envelope.whole(whole, job.usage, **_told(choices)))
+        warnings = warned(warning for choice in choices for warning in choice.warnings)
+        return JSONResponse(envelope.whole(whole, _usage(jobs), seed=choices[0].request.seed, **warnings))
 
-    async def _stream(self, body: Sampling, job: AnswerJob, box: _Mailbox, functions: Functions | None, envelope: Envelope,
-                      echo: str) -> AsyncGenerator[str, None]:
-        calls, lengths, began = [0] * len(job.choices), [0] * len(job.choices), [False] * len(job.choices)
+    async def _stream(self, body: Sampling, jobs: list[AnswerJob], box: _Mailbox, envelope: Envelope, echo: str,
+                      ) -> AsyncGenerator[str, None]:
+        choices = jobs[0].choices
+        calls, lengths, began = [0] * len(choices), [0] * len(choices), [False] * len(choices)
         usage = bool(body.stream_options and body.stream_options.include_usage)
         none: dict[str, Any] = {"usage": None} if usage else {}
         started = time.perf_counter()
         try:
             if echo:
-                for index in range(len(job.choices)):
+                for index in range(len(choices)):
                     yield event(envelope.chunk([envelope.delta(Piece(index, echo))], **none))
                     lengths[index] = len(echo)
-            async with contextlib.aclosing(self._events(job, box, functions)) as events:
+            async with contextlib.aclosing(self._events(jobs, box)) as events:
                 async for one in events:
                     if one is None:
                         yield ": still here\n\n"
@@ -334,17 +343,19 @@ class _Server:
                         began[one.index] = True
                         calls[one.index] += len(one.calls)
                         lengths[one.index] += len(one.text)
-                        yield event(envelope.chunk([delta], **none))
-            more = _told(job.choices)
-            yield event(envelope.chunk(usage=envelope.whole((), job.usage)["usage"], **more) if usage else envelope.chunk(**more))
+                        told = {"seed": choices[0].request.seed} | warned(choices[one.index].warnings) if one.finish_reason else {}
+                        yield event(envelope.chunk([delta], **told, **none))
+            if usage:  # a chunk without choices is only for those who asked for it
+                yield event(envelope.chunk(usage=usage_body(_usage(jobs))))
         except Exception as error:  # the status has been sent, so the stream itself has to tell
-            if not isinstance(error, UserError | ClosedError):
+            if _status(error) == 500:
                 log.error("A stream failed", exc_info=error)
             yield event(_error_body(error))
         yield DONE
 
-    async def _events(self, job: AnswerJob, box: _Mailbox, functions: Functions | None) -> AsyncGenerator[Event | None, None]:
-        """Pieces and drafts of a job that was submitted, and of the calls that have to be made again; None for silence."""
+    async def _events(self, jobs: list[AnswerJob], box: _Mailbox) -> AsyncGenerator[Event | None, None]:
+        """Pieces and drafts of the one of ``jobs`` that was submitted, and of the calls that have to be made again, whose jobs are
+        added; None for silence."""
         began, first = time.perf_counter(), True
         try:
             async for one in box.events():
@@ -352,19 +363,23 @@ class _Server:
                     first = False
                     self.metrics.first.observe(time.perf_counter() - began)
                 yield one
-            self._count(job.usage, began)
-            for choice in job.choices:
-                if not (functions and choice.broken):
+            for choice, place in [(own, place) for own in jobs[0].choices for place in own.broken]:
+                last = place == choice.broken[-1]
+                try:
+                    again = await self._on_worker(choice.again, self.engine.model, place, last)
+                except UserError as error:
+                    choice.warnings.append(f"A call could not be made again: {error}")
+                    if last:
+                        yield Piece(choice.index, finish_reason="tool_calls" if choice.called else "stop")
                     continue
-                request = await self._prepared(functions.request, self.engine.model, self.engine.tokenizer, choice.request)
-                again = Call(choice.index, request, choice.policy, choice.tracer, self.engine.tokenizer)
-                job = AnswerJob([again], box.put)
-                self.engine.submit(job)
+                choice.called = True
+                jobs.append(AnswerJob([again], box.put))
+                self.engine.submit(jobs[-1], again=True)
                 async for one in box.events():
                     yield one
-                self._count(job.usage, began)
+            self._count(_usage(jobs), began)
         finally:
-            job.cancel()
+            jobs[-1].cancel()
 
     async def _run(self, job: Job, http: HTTPRequest, box: _Mailbox) -> None:
         """Submit ``job`` and wait for its end."""
@@ -451,9 +466,9 @@ async def _disconnected(http: HTTPRequest) -> None:
         pass
 
 
-def _told(choices: Sequence[Choice]) -> dict[str, Any]:
-    """The seed of the first choice, and warnings."""
-    return {"seed": choices[0].request.seed} | warned(warning for choice in choices for warning in choice.warnings)
+def _usage(jobs: Sequence[AnswerJob]) -> Usage:
+    """Of an answer, with the calls that were made again for it."""
+    return functools.reduce(operator.add, (job.usage for job in jobs))
 
 
 def _question(asked: DecisionQuestion) -> Question:

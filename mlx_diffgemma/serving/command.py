@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.model import DiffusionGemma
 
 MISSING = "The server needs further packages: pip install 'mlx-diffgemma[server]'."
+LAST_WORDS = 2  # seconds that answers have to be sent once nothing runs any longer
 LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
@@ -90,14 +91,14 @@ def serve_command(
     shown = f"[{host}]" if ":" in host else host
 
     def serve() -> None:
-        settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
-                            allow_image_urls, drafter[0])
-        server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
-                                               timeout_graceful_shutdown=grace))
-        servers.append(server)
-        print(f"{model} is at http://{shown}:{listening.getsockname()[1]}: a page to watch it, and OpenAI's protocol under /v1",
-              flush=True)
         try:
+            settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
+                                allow_image_urls, drafter[0])
+            server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
+                                                   timeout_graceful_shutdown=LAST_WORDS))
+            servers.append(server)
+            print(f"{model} is at http://{shown}:{listening.getsockname()[1]}: a page to watch it, and OpenAI's protocol under /v1",
+                  flush=True)
             server.run(sockets=[listening])
         finally:
             engine.close()
@@ -105,10 +106,11 @@ def serve_command(
     servers: list[uvicorn.Server] = []
     # MLX works on this thread: what it keeps for a thread it gives back when that ends, with Python's help, which may be over then.
     http = threading.Thread(target=serve, name="http", daemon=True)
+    told = list[int]()
 
-    def stop(*_: object) -> None:
-        for server in servers:
-            server.should_exit = True
+    def stop(number: int, _: object) -> None:
+        engine.close(0 if told else grace)  # told twice, it waits for nothing
+        told.append(number)
 
     def ready() -> None:
         http.start()
@@ -116,6 +118,9 @@ def serve_command(
             signal.signal(number, stop)
 
     engine.run(ready)
+    # Only now that nothing runs any longer: until here clients were told what became of their requests, new ones that it closes.
+    for server in servers:
+        server.should_exit = True
     http.join()
 
 

@@ -58,8 +58,8 @@ class Job(ABC):
 
     @abstractmethod
     def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:
-        """The sessions that are to be run to their ends next; finished ones only read.  A job may end a session by setting
-        ``finished``."""
+        """The sessions that are to be run to their ends next; finished ones only read.  None at all: it works itself, and goes on
+        at the next turn.  A job may end a session by setting ``finished``."""
 
     def step(self, session: Session, step: CanvasStep) -> None:  # noqa: B027 (some look at no step)
         """One of its sessions took a denoising step."""
@@ -161,22 +161,32 @@ class Engine:
                 self._turn()
         self._running = False
 
-    def submit(self, job: Job) -> None:
-        """From any thread.  Errors: BusyError when the queue is full, ClosedError behind ``close``."""
+    def submit(self, job: Job, again: bool = False) -> None:
+        """From any thread; ``again``: it belongs to a request that had its place.  Errors: BusyError when the queue is full,
+        ClosedError behind ``close``."""
         with self._changed:
-            if self._closing:
-                raise ClosedError("The server is shutting down.")
-            if self._waiting() >= self.max_queue:
+            self._check_open()
+            if not again and self._waiting() >= self.max_queue:
                 raise BusyError(self._retry_after())
             self._queue.append(_Run(job))
             self.figures.waiting = self._waiting()
             self._changed.notify()
 
-    def close(self, grace: float = 0.0) -> None:
-        """Take no more jobs, give those that run or wait ``grace`` seconds to finish, and stop."""
+    def check_queue(self, more: int) -> None:
+        """Errors: BusyError where a job behind ``more`` than wait already would find no place, ClosedError behind ``close``."""
         with self._changed:
-            if not self._closing:
-                self._closing, self._deadline = True, time.monotonic() + grace
+            self._check_open()
+            if self._waiting() + more >= self.max_queue:
+                raise BusyError(self._retry_after())
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ClosedError("The server is shutting down.")
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more jobs, give those that run or wait ``grace`` seconds to finish, less if told again, and stop."""
+        with self._changed:
+            self._closing, self._deadline = True, min(self._deadline, time.monotonic() + grace)
             self._changed.notify()
         if self._thread:
             self._thread.join()
@@ -240,47 +250,61 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free rows to jobs in turn, one at a time."""
+        worked = list[_Run]()
         while len(self._rows) < self.max_batch:
             with self._changed:
                 if not self._queue:
                     break
                 run = self._queue.popleft()
-            if run.rounds is None:
-                run.began = time.perf_counter()
+            if not run.todo:
                 if not self._begin(run):
                     continue
+                if not run.todo:  # it has had its turn
+                    worked.append(run)
+                    continue
             row = self._row(run)
-            if self._rows and row.nbytes + sum(other.nbytes for other in self._rows.values()) > self._room:
+            if not self._fits(row):
                 run.todo.appendleft(row.session)
                 self._enqueue(run, first=True)
                 break  # until others have left
             if run.todo:
                 self._enqueue(run)
             self._place(row)
+        for run in worked:
+            self._enqueue(run)
         with self._changed:
             self.figures.waiting = self._waiting()
+
+    def _fits(self, row: _Row) -> bool:
+        """Whether memory holds it beside the others; prefixes make room."""
+        needed = row.nbytes + sum(other.nbytes for other in self._rows.values())
+        self.prefixes.shrink(max(0, self._room - needed))
+        return not self._rows or needed <= self._room
 
     def _enqueue(self, run: _Run, first: bool = False) -> None:
         with self._changed:
             (self._queue.appendleft if first else self._queue.append)(run)
 
     def _begin(self, run: _Run) -> bool:
-        """Ask a job for its next sessions; whether there are some."""
+        """Ask a job for its next sessions; whether it goes on."""
         try:
             if run.rounds is None:
+                run.began = time.perf_counter()
                 run.rounds = run.job.rounds(self.model)
-            run.todo.extend(next(run.rounds, ()))
+            sessions = next(run.rounds, None)
         except Exception as error:  # that of one request
             self._finish(run, error)
             return False
-        run.open = len(run.todo)
-        if not run.todo:
+        if sessions is None:
             self._finish(run, None)
-        return bool(run.todo)
+            return False
+        run.todo.extend(sessions)
+        run.open = len(run.todo)
+        return True
 
     def _row(self, run: _Run) -> _Row:
         session, config = run.todo.popleft(), self.model.config
-        needed = cost.run_bytes(config, 0, len(session.ids) + config.canvas_length, self.model.dtype.size)
+        needed = cost.run_bytes(config, 0, len(session.ids) + max(session.max_tokens, config.canvas_length), self.model.dtype.size)
         return _Row(run, session, needed)
 
     def _place(self, row: _Row) -> None:

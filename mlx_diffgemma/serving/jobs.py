@@ -6,6 +6,8 @@ A job is made on a thread of the server, where everything that can be refused is
 from __future__ import annotations
 
 import json
+import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -15,7 +17,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.decide import BATCH_ROWS, Decision, Labels, Question, decision_of, read_labels
+from mlx_diffgemma.decide import Decision, Labels, Question, decision_of, labels_in_turns
 from mlx_diffgemma.demands import Demands, Stretch
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar.constraint import compile_named
@@ -23,7 +25,7 @@ from mlx_diffgemma.infill import Filling
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import PlacedImage
-from mlx_diffgemma.request import GenerationResponse, Request
+from mlx_diffgemma.request import GenerationResponse, Request, malformed_warning, token_limit
 from mlx_diffgemma.serving.engine import Job
 from mlx_diffgemma.session import Canvas, CanvasStep, Session
 from mlx_diffgemma.tokenizer import TOOL_END, TOOL_START, ResponseParser
@@ -67,6 +69,11 @@ class Usage:
     produced: int
     forwards: int
 
+    def __add__(self, other: Usage) -> Usage:
+        """With what more was done for the same prompt."""
+        return replace(self, completion=self.completion + other.completion, steps=self.steps + other.steps,
+                       produced=self.produced + other.produced, forwards=self.forwards + other.forwards)
+
 
 @dataclass(frozen=True)
 class Drafted:
@@ -108,16 +115,22 @@ class Stops:
 
 
 class Choice:
-    """One of the answers to a prompt: from committed canvases to pieces."""
+    """One of the answers to a prompt: from committed canvases to pieces.
+
+    ``one_call``: the answer ends with its first call.  ``warnings`` are what the caller should see.
+    """
 
     def __init__(self, index: int, request: Request, policy: Policy, tracer: Tracer, tokenizer: TokenizerWrapper,
                  functions: Functions | None = None, stops: Sequence[str] = (), logprobs: bool = False, top_logprobs: int = 0,
-                 ) -> None:
+                 one_call: bool = False) -> None:
         self.index, self.request, self.policy, self.tracer, self.functions = index, request, policy, tracer, functions
-        self.stops, self.logprobs, self.top_logprobs = Stops(stops), logprobs, top_logprobs
-        self.broken: list[str] = []  # texts of calls whose arguments are not what their function takes
+        self.stops, self.logprobs, self.top_logprobs, self.one_call = Stops(stops), logprobs, top_logprobs, one_call
+        self.broken: list[int] = []  # where calls begin that have to be made again, see ``Functions.broken``
         self.warnings: list[str] = []
-        self._shown, self._called = ResponseParser(tokenizer), False
+        self.called = False
+        self._tokenizer, self._shown = tokenizer, ResponseParser(tokenizer)
+        self._waiting: deque[TokenLogprob] = deque()  # until all of their text has come
+        self._length = self._told = 0  # characters of text, and of tokens whose log-probabilities have been told
         self.session: Session
         request.warn = self.warnings.append
 
@@ -129,9 +142,14 @@ class Choice:
         return self.session
 
     @property
-    def tokens(self) -> int:
-        """How many have come so far."""
+    def generated(self) -> int:
+        """How many tokens have come so far."""
         return self.request.responses[-1].generation_tokens if self.request.responses else 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those that have come so far."""
+        return [token for part in self.request.responses for token in part.tokens]
 
     def piece(self, step: CanvasStep) -> Piece:
         """What the canvas adds that was just committed by ``step``."""
@@ -142,38 +160,52 @@ class Choice:
         reason = "stop" if response.finish_reason == "empty" else response.finish_reason
         if self.stops.found:
             session.finished, reason = True, "stop"
-        calls = []
-        for call in response.tool_calls:
-            if self.functions is None or self.functions.fits(call):
-                calls.append(call)
-            else:
-                self.broken.append(f"{call.get('name')}{json.dumps(call.get('arguments'))}")
-        if reason and self.functions:
-            self.broken += request.parser.malformed
-        self._called = self._called or bool(calls)
-        if reason == "length":
-            self.broken = []  # the limit cut it off
-        if reason == "stop" and self._called:
+        calls = [call for call in response.tool_calls if self.functions is None or self.functions.fits(call)]
+        if self.one_call:
+            calls = calls[: 0 if self.called else 1]
+        self.called = self.called or bool(calls)
+        if self.one_call and self.called:
+            session.finished, reason = True, "stop"
+        elif reason == "stop" and self.functions and not self.stops.found:  # at the limit a call may be cut off
+            self.broken = self.functions.broken(self.tokens, self._tokenizer)
+            if self.broken and request.parser.malformed:
+                self.warnings.remove(malformed_warning(request.parser.malformed))
+        if reason == "stop" and self.called:
             reason = "tool_calls"
         # A call that is made again ends the answer.
-        return Piece(self.index, text, response.thought, tuple(calls), self._logprobs(response, step, text),
+        return Piece(self.index, text, response.thought, tuple(calls), self._logprobs(response, step, text, bool(reason)),
                      None if self.broken else reason)
 
-    def _logprobs(self, response: GenerationResponse, step: CanvasStep, text: str) -> tuple[TokenLogprob, ...]:
-        """Of the tokens that ``text`` is made of."""
+    def again(self, model: DiffusionGemma, begin: int, last: bool) -> Call:
+        """In place of the call whose text began at ``begin`` of the answer; the ``last`` of them ends it.
+
+        Errors: UserError where no call fits in the context, or in the limit of the answer.
+        """
+        assert self.functions is not None
+        request = self.functions.again(model, self._tokenizer, self.request, self.tokens, begin)
+        call = Call(self.index, request, self.policy, self.tracer, self._tokenizer)
+        call.finish_reason, call.warnings = "tool_calls" if last else None, self.warnings
+        request.warn = self.warnings.append
+        return call
+
+    def _logprobs(self, response: GenerationResponse, step: CanvasStep, text: str, last: bool) -> tuple[TokenLogprob, ...]:
+        """Of the tokens whose text has come with ``text``; where a stop cut one, of that too."""
         if not self.logprobs:
             return ()
         shown = [place for place, token in enumerate(response.tokens) if self._shown.shows(token)]
-        pieces = self.tracer.pieces([response.tokens[place] for place in shown])
         top = None if step.top is None else [np.array(own).tolist() for own in step.top]
-        found, length = list[TokenLogprob](), 0
-        for place, piece in zip(shown, pieces, strict=True):
-            if self.stops.found and length >= len(text):
-                break
-            length += len(piece)
+        for place, piece in zip(shown, self.tracer.pieces([response.tokens[place] for place in shown]), strict=True):
             best = () if top is None else tuple((self.tracer.pieces([token])[0], value)
                                                 for token, value in zip(top[0][place], top[1][place], strict=True))
-            found.append(TokenLogprob(piece, float(response.logprobs[place]), best))
+            self._waiting.append(TokenLogprob(piece, float(response.logprobs[place]), best))
+        self._length += len(text)
+        found = list[TokenLogprob]()
+        while self._waiting:
+            end = self._told + len(self._waiting[0].text)
+            if self._told >= self._length if self.stops.found else end > self._length and not last:
+                break
+            found.append(self._waiting.popleft())
+            self._told = end
         return tuple(found)
 
 
@@ -183,16 +215,18 @@ class Call(Choice):
     The prompt ends where the model would begin the call, and the end of the call ends the answer.
     """
 
+    finish_reason: str | None = "tool_calls"
+
     def piece(self, step: CanvasStep) -> Piece:  # noqa: ARG002
         session = self.session
         response = self.request.add_canvas(session.canvases[-1], session.finished)
         if not session.finished:
             return Piece(self.index)
-        tokens = [token for part in self.request.responses for token in part.tokens if token not in self.request.eos_ids]
-        text = "".join(self.tracer.pieces(tokens))
+        text = "".join(self.tracer.pieces([token for token in self.tokens if token not in self.request.eos_ids]))
         name, brace, arguments = text.removeprefix(CALL).partition("{")
         assert response.finish_reason != "length", "a constrained answer ends within the limit"
-        return Piece(self.index, calls=({"name": name, "arguments": json.loads(brace + arguments)},), finish_reason="tool_calls")
+        return Piece(self.index, calls=({"name": name, "arguments": json.loads(brace + arguments)},),
+                     finish_reason=self.finish_reason)
 
 
 class Functions:
@@ -221,13 +255,49 @@ class Functions:
 
     def request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request) -> Request:
         """As ``asked``, but for a ``Call`` of one of them.  Errors: UserError for parameters that cannot be guaranteed."""
+        begin, _ = self._markers(tokenizer)
+        return self._request(model, tokenizer, asked, [begin], list(self.parameters))
+
+    def broken(self, tokens: Sequence[int], tokenizer: TokenizerWrapper) -> list[int]:
+        """Where the texts of those calls begin in the ``tokens`` of an answer that cannot be read, or are not what a function
+        takes."""
+        parser, found, place = ResponseParser(tokenizer), list[int](), 0
+        begin, _ = self._markers(tokenizer)
+        for behind, token in enumerate(tokens, 1):
+            unread = len(parser.malformed)
+            calls = parser.feed([token]).tool_calls
+            if token == begin:
+                place = behind
+            elif len(parser.malformed) > unread or not all(map(self.fits, calls)):
+                found.append(place)
+        unread = len(parser.malformed)
+        parser.finish()
+        return [*found, place] if len(parser.malformed) > unread else found
+
+    def again(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request, tokens: Sequence[int], begin: int,
+              ) -> Request:
+        """For a ``Call`` in place of the one whose text began at ``begin`` of the ``tokens`` answered to ``asked``: of the function
+        it meant, if there is such a one, behind all that stood before."""
+        meant = re.match(rf"\s*{CALL}\s*([\w.-]+)", tokenizer.decode(list(tokens[begin:])))
+        return self._request(model, tokenizer, asked, tokens[:begin],
+                             [meant[1]] if meant and meant[1] in self.parameters else list(self.parameters))
+
+    def _request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request, before: Sequence[int],
+                 names: Sequence[str]) -> Request:
+        """For a call of one of ``names`` behind the prompt and ``before``."""
+        _, end = self._markers(tokenizer)
+        constraint = compile_named(tokenizer, model.config, {CALL + name: self.parameters[name] for name in names}, end)
+        ids, text = [*asked.ids, *before], model.config.text
+        limit = min(asked.limit, token_limit(len(ids), None, model.config.canvas_length, text.max_position_embeddings))
+        return Request(ids, limit, asked.seed, ResponseParser(tokenizer), (end,), asked.opened, asked.images, asked.patches,
+                       Demands((end,), limit, stretches=[Stretch(constraint)]))
+
+    @staticmethod
+    def _markers(tokenizer: TokenizerWrapper) -> tuple[int, int]:
         begin, end = (tokenizer.get_vocab().get(marker) for marker in (TOOL_START, TOOL_END))
         if begin is None or end is None:
             raise UserError("This model has no tokens for calls of tools; leave the tools out.")
-        constraint = compile_named(tokenizer, model.config, {CALL + name: schema for name, schema in self.parameters.items()}, end)
-        ids = [*asked.ids, begin]
-        return replace(asked, ids=ids, eos_ids=(end,), parser=ResponseParser(tokenizer), responses=[], warn=None,
-                       demands=Demands((end,), asked.limit, stretches=[Stretch(constraint)]))
+        return begin, end
 
 
 class AnswerJob(Job):
@@ -264,7 +334,7 @@ class AnswerJob(Job):
         """Of all choices."""
         canvases = [canvas for choice in self.choices if self._by_session for canvas in choice.session.canvases]
         forwards = sum(canvas.steps + canvas.judged for canvas in canvases)
-        return Usage(len(self.choices[0].request.ids), sum(choice.tokens for choice in self.choices), self.reused,
+        return Usage(len(self.choices[0].request.ids), sum(choice.generated for choice in self.choices), self.reused,
                      sum(canvas.steps for canvas in canvases), sum(len(canvas.tokens) for canvas in canvases), forwards)
 
 
@@ -273,6 +343,8 @@ class InfillJob(Job):
 
     def __init__(self, filling: Filling, emit: Emit) -> None:
         self.filling, self._emit, self._canvases = filling, emit, list[Canvas]()
+        self.warnings: list[str] = []  # what the caller should see
+        filling.warn = self.warnings.append
 
     def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:  # noqa: ARG002
         return self.filling.rounds()
@@ -305,7 +377,7 @@ class DecisionJob(Job):
         reader = Session.reading(model, self.ids, images=self._images)
         yield [reader]
         self.reused = reader.reused
-        read = read_labels(model, reader.cache, self._labels, self._lengths, self._reads, self._seed, BATCH_ROWS)
+        read = yield from labels_in_turns(model, reader.cache, self._labels, self._lengths, self._reads, self._seed)
         self.decisions = [decision_of(question, own) for question, own in zip(self._questions, read, strict=True)]
 
     def done(self, error: Exception | None) -> None:

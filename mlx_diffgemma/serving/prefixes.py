@@ -66,7 +66,11 @@ class Prefixes:
         self._kept[key] = twin = cache.copy()
         self._lengths[twin.length] += 1
         self.nbytes += twin.nbytes
-        while self.nbytes > self.budget:
+        self.shrink(self.budget)
+
+    def shrink(self, nbytes: int) -> None:
+        """Give up those used longest ago until no more than ``nbytes`` are kept."""
+        while self.nbytes > nbytes:
             _, oldest = self._kept.popitem(last=False)
             self.nbytes -= oldest.nbytes
             self._lengths[oldest.length] -= 1

@@ -215,7 +215,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
-    NEUTRAL = {**Sampling.NEUTRAL, "parallel_tool_calls": (False, True), "modalities": (["text"],), "verbosity": ("medium",),
+    NEUTRAL = {**Sampling.NEUTRAL, "modalities": (["text"],), "verbosity": ("medium",),
                "function_call": ("none",)}
     REFUSED = {"functions": "send tools", "audio": "the model writes text", "prediction": "a canvas is not begun from a text",
                "web_search_options": "this server searches nothing"}
@@ -225,6 +225,7 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = Field(None, description="False: the answer ends with its first call.")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="'none' or absent: no thought; whatever else: the model thinks first.")
     chat_template_kwargs: dict[str, Any] | None = None

@@ -25,7 +25,7 @@ def error_body(message: str, kind: str = "invalid_request_error", param: str | N
 
 def event(body: dict[str, Any]) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {json.dumps(body, allow_nan=False)}\n\n"  # in ASCII: clients take some other characters for ends of lines
 
 
 class Envelope:

@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 
@@ -289,6 +290,47 @@ class TestEnds:
             lost.wait()
         assert alone(begin) == (job := Answer(), engine.submit(job), job.wait())[2]
 
+    def test_a_job_that_works_itself_gives_others_their_turns(self, begin):
+        """And leaves at the next turn, as any other."""
+        class Worker(Answer):
+            worked = 0
+
+            def rounds(self, model):
+                while True:
+                    self.worked += 1
+                    yield ()
+
+        engine, worker, beside = begin(max_batch=2), Worker(), Answer(limit=72)
+        beside.on_step = lambda session, step: seen.append(worker.worked)
+        seen = []
+        engine.submit(worker)
+        engine.submit(beside)
+        beside.wait()
+        assert all(after - before == 1 for before, after in itertools.pairwise(seen)), "a turn each"
+        worker.cancel()
+        with pytest.raises(ClosedError):
+            worker.wait()
+        count = worker.worked
+        time.sleep(0.1)
+        assert worker.worked == count
+
+    def test_prefixes_make_room(self, begin, monkeypatch):
+        monkeypatch.setattr(engine_module.cost, "run_bytes", lambda *_: 100)
+        engine, first, kept = begin(), Answer(size=64), []
+
+        def run(seed):
+            job = Answer(size=64, seed=seed)
+            job.on_step = lambda session, step: kept.append(engine.prefixes.begin(first.ids)[0].length)
+            engine.submit(job)
+            job.wait()
+            return kept[-1]
+
+        engine.submit(first)
+        first.wait()
+        assert run(1) > 0
+        engine._room = 100
+        assert run(2) == 0
+
     def test_the_queue_is_bounded(self, begin):
         engine, held, began = begin(max_batch=1, max_queue=2), threading.Event(), threading.Event()
         first = Answer()
@@ -340,6 +382,19 @@ class TestEnds:
         with pytest.raises(ClosedError):
             job.wait()
         assert time.monotonic() - started < 30
+
+    def test_told_twice_it_does_not_wait(self, begin):
+        engine, began = begin(), threading.Event()
+        job = Answer(limit=24 * 40)
+        job.on_step = lambda session, step: began.set()
+        engine.submit(job)
+        began.wait(60)
+        threading.Timer(0.2, engine.close).start()
+        started = time.monotonic()
+        engine.close(grace=600)
+        with pytest.raises(ClosedError):
+            job.wait()
+        assert time.monotonic() - started < 60
 
     def test_what_cannot_be_loaded(self):
         def load():

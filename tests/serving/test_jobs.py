@@ -17,6 +17,9 @@ CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength":
         "additionalProperties": False}
 
 
+TOOLS = [{"type": "function", "function": own} for own in ({"name": "weather", "parameters": CITY}, {"name": "time"})]
+
+
 class TestStops:
     @pytest.mark.parametrize(("pieces", "shown"), [
         (["one two", " three"], ["one two", " three"]), (["one STOP two"], ["one "]), (["one ST", "OP two"], ["one ", ""]),
@@ -48,7 +51,8 @@ class TestFunctions:
 
 @pytest.fixture(scope="module")
 def served():
-    """(client of an application with nano, its engine, a function that commits given texts in place of the next canvases)."""
+    """(client of an application with nano, its engine, a function that commits given texts in place of the next canvases: cut to
+    their length, or ended)."""
     engine = Engine(lambda: load("nano"))
     engine.start()
     real = engine._loop._record
@@ -59,10 +63,11 @@ def served():
         def record(session, row, outcome, flags, belief):
             if not left:
                 return real(session, row, outcome, flags, belief)
-            text = engine.tokenizer.encode(left.pop(0), add_special_tokens=False)
-            ids = [*text, engine.model.config.generation.eos_token_ids[0]]
-            argmax = mx.array(ids + [0] * (session.length - len(ids)), dtype=mx.int32)
-            session.read(True, 0.0, len(ids) - 1)
+            ids = engine.tokenizer.encode(left.pop(0), add_special_tokens=False)[: session.length]
+            size = len(ids)
+            ids += [engine.model.config.generation.eos_token_ids[0]] * (session.length - size)
+            argmax = mx.array(ids, dtype=mx.int32)
+            session.read(True, 0.0, size)
             return CanvasStep(session.canvas_index, 0, 0, 1, argmax, argmax, outcome.accepted[row], outcome.entropy[row],
                               outcome.logprob[row], 0.0, "converged")
 
@@ -112,3 +117,112 @@ class TestCalls:
         response = asked(client, tools=None)
         assert response.json()["choices"][0]["message"]["content"] == "Hm."
         assert response.json()["warnings"]
+
+    def test_it_is_made_again_behind_what_stood_before_it_under_its_own_function(self, served):
+        client, engine, script = served
+        script(f'Two.{TOOL_START}call:time{{}}{TOOL_END}{TOOL_START}call:weather{{"city": 5}}{TOOL_END}')
+        asked_of, submit = [], engine.submit
+        engine.submit = lambda job, again=False: (asked_of.append(job.choices[0].request), submit(job, again))
+        try:
+            response = asked(client, tools=TOOLS, max_denoising_steps=2).json()
+        finally:
+            engine.submit = submit
+        calls = response["choices"][0]["message"]["tool_calls"]
+        assert [call["function"]["name"] for call in calls] == ["time", "weather"]
+        assert response["choices"][0]["finish_reason"] == "tool_calls"
+        first, second = asked_of
+        behind = engine.tokenizer.decode(second.ids[len(first.ids) :])
+        assert second.ids[: len(first.ids)] == first.ids
+        assert behind.startswith("Two.")
+        assert behind.endswith(TOOL_START)
+        assert behind.count(TOOL_START) == 2
+        assert "parsed" not in str(response.get("warnings"))
+        counted = len(first.responses[0].tokens) + len(second.responses[0].tokens)
+        assert response["usage"]["completion_tokens"] == counted, "both count"
+        assert response["usage"]["denoising_steps"] == sum(part.steps for own in asked_of for part in own.responses)
+
+    def test_each_of_several(self, served):
+        client, _, script = served
+        script("".join(f'{TOOL_START}call:weather{{"city": {number}}}{TOOL_END}' for number in (5, 6)))
+        choice = asked(client, max_denoising_steps=2).json()["choices"][0]
+        assert len(choice["message"]["tool_calls"]) == 2
+
+    def test_where_no_call_fits_the_rest_is_the_answer(self, served):
+        """Nothing of what the first answer took is left out of what the second may have."""
+        client, _, script = served
+        script(f'Let me see.{TOOL_START}call:weather{{"city": 5}}{TOOL_END}')
+        response = asked(client, max_tokens=28, max_denoising_steps=2).json()
+        assert response["choices"][0]["finish_reason"] == "tool_calls"
+        long = {**CITY, "properties": {"city": {"type": "string", "minLength": 900}}}
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": long}}]
+        script(f'Let me see.{TOOL_START}call:weather{{"city": 5}}{TOOL_END}')
+        response = asked(client, tools=tools, max_tokens=28).json()
+        assert response["choices"][0]["finish_reason"] == "stop"
+        assert response["choices"][0]["message"]["content"] == "Let me see."
+        assert "could not be made again" in response["warnings"][0]
+
+    def test_only_one_where_only_one_is_wanted(self, served):
+        client, _, script = served
+        both = "".join(f'{TOOL_START}call:weather{{"city": "{city}"}}{TOOL_END}' for city in ("Rome", "Oslo"))
+        for wanted, names in ((False, ["Rome"]), (True, ["Rome", "Oslo"]), (None, ["Rome", "Oslo"])):
+            script(both)
+            choice = asked(client, parallel_tool_calls=wanted, max_tokens=60).json()["choices"][0]
+            found = [json.loads(call["function"]["arguments"])["city"] for call in choice["message"]["tool_calls"]]
+            assert (found, choice["finish_reason"]) == (names, "tool_calls")
+
+
+class TestLogprobs:
+    def test_they_come_with_their_text(self, served):
+        """What may be the begin of a stop is held back over the border of a canvas, and its tokens with it."""
+        client, engine, script = served
+        canvas = "word " * 80
+        first = engine.tokenizer.decode(engine.tokenizer.encode(canvas, add_special_tokens=False)[:64])
+        assert first.endswith("word")
+        for behind, rest in ((" STOP here", None), (" goes on", "word goes on")):
+            script(canvas, behind)
+            body = {"model": "nano", "messages": [{"role": "user", "content": "Say word."}], "stop": "word STOP", "logprobs": True}
+            response = client.post("/v1/chat/completions", json={**body, "stream": True, "max_tokens": 100})
+            chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+            told, text = [""], ""
+            for choice in (chunk["choices"][0] for chunk in chunks):
+                text += choice["delta"].get("content", "")
+                told += [own["token"] for own in (choice["logprobs"] or {"content": ()})["content"]]
+                assert text.startswith("".join(told[:-1])), "a stop may have cut the last one"
+                assert text.startswith("".join(told)) or rest is None
+            assert text == first.removesuffix("word") + (rest or "")
+            assert "".join(told).startswith(text)
+
+
+def test_a_hole_that_did_not_converge_is_told_of(served):
+    client, engine, _ = served
+    hole = {"model": "nano", "prompt": "Mia was a red ", "suffix": ". Mia lived near the river.", "seed": 1, "min_tokens": 6,
+            "max_tokens": 6, "max_denoising_steps": 1}
+    assert "did not converge" in client.post("/v1/completions", json=hole).json()["warnings"][0]
+    # The server's own limit is for answers, not for holes.
+    limited = TestClient(create_app(engine, Settings("nano", {"max_tokens": 64, "max_denoising_steps": 1})))
+    short = {**hole, "min_tokens": None, "max_tokens": None, "max_denoising_steps": None}
+    found = limited.post("/v1/completions", json={**short, "stream": False}).json()
+    assert 1 <= found["usage"]["completion_tokens"] <= 16
+
+
+def test_a_stream_has_an_empty_chunk_only_for_who_asked(served):
+    client, _, _ = served
+    body = {"model": "nano", "messages": [{"role": "user", "content": "Add 12 and 30."}], "stream": True, "max_denoising_steps": 1}
+    for options, empty in ((None, 0), ({"include_usage": True}, 1)):
+        text = client.post("/v1/chat/completions", json={**body, "stream_options": options}).text
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert sum(not chunk["choices"] for chunk in chunks) == empty
+        (end,) = [chunk for chunk in chunks if chunk["choices"] and chunk["choices"][0]["finish_reason"]]
+        assert isinstance(end["seed"], int)
+        assert "did not converge" in end["warnings"][0]
+        assert text.isascii()
+
+
+def test_what_waits_to_be_prepared_counts(served):
+    client, engine, _ = served
+    full = engine.max_queue
+    engine.max_queue = 0
+    try:
+        assert asked(client).status_code == 429
+    finally:
+        engine.max_queue = full

@@ -426,7 +426,7 @@ class TestService:
 
 def test_keys_origins_limits_and_a_full_queue():
     options = ["--api-key", "secret", "--allowed-origin", "http://app.example", "--max-prompt-tokens", "30", "--max-batch", "1",
-               "--max-queue", "1", "--grace", "1", "--preset", "fast"]
+               "--max-queue", "1", "--grace", "3", "--preset", "fast"]
     with serving(*options) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=100)
         for key in ("wrong", "secret2", "secre"):
@@ -446,11 +446,17 @@ def test_keys_origins_limits_and_a_full_queue():
         with pytest.raises(openai.RateLimitError) as refused:
             client.chat.completions.create(**long)
         assert int(refused.value.response.headers["retry-after"]) >= 1
-        # Told to stop, the server gives up what runs when the grace is over, and its streams say so.
+        # Told to stop, the server takes no more, gives up what runs when the grace is over, and says so to everybody.
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        until(lambda: httpx.get(f"{url}/health").json()["status"] == "closing", 5)
+        assert httpx.get(f"{url}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError, match="shutting down") as closed:
+            client.chat.completions.create(model="nano", messages=ADD)
+        assert (closed.value.status_code, closed.value.code) == (503, "shutting_down")
         for stream in streams:
-            stream.close()
+            with pytest.raises(openai.APIError, match="shutting down"):
+                list(stream)
+        assert process.wait(60) == 0
 
 
 def test_an_address_that_is_taken(capfd):
