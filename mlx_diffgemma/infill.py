@@ -209,7 +209,7 @@ class _Run:
                 parts = list(text)
                 holes = [hole] * (len(parts) - 1) if isinstance(hole, Hole) else list(hole)
             self.fillings.append(Filling(model, tokenizer, parts, holes, prompts[index] if prompts else None, policy,
-                                          self.options.prefill_step_size, seed if seeds is None else seeds[index]))
+                                         self.options.prefill_step_size, seed if seeds is None else seeds[index]))
         check_room(model, [filling.most for filling in self.fillings for _ in range(batch_size)], batch_size)
 
     def fills(self) -> Iterator[tuple[int, Fill]]:

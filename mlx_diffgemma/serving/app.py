@@ -249,7 +249,7 @@ class _Server:
         piece = Piece(0, filling.fills[0].text, finish_reason="stop")
         more = {"seed": filling.seed, "unseen_tokens": filling.unseen} | warned(job.warnings)
         if not body.stream:
-            return JSONResponse(envelope.whole([envelope.choice(0, [piece])], job.usage, **more))
+            return JSONResponse(envelope.whole(job.usage, choices=[envelope.choice(0, [piece])], **more))
         chunks = [envelope.chunk([envelope.delta(piece)], **more)]
         if body.stream_options and body.stream_options.include_usage:
             chunks.append(envelope.chunk(usage=usage_body(job.usage)))
@@ -317,7 +317,7 @@ class _Server:
                     pieces[one.index].append(one)
         whole = [envelope.choice(index, own, echo) for index, own in enumerate(pieces)]
         warnings = warned(warning for choice in choices for warning in choice.warnings)
-        return JSONResponse(envelope.whole(whole, _usage(jobs), seed=choices[0].request.seed, **warnings))
+        return JSONResponse(envelope.whole(_usage(jobs), choices=whole, seed=choices[0].request.seed, **warnings))
 
     async def _stream(self, body: Sampling, jobs: list[AnswerJob], box: _Mailbox, envelope: Envelope, echo: str,
                       ) -> AsyncGenerator[str, None]:
@@ -405,7 +405,7 @@ class _Server:
         await self._run(job, http, box)
         self._count(job.usage, began)
         envelope = Envelope("decisions", body.model)
-        return JSONResponse(envelope.whole((), job.usage, decisions=[decision_body(own) for own in job.decisions],
+        return JSONResponse(envelope.whole(job.usage, decisions=[decision_body(own) for own in job.decisions],
                                            **warned(filter(None, map(unlikely, job.decisions)))))
 
     def _decision(self, body: DecisionRequest, box: _Mailbox) -> DecisionJob:

@@ -16,6 +16,7 @@ from mlx_diffgemma.decide import Decision
 from mlx_diffgemma.serving.jobs import Piece, TokenLogprob, Usage
 
 DONE = "data: [DONE]\n\n"
+PREFIXES = {"chat.completion": "chatcmpl", "text_completion": "cmpl", "decisions": "decisions"}  # of ids, by the kind of a body
 
 
 def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None,
@@ -29,19 +30,18 @@ def event(body: dict[str, Any]) -> str:
 
 
 class Envelope:
-    """What all bodies and chunks of one answer have in common; ``kind``: "chat.completion" or "text_completion"."""
+    """What all bodies and chunks of one answer have in common; ``kind``: one of PREFIXES."""
 
     def __init__(self, kind: str, model: str) -> None:
-        prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
-        self.kind, self.id = kind, f"{prefix}-{secrets.token_hex(12)}"
+        self.kind, self.id = kind, f"{PREFIXES[kind]}-{secrets.token_hex(12)}"
         self._common = {"created": int(time.time()), "model": model, "system_fingerprint": f"mlx-diffgemma-{__version__}"}
 
     @property
     def chat(self) -> bool:
         return self.kind == "chat.completion"
 
-    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage, **more: Any) -> dict[str, Any]:
-        return {"id": self.id, "object": self.kind, **self._common, "choices": list(choices), "usage": usage_body(usage), **more}
+    def whole(self, usage: Usage, **more: Any) -> dict[str, Any]:
+        return {"id": self.id, "object": self.kind, **self._common, "usage": usage_body(usage), **more}
 
     def chunk(self, choices: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
         """``more`` beside ``choices`` is passed over by clients that do not know it, above all where there are no choices."""
