@@ -23,7 +23,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
 
 from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
@@ -49,7 +48,7 @@ from mlx_diffgemma.serving.jobs import (
     Piece,
     Usage,
 )
-from mlx_diffgemma.serving.limits import BodyLimit, Counted, KeyCheck
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
 from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, warned
@@ -68,8 +67,8 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'sel
 class Settings:
     """``model``: the name it is served under.  ``defaults``: options of generations that a request may override.  ``api_key``: what
     requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
-    server may be called, any if empty.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether images may be paths on
-    this machine, and remote."""
+    server may be called, any if empty or one of them is ``*``.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether
+    images may be paths on this machine, and remote."""
 
     model: str
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -91,10 +90,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
     if settings.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type"])
-    if settings.allowed_hosts:  # else a page elsewhere could reach a server on this machine under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "HEAD", "POST"],
+                           allow_headers=["*"], expose_headers=["Retry-After"])
+    if settings.allowed_hosts and "*" not in settings.allowed_hosts:
+        app.add_middleware(HostCheck, names=settings.allowed_hosts)
     app.add_middleware(Counted, count=lambda route, status: server.metrics.requests.labels(route, str(status)).inc())
 
     @app.exception_handler(RequestValidationError)
@@ -136,6 +135,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def decisions(body: DecisionRequest, http: HTTPRequest) -> Response:
         return await server.decide(body, http)
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model]}
@@ -145,6 +145,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         server.check_model(name)
         return server.model
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: errors[503]})
     async def health() -> Response:
         figures = engine.figures
@@ -155,6 +156,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",

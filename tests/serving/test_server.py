@@ -5,13 +5,17 @@ import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import httpx
 import jsonschema
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 from mlx_diffgemma import Hole, Question, chat_ids, decide, infill, stream_generate
+from mlx_diffgemma.serving.app import Settings, create_app
+from mlx_diffgemma.serving.command import _names
 from mlx_diffgemma.serving.protocol import ChatRequest
 from tests.serving.process import serving, until
 from tests.variants import few
@@ -410,9 +414,18 @@ class TestService:
         until(lambda: httpx.get(f"{server}/health").json()["rows"] == 0)
 
     def test_names_of_this_machine_only(self, server):
-        assert httpx.get(f"{server}/health", headers={"Host": "evil.example"}).status_code == 400
+        for name in ("evil.example", "evil.example:80", "localhost.evil.example", "[::2]", ""):
+            answer = httpx.get(f"{server}/health", headers={"Host": name})
+            assert answer.status_code == 400
+            assert "--allowed-host" in answer.json()["error"]["message"]
         port = server.rsplit(":", 1)[1]
-        assert httpx.get(f"{server}/health", headers={"Host": f"localhost:{port}"}).status_code == 200
+        for name in (f"localhost:{port}", "LocalHost", "127.0.0.1", f"[::1]:{port}"):
+            assert httpx.get(f"{server}/health", headers={"Host": name}).status_code == 200
+
+    @pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+    def test_head(self, server, path):
+        answer = httpx.head(server + path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
     def test_no_other_origins(self, server):
         answer = httpx.options(f"{server}/v1/chat/completions", headers={"Origin": "http://evil.example",
@@ -422,21 +435,31 @@ class TestService:
     def test_the_document_knows_every_field(self, server):
         document = httpx.get(f"{server}/openapi.json").json()
         assert set(ChatRequest.model_fields) == set(document["components"]["schemas"]["ChatRequest"]["properties"])
+        operations = [own["operationId"] for path in document["paths"].values() for own in path.values()]
+        assert len(set(operations)) == len(operations)
 
 
 def test_keys_origins_limits_and_a_full_queue():
     options = ["--api-key", "secret", "--allowed-origin", "http://app.example", "--max-prompt-tokens", "30", "--max-batch", "1",
-               "--max-queue", "1", "--grace", "1", "--preset", "fast"]
+               "--max-queue", "1", "--grace", "1", "--preset", "fast", "--allowed-host", "host.docker.internal"]
     with serving(*options) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=100)
         for key in ("wrong", "secret2", "secre"):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
+        for told in ("bearer secret", "BEARER  secret"):
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": told}).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Basic secret"}).status_code == 401
         assert httpx.get(f"{url}/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(url).status_code == 200
         assert client.chat.completions.create(model="nano", messages=ADD).choices[0].message.content == "42"
         allowed = httpx.options(f"{url}/v1/models", headers={"Origin": "http://app.example", "Access-Control-Request-Method": "GET",
-                                                             "Access-Control-Request-Headers": "Authorization"})
+                                                             "Access-Control-Request-Headers": "authorization,x-stainless-lang"})
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "http://app.example"
+        asked = httpx.get(f"{url}/health", headers={"Origin": "http://app.example", "Host": "Host.Docker.Internal:80"})
+        assert (asked.status_code, asked.headers["access-control-expose-headers"]) == (200, "Retry-After")
+        assert httpx.get(f"{url}/health", headers={"Host": "localhost"}).status_code == 200
+        assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 400
         with pytest.raises(openai.BadRequestError, match="30"):
             client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "word " * 40}])
         long = {"model": "nano", "messages": ADD, "extra_body": {"regex": "[a-z ]{3000,3500}"}, "stream": True}
@@ -462,6 +485,35 @@ def test_an_address_that_is_taken(capfd):
             main()
     assert left.value.code == 2
     assert "cannot listen" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--api-key", ""], "empty"), (["--api-key", " k"], "blanks"), (["--api-key", "k\n"], "blanks"),
+    (["--allowed-host", "http://mac.local"], "mac.local"), (["--allowed-host", "mac.local:80"], "mac.local:80"),
+    (["--allowed-host", ""], "''")])
+def test_refused_at_the_start(capfd, options, said):
+    from mlx_diffgemma.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mlx-diffgemma", "serve", "--port", "0", *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+    assert left.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "status"), [(["*"], 200), ([], 200), (["MAC.local"], 200), (["localhost"], 400)])
+def test_names_that_were_allowed(names, status):
+    client = TestClient(create_app(Mock(), Settings("nano", allowed_hosts=names)))
+    assert client.get("/", headers={"Host": "mac.local:80"}).status_code == status
+
+
+def test_names_by_address():
+    """None for any."""
+    assert _names(["localhost"], "127.0.0.2", []) == ["localhost"]
+    assert _names(["localhost"], "::1", ["mac.local"]) == ["localhost", "mac.local"]
+    assert _names(["localhost"], "0.0.0.0", []) == []
+    assert _names(["localhost"], "0.0.0.0", ["mac.local"]) == ["localhost", "mac.local"]
 
 
 @pytest.mark.slow
