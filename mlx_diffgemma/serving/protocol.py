@@ -95,14 +95,26 @@ class Sampling(Strict):
             raise ValueError("stream_options: has no meaning without stream; leave it out.")
         return self
 
+    @model_validator(mode="after")
+    def check_constraints(self) -> Sampling:
+        if len(self.constraints) > 1:
+            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
+        return self
+
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """What the answer must be, as keywords of a generation."""
+        return {name: value for name, value in (("regex", self.regex), ("choices", self.choices)) if value is not None}
+
     def options(self) -> dict[str, Any]:
         """Those of ``GenerationOptions`` that were given."""
         known = GenerationOptions.__dataclass_fields__
-        return {name: getattr(self, name) for name in type(self).model_fields if name in known and getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in known}
+        return {name: value for name, value in given.items() if value is not None} | self.constraints
 
 
 class StreamOptions(Strict):
@@ -245,8 +257,6 @@ class ChatRequest(Sampling):
             raise ValueError("tools: two have the same name.")
         if self.constraints and self.called:
             raise ValueError("response_format: an answer that keeps to it cannot call tools; send tool_choice 'none'.")
-        if len(self.constraints) > 1:
-            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
         if self.thinks and (self.constraints or self.forced):
             what = "tool_choice" if self.forced else "response_format"
             raise ValueError(f"{what}: leaves no place for a thought; send reasoning_effort 'none'.")
@@ -277,12 +287,11 @@ class ChatRequest(Sampling):
 
     @property
     def constraints(self) -> dict[str, Any]:
-        given = {"regex": self.regex, "choices": self.choices}
-        return (self.response_format.constraint if self.response_format else {}) | {k: v for k, v in given.items() if v is not None}
+        return (self.response_format.constraint if self.response_format else {}) | super().constraints
 
     def options(self) -> dict[str, Any]:
         limit = self.max_tokens or self.max_completion_tokens
-        return super().options() | self.constraints | ({"max_tokens": limit} if limit else {})
+        return super().options() | ({"max_tokens": limit} if limit else {})
 
 
 class CompletionRequest(Sampling):
@@ -304,8 +313,6 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def check_together(self) -> CompletionRequest:
-        if len(self.constraints) > 1:
-            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
         if not self.suffix:
             for name in ("instruction", "min_tokens"):
                 if getattr(self, name) is not None:
@@ -320,10 +327,6 @@ class CompletionRequest(Sampling):
         if self.n not in (None, 1):
             raise ValueError("n: a hole is filled once; send several requests with different seeds.")
         return self
-
-    @property
-    def constraints(self) -> dict[str, Any]:
-        return {name: value for name, value in (("regex", self.regex), ("choices", self.choices)) if value is not None}
 
 
 class DecisionQuestion(Strict):
