@@ -33,7 +33,7 @@ from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import place, prepare_media
 from mlx_diffgemma.request import Request, check_room, token_limit
-from mlx_diffgemma.serving.conversation import template_messages
+from mlx_diffgemma.serving.conversation import check_variables, template_messages
 from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
 from mlx_diffgemma.serving.jobs import (
     AnswerJob,
@@ -214,9 +214,13 @@ class _Server:
         messages, images = template_messages(body.messages, self.settings.allow_files, self.settings.allow_urls)
         tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in body.called.values()]
         template = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
-        if clash := next((name for name in template if name in RESERVED), None):
-            raise UserError(f"chat_template_kwargs: {clash} is not for a request to set; leave it out.")
-        ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+        check_variables(tokenizer, template)
+        try:
+            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+        except (TypeError, AttributeError) as error:
+            if not template:
+                raise
+            raise UserError(f"chat_template_kwargs: the chat template cannot work with these ({error}).") from None
         functions = Functions({name: own.parameters for name, own in body.called.items()}) if body.called else None
         kind = Call if functions and body.forced else Choice
         return self._choices(body, ids, images, functions, kind, bool(body.logprobs), body.top_logprobs or 0), functions
@@ -407,10 +411,6 @@ class _Server:
         self._check_prompt(len(ids))
         check_room(model, [len(ids)])
         return DecisionJob(ids, placed, questions, labels, lengths, body.reads, body.seed, box.put)
-
-
-RESERVED = ("messages", "tools", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors", "documents",
-            "think", "tokenizer", "conversation", "continue_final_message", "padding", "truncation", "max_length")
 
 
 class _Mailbox:

@@ -6,6 +6,7 @@ Source: the OpenAI API reference, chat completions and completions.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
@@ -13,9 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_
 from mlx_diffgemma.options import GenerationOptions
 
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+
+
+def broken(value: Any) -> bool:
+    """Whether a text in it, however deep, holds a surrogate, which can be written in no encoding."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            if not one.isascii() and HALF.search(one):
+                return True
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, dict):
+            left += [*one, *one.values()]
+    return False
 
 
 class Strict(BaseModel):
@@ -48,7 +65,21 @@ class Strict(BaseModel):
         return kept
 
 
-class Sampling(Strict):
+class Body(Strict):
+    """What is sent as a whole."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_characters(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if broken(name):
+                raise ValueError(f"The field name {name!r:.100} holds half a character (a surrogate without its other half).")
+            if broken(value):
+                raise ValueError(f"{name}: holds half a character (a surrogate without its other half); send whole ones.")
+        return data
+
+
+class Sampling(Body):
     """Options of a generation; those that OpenAI does not have are named as in ``GenerationOptions`` and mean the same."""
 
     NEUTRAL = {
@@ -245,6 +276,8 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def check_together(self) -> ChatRequest:
+        if not isinstance((self.chat_template_kwargs or {}).get("enable_thinking"), bool | None):
+            raise ValueError("chat_template_kwargs: enable_thinking is true or false, and no text or number.")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: differs from max_tokens; send one of them.")
         if self.top_logprobs and not self.logprobs:
@@ -344,7 +377,7 @@ class DecisionQuestion(Strict):
         return self
 
 
-class DecisionRequest(Strict):
+class DecisionRequest(Body):
     """The body of ``POST /v1/decisions``."""
 
     NEUTRAL = {"user": "any", "metadata": "any", "store": (False, True)}

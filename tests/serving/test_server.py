@@ -14,12 +14,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlx_diffgemma import Hole, Question, chat_ids, decide, infill, stream_generate
+from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.serving.app import Settings, create_app
 from mlx_diffgemma.serving.command import _names
+from mlx_diffgemma.serving.conversation import check_variables
 from mlx_diffgemma.serving.protocol import ChatRequest
 from tests.serving.process import serving, until
 from tests.variants import few
 
+JSON = {"Content-Type": "application/json"}
 STEPS, FULL = 3, 48  # of a canvas
 ADD = [{"role": "user", "content": "Add 12 and 30."}]
 STORY = [{"role": "user", "content": "Tell me a story about Leo the owl and a map."}]
@@ -297,6 +300,14 @@ class TestDrafts:
         assert not any(getattr(chunk, "diffusion", None) for chunk in plain)
 
 
+HALF = "a\ud800b"
+
+
+def called(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 REFUSED = [
     ({"model": "gpt-4"}, 404, "nano"), ({"messages": []}, 400, "messages"), ({"messages": "hello"}, 400, "messages"),
     ({"messages": [{"role": "king", "content": "x"}]}, 400, "role"), ({"messages": [{"role": "user"}]}, 400, "content"),
@@ -325,13 +336,26 @@ REFUSED = [
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, 400, "'y'"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "f", "arguments": "no"}}]}]}, 400, "arguments"),
+    *(({"chat_template_kwargs": {name: 1}}, 400, name) for name in (
+        "return_assistant_tokens_mask", "self", "tokenizer_kwargs", "conversation", "bos_token", "raise_exception", "style")),
+    *(({"chat_template_kwargs": {"enable_thinking": value}}, 400, "enable_thinking") for value in ("false", 1, 0, [])),
+    *((body, 400, next(iter(body))) for body in (
+        {"messages": [{"role": "user", "content": HALF}]}, {"messages": [{"role": "system", "content": HALF}, *ADD]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, {"stop": [HALF]}, {"stop": HALF},
+        {"regex": HALF}, {"choices": [HALF]}, {"model": HALF}, {"user": HALF}, {"tools": [{"type": "function", "function": {
+            "name": "f", "description": HALF}}]}, {"tools": [{"type": "function", "function": {"name": HALF}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {HALF: {}}}}}]},
+        {"messages": [*ADD, called("{}"), {"role": "tool", "tool_call_id": "1", "content": HALF}]})),
+    ({HALF: 1}, 400, "half a character"), ({"messages": [called(json.dumps({"a": HALF}))]}, 400, "arguments"),
+    ({"messages": [called('{"a":' + "[" * 100_000)]}, 400, "arguments"),
 ]
 
 
 class TestRefusals:
     @pytest.mark.parametrize(("body", "status", "named"), REFUSED, ids=[json.dumps(body)[:50] for body, _, _ in REFUSED])
     def test_what_cannot_be_honoured_is_named(self, server, body, status, named):
-        response = httpx.post(f"{server}/v1/chat/completions", json={"model": "nano", "messages": ADD, **body}, timeout=100)
+        content = json.dumps({"model": "nano", "messages": ADD, **body})  # as ASCII: httpx itself would not send half a character
+        response = httpx.post(f"{server}/v1/chat/completions", content=content, headers=JSON, timeout=100)
         assert response.status_code == status, response.text
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
@@ -367,21 +391,40 @@ class TestRefusals:
     @pytest.mark.parametrize(("body", "named"), [
         ({"suffix": "b", "n": 2}, "n"), ({"suffix": "b", "logprobs": 1}, "logprobs"), ({"instruction": "x"}, "suffix"),
         ({"prompt": ""}, "prompt"), ({"prompt": [10**9]}, "ids"), ({"best_of": 3}, "best_of"), ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": HALF}, "prompt"), ({"suffix": HALF}, "suffix"), ({"suffix": "b", "instruction": HALF}, "instruction"),
         ({"suffix": "b", "max_tokens": 2, "min_tokens": 5}, "min_tokens"), ({"suffix": "b", "regex": "x{99}"}, "constraint")])
     def test_completions(self, server, body, named):
-        response = httpx.post(f"{server}/v1/completions", json={"model": "nano", "prompt": "a", **body}, timeout=100)
+        content = json.dumps({"model": "nano", "prompt": "a", **body})
+        response = httpx.post(f"{server}/v1/completions", content=content, headers=JSON, timeout=100)
         assert response.status_code == 400, response.text
         assert named in response.json()["error"]["message"]
 
     @pytest.mark.parametrize(("body", "named"), [
+        ({"questions": [{"question": HALF}]}, "questions"),
         ({"questions": []}, "questions"), ({"questions": [{"labels": ["a"]}]}, "label"),
         ({"questions": [{"labels": ["a", "a"]}]}, "'a'"),
         ({"questions": [{"labels": ["a", "b"], "scale": [1, 2]}]}, "scale"), ({"questions": [{"scale": [5, 1]}]}, "5"),
         ({"questions": [{}], "reads": 0}, "reads")])
     def test_decisions(self, server, body, named):
-        response = httpx.post(f"{server}/v1/decisions", json={"model": "nano", "messages": ADD, **body}, timeout=100)
+        content = json.dumps({"model": "nano", "messages": ADD, **body})
+        response = httpx.post(f"{server}/v1/decisions", content=content, headers=JSON, timeout=100)
         assert response.status_code == 400, response.text
         assert named in response.json()["error"]["message"]
+
+
+class TestVariables:
+    @pytest.mark.parametrize("template", ["{{ messages }}{% if style %}{{ bos_token }}{% endif %}", "{% generation %}", {"a": "b"}])
+    def test_those_that_a_template_reads(self, template):
+        tokenizer = Mock(chat_template=template, _chat_template=None, special_tokens_map={"bos_token": "<bos>"})
+        check_variables(tokenizer, ["style"])
+        for name in ("messages", "self", "bos_token"):
+            with pytest.raises(UserError, match=name):
+                check_variables(tokenizer, [name])
+
+    def test_others_are_told(self):
+        tokenizer = Mock(chat_template="{{ style }}", _chat_template=None, special_tokens_map={})
+        with pytest.raises(UserError, match="'size', only enable_thinking, style"):
+            check_variables(tokenizer, ["style", "size"])
 
 
 class TestService:
