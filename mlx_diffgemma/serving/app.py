@@ -484,10 +484,28 @@ def _error_body(error: Exception) -> dict[str, Any]:
     return error_body(str(error), kind, code="context_length_exceeded" if isinstance(error, ContextError) else code)
 
 
+def _path(error: dict[str, Any], body: Any) -> tuple[list[str], int | None]:
+    """(Fields and indices that lead to an error, where in its ``loc`` the branch of a union is named)."""
+    path, branch = list[str](), None
+    for depth, part in enumerate(error["loc"][1:], 1):
+        if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
+            body = body[part]
+        elif error["type"] != "missing" or depth < len(error["loc"]) - 1:
+            branch = depth if branch is None else branch
+            continue
+        path.append(str(part))
+    return path, branch
+
+
 def _invalid_body(error: RequestValidationError) -> dict[str, Any]:
     """Of the first thing that is wrong; ``param`` is the path of the field."""
-    first = error.errors()[0]
-    path = [str(own) for own in first["loc"] if own != "body"]
+    found = error.errors()
+    first = found[0]
+    path, branch = _path(first, error.body)
+    if branch is not None:  # every branch of the union tells what is wrong; the one that was followed furthest is meant
+        union = [one for one in found if one["loc"][:branch] == first["loc"][:branch]]
+        first = max(union, key=lambda one: (len(_path(one, error.body)[0]), len(one["loc"]), not one["type"].endswith("_type")))
+        path, _ = _path(first, error.body)
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"The field {path[-1]!r} is not known here; leave it out."

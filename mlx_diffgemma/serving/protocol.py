@@ -332,17 +332,21 @@ class CompletionRequest(Sampling):
 
     NEUTRAL = {**Sampling.NEUTRAL, "best_of": (1,)}
 
-    prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
     suffix: str | None = None
     instruction: str | None = Field(None, description="Beside a suffix: the user's message to which the whole text is the answer.")
     min_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Beside a suffix: tokens to fill in at least.")
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
-    def only_one(cls, prompt: str | list[int] | list[str]) -> str | list[int] | list[str]:
-        return prompt[0] if isinstance(prompt, list) and isinstance(prompt[0], str) else prompt
+    def only_one(cls, prompt: Any) -> Any:
+        if not (isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt)):
+            return prompt
+        if len(prompt) > 1:
+            raise ValueError(f"{len(prompt)} prompts are not answered at once; send one request for each.")
+        return prompt[0]
 
     @model_validator(mode="after")
     def check_together(self) -> CompletionRequest:

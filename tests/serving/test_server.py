@@ -253,7 +253,9 @@ class TestCompletions:
 
     def test_ids(self, client, nano_pair):
         ids = chat_ids(nano_pair[1], ADD)
-        assert client.completions.create(model="nano", prompt=ids, seed=0).choices[0].text == "42"
+        for prompt in (ids, [ids]):
+            assert client.completions.create(model="nano", prompt=prompt, seed=0).choices[0].text == "42"
+        assert client.completions.create(model="nano", prompt=["Mia"], max_tokens=2).usage.completion_tokens
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_suffix_fills_in(self, client, nano_pair, stream):
@@ -360,6 +362,29 @@ class TestRefusals:
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert named in error["message"]
+
+    @pytest.mark.parametrize(("body", "param", "message"), [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "colour": "red"}]}]},
+         "messages.0.content.0.colour", "'colour' is not known"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "image": "x"}]}]}, "messages.0.content.0.image", "not known"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0", "has the field 'text'"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0.type", "required"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        ({"tool_choice": "any", "tools": [TIME]}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function"}, "tools": [TIME]}, "tool_choice.function", "required"),
+        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"), ({"stop": ""}, "stop", "at least 1 character"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs", "true or false"),
+        ({"prompt": ["a", "b"]}, "prompt", "one request for each"), ({"prompt": [[1], [2]]}, "prompt", "one request for each"),
+        ({"prompt": [1, "a"]}, "prompt.1", "integer"), ({"prompt": [[1, "a"]]}, "prompt", "integer"),
+        ({"prompt": [""]}, "prompt", "at least 1 character"),
+        ({"prompt": []}, "prompt", "at least 1 item"), ({"prompt": 5}, "prompt", "valid string")])
+    def test_the_field_is_named(self, server, body, param, message):
+        own = ("completions", {}) if "prompt" in body else ("chat/completions", {"messages": ADD})
+        error = httpx.post(f"{server}/v1/{own[0]}", json={"model": "nano", **own[1], **body}, timeout=100).json()["error"]
+        assert error["param"] == param
+        assert message in error["message"]
+        assert "[" not in error["message"].partition("pattern")[0]
 
     @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "nano"}', b"[]", b"null", b"5", b'"x"', b'{"model": "\xff"}', b"\x00",
                                       b"[" * 100_000, b'{"model": "nano", "messages": NaN}'])
