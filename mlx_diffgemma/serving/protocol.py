@@ -258,7 +258,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
-    NEUTRAL = {**Sampling.NEUTRAL, "parallel_tool_calls": (False, True), "modalities": (["text"],), "verbosity": ("medium",),
+    NEUTRAL = {**Sampling.NEUTRAL, "modalities": (["text"],), "verbosity": ("medium",),
                "function_call": ("none",)}
     REFUSED = {"functions": "send tools", "audio": "the model writes text", "prediction": "a canvas is not begun from a text",
                "web_search_options": "this server searches nothing"}
@@ -268,6 +268,7 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="'none' or absent: no thought; whatever else: the model thinks first.")
     chat_template_kwargs: dict[str, Any] | None = None
@@ -290,6 +291,9 @@ class ChatRequest(Sampling):
             raise ValueError("tools: two have the same name.")
         if self.constraints and self.called:
             raise ValueError("response_format: an answer that keeps to it cannot call tools; send tool_choice 'none'.")
+        for name in ("stop", "logprobs") if self.forced else ():
+            if getattr(self, name):
+                raise ValueError(f"{name}: has no meaning where tool_choice makes the answer a call; leave one of them out.")
         if self.thinks and (self.constraints or self.forced):
             what = "tool_choice" if self.forced else "response_format"
             raise ValueError(f"{what}: leaves no place for a thought; send reasoning_effort 'none'.")
@@ -350,6 +354,8 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def check_together(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs: the prompt that echo repeats has none; leave one of them out.")
         if not self.suffix:
             for name in ("instruction", "min_tokens"):
                 if getattr(self, name) is not None:
@@ -357,9 +363,12 @@ class CompletionRequest(Sampling):
             return self
         if not isinstance(self.prompt, str):
             raise ValueError("suffix: takes a prompt that is a text, not ids.")
-        for name, why in (("logprobs", "they are those of a canvas"), ("echo", "the text is known"), ("stop", "a hole has an end"),
-                          ("canvas_length", "a canvas is as long as the text needs")):
-            if getattr(self, name):
+        drafts = bool(self.stream_options and self.stream_options.include_drafts)
+        for name, sent, why in (("logprobs", self.logprobs is not None, "they are those of a canvas"),
+                                ("echo", self.echo, "the text is known"), ("stop", self.stop, "a hole has an end"),
+                                ("canvas_length", self.canvas_length is not None, "a canvas is as long as the text needs"),
+                                ("stream_options", drafts, "of whose canvases include_drafts shows none")):
+            if sent:
                 raise ValueError(f"{name}: has no meaning beside a suffix, {why}; leave it out.")
         if self.n not in (None, 1):
             raise ValueError("n: a hole is filled once; send several requests with different seeds.")

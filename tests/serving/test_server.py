@@ -348,6 +348,10 @@ REFUSED = [
             "name": "f", "description": HALF}}]}, {"tools": [{"type": "function", "function": {"name": HALF}}]},
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {HALF: {}}}}}]},
         {"messages": [*ADD, called("{}"), {"role": "tool", "tool_call_id": "1", "content": HALF}]})),
+    *(({"tools": [TIME], "tool_choice": choice, **more}, 400, next(iter(more)))
+      for choice in ("required", {"type": "function", "function": {"name": "time"}})
+      for more in ({"stop": "x"}, {"stop": ["x"]}, {"logprobs": True})),
+    ({"parallel_tool_calls": 1}, 400, "parallel_tool_calls"),
     ({HALF: 1}, 400, "half a character"), ({"messages": [called(json.dumps({"a": HALF}))]}, 400, "arguments"),
     ({"messages": [called('{"a":' + "[" * 100_000)]}, 400, "arguments"),
 ]
@@ -416,6 +420,10 @@ class TestRefusals:
     @pytest.mark.parametrize(("body", "named"), [
         ({"suffix": "b", "n": 2}, "n"), ({"suffix": "b", "logprobs": 1}, "logprobs"), ({"instruction": "x"}, "suffix"),
         ({"prompt": ""}, "prompt"), ({"prompt": [10**9]}, "ids"), ({"best_of": 3}, "best_of"), ({"prompt": ["a", "b"]}, "prompt"),
+        ({"echo": True, "logprobs": 0}, "logprobs"), ({"echo": True, "logprobs": 2}, "logprobs"),
+        ({"suffix": "b", "logprobs": 0}, "logprobs"), ({"suffix": "b", "echo": True}, "echo"),
+        ({"suffix": "b", "stop": "x"}, "stop"), ({"suffix": "b", "canvas_length": 0}, "canvas_length"),
+        ({"suffix": "b", "stream": True, "stream_options": {"include_drafts": True}}, "include_drafts"),
         ({"prompt": HALF}, "prompt"), ({"suffix": HALF}, "suffix"), ({"suffix": "b", "instruction": HALF}, "instruction"),
         ({"suffix": "b", "max_tokens": 2, "min_tokens": 5}, "min_tokens"), ({"suffix": "b", "regex": "x{99}"}, "constraint")])
     def test_completions(self, server, body, named):
