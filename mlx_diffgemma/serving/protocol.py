@@ -7,10 +7,12 @@ Source: the OpenAI API reference, chat completions and completions.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
+from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.options import GenerationOptions
 
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
@@ -18,6 +20,15 @@ HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one charact
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+
+
+def _limit(tokens: int) -> int:
+    if tokens == 0:
+        raise ValueError("an answer has at least one token; -1 is no limit.")
+    return tokens
+
+
+Limit = Annotated[StrictInt, Field(ge=-1, description="-1: none."), AfterValidator(_limit)]
 
 
 def broken(value: Any) -> bool:
@@ -85,16 +96,16 @@ class Sampling(Body):
     NEUTRAL = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any", "prompt_cache_key": "any",
-        "prompt_cache_retention": "any", "service_tier": "any",
+        "prompt_cache_retention": "any", "service_tier": "any", "best_of": (1,),
     }
 
     model: Text
     temperature: Number | None = Field(None, description="1: the checkpoint's schedule; T scales it; 0: the most probable token.")
     top_p: Number | None = None
-    top_k: StrictInt | None = None
+    top_k: StrictInt | None = Field(None, description="0 or -1: off.")
     seed: Seed | None = Field(None, description="Same seed, same text. Absent: a fresh one, told in the response.")
     n: Annotated[StrictInt, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Limit | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -145,7 +156,8 @@ class Sampling(Body):
         """Those of ``GenerationOptions`` that were given."""
         known = GenerationOptions.__dataclass_fields__
         given = {name: getattr(self, name) for name in type(self).model_fields if name in known}
-        return {name: value for name, value in given.items() if value is not None} | self.constraints
+        given = {name: value for name, value in given.items() if value is not None} | self.constraints
+        return given | {name: off for name, off in (("top_k", 0), ("max_tokens", None)) if given.get(name) == -1}
 
 
 class StreamOptions(Strict):
@@ -156,13 +168,14 @@ class StreamOptions(Strict):
 
 
 class ImageURL(Strict):
-    NEUTRAL = {"detail": ("auto",)}
-
     url: Text
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="'low' is image_tokens 70, 'high' 1,120.")
 
 
 class Part(Strict):
     """A piece of a message's content."""
+
+    NEUTRAL = {"cache_control": "any"}  # what prompts have in common is kept without being told
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -190,7 +203,7 @@ class ToolCall(Strict):
 
 class Message(Strict):
     NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning": "any",
-               "reasoning_content": "any"}  # thoughts are dropped from the history
+               "reasoning_content": "any", "reasoning_details": "any"}  # thoughts are dropped from the history
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
@@ -199,13 +212,27 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def check_fields(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of the role {self.role!r} has content.")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls belong to messages of the assistant.")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("tool_call_id belongs to messages of a tool, and each of them has one.")
         return self
+
+
+def _image_tokens(messages: Sequence[Message], given: int | None) -> int | None:
+    """Soft tokens of an image, by the ``detail`` of those in the messages where it says anything."""
+    images = [part.image_url for message in messages if isinstance(message.content, list) for part in message.content]
+    details = {image.detail or "auto" for image in images if image is not None}
+    if details <= {"auto"}:
+        return given
+    if len(details) > 1:
+        raise ValueError("detail: all images of a request are seen alike here; send the same with each.")
+    told = BUDGETS[0] if details == {"low"} else BUDGETS[-1]
+    if given not in (None, told):
+        raise ValueError(f"detail: is image_tokens {told} here; send one of them.")
+    return told
 
 
 class Function(Strict):
@@ -264,7 +291,7 @@ class ChatRequest(Sampling):
                "web_search_options": "this server searches nothing"}
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Limit | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -283,7 +310,7 @@ class ChatRequest(Sampling):
             raise ValueError("max_completion_tokens: differs from max_tokens; send one of them.")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: has no meaning without logprobs.")
-        if self.tool_choice not in (None, "none") and not self.tools:
+        if self.forced and not self.tools:
             raise ValueError("tool_choice: has no meaning without tools.")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.functions:
             raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r} among the tools.")
@@ -294,6 +321,7 @@ class ChatRequest(Sampling):
         for name in ("stop", "logprobs") if self.forced else ():
             if getattr(self, name):
                 raise ValueError(f"{name}: has no meaning where tool_choice makes the answer a call; leave one of them out.")
+        self.image_tokens = _image_tokens(self.messages, self.image_tokens)
         if self.thinks and (self.constraints or self.forced):
             what = "tool_choice" if self.forced else "response_format"
             raise ValueError(f"{what}: leaves no place for a thought; send reasoning_effort 'none'.")
@@ -327,14 +355,12 @@ class ChatRequest(Sampling):
         return (self.response_format.constraint if self.response_format else {}) | super().constraints
 
     def options(self) -> dict[str, Any]:
-        limit = self.max_tokens or self.max_completion_tokens
-        return super().options() | ({"max_tokens": limit} if limit else {})
+        limit = self.max_completion_tokens
+        return super().options() | ({"max_tokens": None if limit == -1 else limit} if limit else {})
 
 
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``.  With a ``suffix`` what stands between it and the prompt is filled in."""
-
-    NEUTRAL = {**Sampling.NEUTRAL, "best_of": (1,)}
 
     prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
     suffix: str | None = None
@@ -370,6 +396,8 @@ class CompletionRequest(Sampling):
                                 ("stream_options", drafts, "of whose canvases include_drafts shows none")):
             if sent:
                 raise ValueError(f"{name}: has no meaning beside a suffix, {why}; leave it out.")
+        if self.max_tokens == -1:
+            raise ValueError("max_tokens: a hole has a limit; name it, or leave it out.")
         if self.n not in (None, 1):
             raise ValueError("n: a hole is filled once; send several requests with different seeds.")
         return self
@@ -402,3 +430,8 @@ class DecisionRequest(Body):
     seed: Seed = 0
     canvas_length: StrictInt | None = None
     image_tokens: StrictInt | None = None
+
+    @model_validator(mode="after")
+    def check_images(self) -> DecisionRequest:
+        self.image_tokens = _image_tokens(self.messages, self.image_tokens)
+        return self

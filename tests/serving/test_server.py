@@ -140,6 +140,26 @@ class TestChat:
                         reasoning_effort="none")
         assert response.choices[0].message.content == "42"
 
+    @pytest.mark.parametrize("extra", [{"best_of": 1}, {"tools": [], "tool_choice": "auto"}, {"tools": [], "tool_choice": "none"},
+                                       {"top_k": -1}, {"top_k": 0}, {"max_tokens": -1}, {"max_completion_tokens": -1},
+                                       {"stop": []}])
+    def test_what_changes_nothing(self, chat, extra):
+        assert chat(extra_body=extra).choices[0].message.content == "42"
+
+    def test_messages_of_other_clients(self, chat):
+        asked = {"role": "user", "content": [{"type": "text", "text": ADD[0]["content"], "cache_control": {"type": "ephemeral"}}]}
+        assert chat([asked]).choices[0].message.content == "42"
+        said = [{"role": "assistant", "content": text, **more} for text, more in (
+            ("", {}), (None, {}), (None, {"tool_calls": []}), ("", {"reasoning_details": [{"text": "hm"}]}))]
+        assert len({chat([*ADD, own, *ADD], max_tokens=1).usage.prompt_tokens for own in said}) == 1
+
+    def test_no_limit_goes_before_that_of_the_server(self):
+        body = {"model": "nano", "messages": ADD}
+        for name in ("max_tokens", "max_completion_tokens"):
+            assert {"max_tokens": 5} | ChatRequest(**body, **{name: -1}).options() == {"max_tokens": None}
+            assert ChatRequest(**body, **{name: 7}).options() == {"max_tokens": 7}
+        assert ChatRequest(**body, top_k=-1).options() == {"top_k": 0}
+
     def test_content_in_parts(self, chat):
         assert chat([{"role": "user", "content": [{"type": "text", "text": "Add 12 and 30."}]}]).choices[0].message.content == "42"
 
@@ -263,7 +283,7 @@ class TestCompletions:
         own = infill(*nano_pair, ("Mia was a red ", ". Mia lived near the river."), about, seed=0,
                      hole=Hole((1, 3)))
         response = client.completions.create(model="nano", prompt="Mia was a red ", suffix=". Mia lived near the river.", seed=0,
-                                             max_tokens=3, stream=stream, extra_body={"instruction": about})
+                                             max_tokens=3, stream=stream, stop=[], echo=False, extra_body={"instruction": about})
         text = "".join(chunk.choices[0].text for chunk in response if chunk.choices) if stream else response.choices[0].text
         assert text == own.fills[0].text
 
@@ -351,7 +371,9 @@ REFUSED = [
     *(({"tools": [TIME], "tool_choice": choice, **more}, 400, next(iter(more)))
       for choice in ("required", {"type": "function", "function": {"name": "time"}})
       for more in ({"stop": "x"}, {"stop": ["x"]}, {"logprobs": True})),
-    ({"parallel_tool_calls": 1}, 400, "parallel_tool_calls"),
+    ({"parallel_tool_calls": 1}, 400, "parallel_tool_calls"), ({"best_of": 2}, 400, "best_of"), ({"top_k": -2}, 400, "top_k"),
+    ({"max_tokens": -2}, 400, "max_tokens"), ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ({"max_tokens": -1, "max_completion_tokens": 5}, 400, "max_completion_tokens"),
     ({HALF: 1}, 400, "half a character"), ({"messages": [called(json.dumps({"a": HALF}))]}, 400, "arguments"),
     ({"messages": [called('{"a":' + "[" * 100_000)]}, 400, "arguments"),
 ]
@@ -424,7 +446,8 @@ class TestRefusals:
         ({"suffix": "b", "logprobs": 0}, "logprobs"), ({"suffix": "b", "echo": True}, "echo"),
         ({"suffix": "b", "stop": "x"}, "stop"), ({"suffix": "b", "canvas_length": 0}, "canvas_length"),
         ({"suffix": "b", "stream": True, "stream_options": {"include_drafts": True}}, "include_drafts"),
-        ({"prompt": HALF}, "prompt"), ({"suffix": HALF}, "suffix"), ({"suffix": "b", "instruction": HALF}, "instruction"),
+        ({"suffix": "b", "max_tokens": -1}, "max_tokens"), ({"prompt": HALF}, "prompt"),
+        ({"suffix": HALF}, "suffix"), ({"suffix": "b", "instruction": HALF}, "instruction"),
         ({"suffix": "b", "max_tokens": 2, "min_tokens": 5}, "min_tokens"), ({"suffix": "b", "regex": "x{99}"}, "constraint")])
     def test_completions(self, server, body, named):
         content = json.dumps({"model": "nano", "prompt": "a", **body})
