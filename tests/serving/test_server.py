@@ -372,6 +372,7 @@ REFUSED = [
       for choice in ("required", {"type": "function", "function": {"name": "time"}})
       for more in ({"stop": "x"}, {"stop": ["x"]}, {"logprobs": True})),
     ({"parallel_tool_calls": 1}, 400, "parallel_tool_calls"), ({"best_of": 2}, 400, "best_of"), ({"top_k": -2}, 400, "top_k"),
+    *(({name: 2**31}, 400, name) for name in ("top_k", "stability_threshold", "max_denoising_steps", "plateau", "image_tokens")),
     ({"max_tokens": -2}, 400, "max_tokens"), ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
     ({"max_tokens": -1, "max_completion_tokens": 5}, 400, "max_completion_tokens"),
     ({HALF: 1}, 400, "half a character"), ({"messages": [called(json.dumps({"a": HALF}))]}, 400, "arguments"),
