@@ -23,7 +23,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
 
 from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
@@ -34,7 +33,7 @@ from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import place, prepare_media
 from mlx_diffgemma.request import Request, check_room, fresh_seed, token_limit
-from mlx_diffgemma.serving.conversation import template_messages
+from mlx_diffgemma.serving.conversation import check_variables, template_messages
 from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
 from mlx_diffgemma.serving.jobs import (
     AnswerJob,
@@ -49,7 +48,7 @@ from mlx_diffgemma.serving.jobs import (
     Piece,
     Usage,
 )
-from mlx_diffgemma.serving.limits import BodyLimit, Counted, KeyCheck
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
 from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, usage_body, warned
@@ -68,8 +67,8 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'sel
 class Settings:
     """``model``: the name it is served under.  ``defaults``: options of generations that a request may override.  ``api_key``: what
     requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
-    server may be called, any if empty.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether images may be paths on
-    this machine, and remote."""
+    server may be called, any if empty or one of them is ``*``.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether
+    images may be paths on this machine, and remote."""
 
     model: str
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -91,10 +90,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
     if settings.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type"])
-    if settings.allowed_hosts:  # else a page elsewhere could reach a server on this machine under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "HEAD", "POST"],
+                           allow_headers=["*"], expose_headers=["Retry-After"])
+    if settings.allowed_hosts and "*" not in settings.allowed_hosts:
+        app.add_middleware(HostCheck, names=settings.allowed_hosts)
     app.add_middleware(Counted, count=lambda route, status: server.metrics.requests.labels(route, str(status)).inc())
 
     @app.exception_handler(RequestValidationError)
@@ -136,6 +135,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def decisions(body: DecisionRequest, http: HTTPRequest) -> Response:
         return await server.decide(body, http)
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model]}
@@ -145,6 +145,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         server.check_model(name)
         return server.model
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: errors[503]})
     async def health() -> Response:
         figures = engine.figures
@@ -155,6 +156,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
@@ -221,9 +223,13 @@ class _Server:
         messages, images = template_messages(body.messages, self.settings.allow_files, self.settings.allow_urls)
         tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in body.called.values()]
         template = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
-        if clash := next((name for name in template if name in RESERVED), None):
-            raise UserError(f"chat_template_kwargs: {clash} is not for a request to set; leave it out.")
-        ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+        check_variables(tokenizer, template)
+        try:
+            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+        except (TypeError, AttributeError) as error:
+            if not template:
+                raise
+            raise UserError(f"chat_template_kwargs: the chat template cannot work with these ({error}).") from None
         functions = Functions({name: own.parameters for name, own in body.called.items()}) if body.called else None
         kind = Call if functions and body.forced else Choice
         return self._choices(body, ids, images, functions, kind, bool(body.logprobs), body.top_logprobs or 0)
@@ -422,10 +428,6 @@ class _Server:
         return DecisionJob(ids, placed, questions, labels, lengths, body.reads, body.seed, box.put)
 
 
-RESERVED = ("messages", "tools", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors", "documents",
-            "think", "tokenizer", "conversation", "continue_final_message", "padding", "truncation", "max_length")
-
-
 class _Mailbox:
     """Events from the engine's thread to the event loop."""
 
@@ -497,10 +499,28 @@ def _error_body(error: Exception) -> dict[str, Any]:
     return error_body(str(error), kind, code="context_length_exceeded" if isinstance(error, ContextError) else code)
 
 
+def _path(error: dict[str, Any], body: Any) -> tuple[list[str], int | None]:
+    """(Fields and indices that lead to an error, where in its ``loc`` the branch of a union is named)."""
+    path, branch = list[str](), None
+    for depth, part in enumerate(error["loc"][1:], 1):
+        if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
+            body = body[part]
+        elif error["type"] != "missing" or depth < len(error["loc"]) - 1:
+            branch = depth if branch is None else branch
+            continue
+        path.append(str(part))
+    return path, branch
+
+
 def _invalid_body(error: RequestValidationError) -> dict[str, Any]:
     """Of the first thing that is wrong; ``param`` is the path of the field."""
-    first = error.errors()[0]
-    path = [str(own) for own in first["loc"] if own != "body"]
+    found = error.errors()
+    first = found[0]
+    path, branch = _path(first, error.body)
+    if branch is not None:  # every branch of the union tells what is wrong; the one that was followed furthest is meant
+        union = [one for one in found if one["loc"][:branch] == first["loc"][:branch]]
+        first = max(union, key=lambda one: (len(_path(one, error.body)[0]), len(one["loc"]), not one["type"].endswith("_type")))
+        path, _ = _path(first, error.body)
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"The field {path[-1]!r} is not known here; leave it out."

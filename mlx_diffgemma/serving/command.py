@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import signal
 import socket
 import threading
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 MISSING = "The server needs further packages: pip install 'mlx-diffgemma[server]'."
 LAST_WORDS = 2  # seconds that answers have to be sent once nothing runs any longer
+HOST = re.compile(r"[*]|[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f.]*(:[0-9A-Fa-f.]*){2,}\]?")  # a name or an address
 LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
@@ -38,6 +41,9 @@ def serve_command(
                                                 help="What requests must bring as Authorization: Bearer.")] = None,
     allowed_origins: Annotated[list[str], typer.Option("--allowed-origin", help="A web page's origin that may ask from a browser; "
                                                        "may be given again. Default: none but the page served here.")] = [],  # noqa: B006
+    allowed_hosts: Annotated[list[str], typer.Option("--allowed-host", help="A further name under which the server may be called, "
+                                                     "such as host.docker.internal; may be given again; * is any. Default: those "
+                                                     "of this machine, and any with a --host that others reach.")] = [],  # noqa: B006
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Of an answer whose request does not say. Default: "
                                                    "until it ends, at most 4,096 or the context.")] = None,
     temp: Annotated[float | None, typer.Option(help="Of requests that do not say, as in generate.")] = None,
@@ -72,8 +78,10 @@ def serve_command(
         raise UserError(MISSING) from None
     if log_level not in LEVELS:
         raise UserError(f"Unknown log level {log_level!r}; use one of {', '.join(LEVELS)}.")
-    if api_key is not None and not api_key.isascii():
-        raise UserError("An API key goes into a header and must be ASCII.")
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise UserError("An API key goes into a header: it must be ASCII, not empty, and have no blanks at its ends.")
+    for wrong in (name for name in allowed_hosts if not HOST.fullmatch(name)):
+        raise UserError(f"--allowed-host takes a name or an address without scheme and port, and got {wrong!r}.")
     given = {"max_tokens": max_tokens, "temperature": temp, "top_k": top_k, "top_p": top_p, "preset": preset,
              "diffusion_sampler": diffusion_sampler, "threshold": threshold, "max_denoising_steps": max_denoising_steps}
     defaults = {name: value for name, value in given.items() if value is not None}
@@ -87,7 +95,7 @@ def serve_command(
 
     listening = _listen(host, port)
     engine = Engine(loaded, max_batch, max_queue, prefill_step_size, prompt_cache_bytes)
-    hosts = [*LOCAL, "[::1]", host] if host in LOCAL else ()
+    hosts = _names([*LOCAL, host], listening.getsockname()[0], allowed_hosts)
     shown = f"[{host}]" if ":" in host else host
 
     def serve() -> None:
@@ -135,3 +143,9 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"The server cannot listen on {host} port {port} ({error.strerror}); choose another --port or "
                         "--host.") from None
     return listening
+
+
+def _names(own: list[str], address: str, further: list[str]) -> list[str]:
+    """Under which the server may be called; none for any.  Others than this machine reach it only where ``address`` is no loopback,
+    and then under names that are not known here, unless they were given."""
+    return own + further if further or ipaddress.ip_address(address).is_loopback else []

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import jinja2
+from jinja2 import meta
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.images import open_image
 from mlx_diffgemma.prompt import Medium
-from mlx_diffgemma.serving.protocol import Message, ToolCall
+from mlx_diffgemma.serving.protocol import Message, ToolCall, broken
+
+# Variables of templates, and arguments of apply_chat_template, that are not for a request to set.
+RESERVED = ("messages", "tools", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors", "documents",
+            "think", "tokenizer", "conversation", "continue_final_message", "padding", "truncation", "max_length", "self",
+            "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "enable_thinking", "raise_exception",
+            "strftime_now")
 
 
 def template_messages(messages: Sequence[Message], allow_files: bool = False, allow_urls: bool = False,
@@ -46,8 +57,31 @@ def template_messages(messages: Sequence[Message], allow_files: bool = False, al
 def _template_call(call: ToolCall, place: int) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or broken(arguments):
         raise UserError(f"messages.{place}: the arguments of the call {call.id!r} are no JSON object.")
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def check_variables(tokenizer: TokenizerWrapper, names: Iterable[str]) -> None:
+    """Errors: UserError for a name that the chat template does not read, or that is not for a request to set."""
+    reserved = {*RESERVED, *tokenizer.special_tokens_map}
+    inspected = tokenizer._chat_template is None and isinstance(tokenizer.chat_template, str)  # else a function, or several
+    read = _variables(tokenizer.chat_template) if inspected else None
+    for name in names:
+        if name in reserved:
+            raise UserError(f"chat_template_kwargs: {name} is not for a request to set; leave it out.")
+        if read is not None and name not in read:
+            known = ", ".join(sorted(read - reserved | {"enable_thinking"}))
+            raise UserError(f"chat_template_kwargs: the model's chat template does not read {name!r:.100}, only {known}; leave it "
+                            "out.")
+
+
+@functools.lru_cache(maxsize=4)
+def _variables(template: str) -> frozenset[str] | None:
+    """What a template reads of what it is given; None where that cannot be told."""
+    try:
+        return frozenset(meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)))
+    except jinja2.TemplateError:  # it has tags of its own
+        return None

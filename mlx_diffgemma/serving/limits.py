@@ -1,10 +1,10 @@
-"""What stands before the routes: the size of bodies, and who may ask."""
+"""What stands before the routes: the size of bodies, who may ask, and under which name."""
 
 from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -53,16 +53,41 @@ class KeyCheck:
     """Asks for ``Authorization: Bearer`` with the ``key``, compared in constant time."""
 
     def __init__(self, app: Application, key: str) -> None:
-        self.app, self.wanted = app, f"Bearer {key}".encode()
+        self.app, self.wanted = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         known = scope["type"] != "http" or scope["method"] == "OPTIONS" or path in OPEN or path.startswith("/page/")
-        if known or hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self.wanted):
+        if known or self._right(dict(scope["headers"]).get(b"authorization", b"")):
             await self.app(scope, receive, send)
             return
         await respond(send, 401, error_body("The API key is missing or wrong; send 'Authorization: Bearer KEY'.",
                                             "authentication_error", code="invalid_api_key"), [(b"www-authenticate", b"Bearer")])
+
+    def _right(self, told: bytes) -> bool:
+        scheme, _, key = told.partition(b" ")
+        return hmac.compare_digest(key.strip(), self.wanted) and scheme.lower() == b"bearer"
+
+
+class HostCheck:
+    """Refuses requests that call the server by none of its ``names``; else a page elsewhere could reach a server on this machine
+    under a name of its own."""
+
+    def __init__(self, app: Application, names: Iterable[str]) -> None:
+        self.app, self.names = app, {name.strip("[]").lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (name := _host(scope)) in self.names:
+            await self.app(scope, receive, send)
+            return
+        await respond(send, 400, error_body(f"This server is not known as {name!r:.100}; call it by another name, or start it with "
+                                            "--allowed-host and this one.", code="unknown_host"))
+
+
+def _host(scope: Scope) -> str:
+    """By which a request calls the server, without brackets and port."""
+    told = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+    return told[1:].partition("]")[0] if told.startswith("[") else told.partition(":")[0]
 
 
 class Counted:

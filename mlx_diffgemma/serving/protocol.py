@@ -6,16 +6,45 @@ Source: the OpenAI API reference, chat completions and completions.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
+from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.options import GenerationOptions
 
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[StrictInt, Field(le=10_000)]  # of steps and the like, which a canvas keeps things for
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+
+
+def _limit(tokens: int) -> int:
+    if tokens == 0:
+        raise ValueError("an answer has at least one token; -1 is no limit.")
+    return tokens
+
+
+Limit = Annotated[StrictInt, Field(ge=-1, description="-1: none."), AfterValidator(_limit)]
+
+
+def broken(value: Any) -> bool:
+    """Whether a text in it, however deep, holds a surrogate, which can be written in no encoding."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            if not one.isascii() and HALF.search(one):
+                return True
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, dict):
+            left += [*one, *one.values()]
+    return False
 
 
 class Strict(BaseModel):
@@ -48,44 +77,58 @@ class Strict(BaseModel):
         return kept
 
 
-class Sampling(Strict):
+class Body(Strict):
+    """What is sent as a whole."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_characters(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if broken(name):
+                raise ValueError(f"The field name {name!r:.100} holds half a character (a surrogate without its other half).")
+            if broken(value):
+                raise ValueError(f"{name}: holds half a character (a surrogate without its other half); send whole ones.")
+        return data
+
+
+class Sampling(Body):
     """Options of a generation; those that OpenAI does not have are named as in ``GenerationOptions`` and mean the same."""
 
     NEUTRAL = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any", "prompt_cache_key": "any",
-        "prompt_cache_retention": "any", "service_tier": "any",
+        "prompt_cache_retention": "any", "service_tier": "any", "best_of": (1,),
     }
 
     model: Text
     temperature: Number | None = Field(None, description="1: the checkpoint's schedule; T scales it; 0: the most probable token.")
     top_p: Number | None = None
-    top_k: StrictInt | None = None
+    top_k: Annotated[StrictInt, Field(lt=2**31)] | None = Field(None, description="0 or -1: off.")
     seed: Seed | None = Field(None, description="Same seed, same text. Absent: a fresh one, told in the response.")
     n: Annotated[StrictInt, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Limit | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    max_denoising_steps: StrictInt | None = None
+    max_denoising_steps: Count | None = None
     entropy_bound: Number | None = None
     t_min: Number | None = None
     t_max: Number | None = None
     confidence_threshold: Number | None = None
-    stability_threshold: StrictInt | None = None
+    stability_threshold: Count | None = None
     self_conditioning: str | None = None
     coverage: Number | None = None
     preset: str | None = None
     diffusion_sampler: str | None = None
     threshold: Number | None = None
-    min_denoising_steps: StrictInt | None = None
-    temperature_steps: StrictInt | None = None
-    plateau: StrictInt | None = None
-    drop_tail: StrictInt | None = None
-    canvas_length: StrictInt | str | None = None
-    reroll_empty: StrictInt | None = None
-    retry_unconverged: StrictInt | None = None
-    image_tokens: StrictInt | None = None
+    min_denoising_steps: Count | None = None
+    temperature_steps: Count | None = None
+    plateau: Count | None = None
+    drop_tail: Count | None = None
+    canvas_length: Count | str | None = None
+    reroll_empty: Count | None = None
+    retry_unconverged: Count | None = None
+    image_tokens: Count | None = None
     regex: str | None = Field(None, description="The answer matches this expression as a whole.")
     choices: list[str] | None = Field(None, description="The answer is one of these texts.")
 
@@ -95,14 +138,27 @@ class Sampling(Strict):
             raise ValueError("stream_options: has no meaning without stream; leave it out.")
         return self
 
+    @model_validator(mode="after")
+    def check_constraints(self) -> Sampling:
+        if len(self.constraints) > 1:
+            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
+        return self
+
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """What the answer must be, as keywords of a generation."""
+        return {name: value for name, value in (("regex", self.regex), ("choices", self.choices)) if value is not None}
+
     def options(self) -> dict[str, Any]:
         """Those of ``GenerationOptions`` that were given."""
         known = GenerationOptions.__dataclass_fields__
-        return {name: getattr(self, name) for name in type(self).model_fields if name in known and getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in known}
+        given = {name: value for name, value in given.items() if value is not None} | self.constraints
+        return given | {name: off for name, off in (("top_k", 0), ("max_tokens", None)) if given.get(name) == -1}
 
 
 class StreamOptions(Strict):
@@ -113,13 +169,14 @@ class StreamOptions(Strict):
 
 
 class ImageURL(Strict):
-    NEUTRAL = {"detail": ("auto",)}
-
     url: Text
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="'low' is image_tokens 70, 'high' 1,120.")
 
 
 class Part(Strict):
     """A piece of a message's content."""
+
+    NEUTRAL = {"cache_control": "any"}  # what prompts have in common is kept without being told
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -147,7 +204,7 @@ class ToolCall(Strict):
 
 class Message(Strict):
     NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning": "any",
-               "reasoning_content": "any"}  # thoughts are dropped from the history
+               "reasoning_content": "any", "reasoning_details": "any"}  # thoughts are dropped from the history
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
@@ -156,13 +213,27 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def check_fields(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of the role {self.role!r} has content.")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls belong to messages of the assistant.")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("tool_call_id belongs to messages of a tool, and each of them has one.")
         return self
+
+
+def _image_tokens(messages: Sequence[Message], given: int | None) -> int | None:
+    """Soft tokens of an image, by the ``detail`` of those in the messages where it says anything."""
+    images = [part.image_url for message in messages if isinstance(message.content, list) for part in message.content]
+    details = {image.detail or "auto" for image in images if image is not None}
+    if details <= {"auto"}:
+        return given
+    if len(details) > 1:
+        raise ValueError("detail: all images of a request are seen alike here; send the same with each.")
+    told = BUDGETS[0] if details == {"low"} else BUDGETS[-1]
+    if given not in (None, told):
+        raise ValueError(f"detail: is image_tokens {told} here; send one of them.")
+    return told
 
 
 class Function(Strict):
@@ -221,7 +292,7 @@ class ChatRequest(Sampling):
                "web_search_options": "this server searches nothing"}
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Limit | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -234,11 +305,13 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def check_together(self) -> ChatRequest:
+        if not isinstance((self.chat_template_kwargs or {}).get("enable_thinking"), bool | None):
+            raise ValueError("chat_template_kwargs: enable_thinking is true or false, and no text or number.")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: differs from max_tokens; send one of them.")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: has no meaning without logprobs.")
-        if self.tool_choice not in (None, "none") and not self.tools:
+        if self.forced and not self.tools:
             raise ValueError("tool_choice: has no meaning without tools.")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.functions:
             raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r} among the tools.")
@@ -246,8 +319,10 @@ class ChatRequest(Sampling):
             raise ValueError("tools: two have the same name.")
         if self.constraints and self.called:
             raise ValueError("response_format: an answer that keeps to it cannot call tools; send tool_choice 'none'.")
-        if len(self.constraints) > 1:
-            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
+        for name in ("stop", "logprobs") if self.forced else ():
+            if getattr(self, name):
+                raise ValueError(f"{name}: has no meaning where tool_choice makes the answer a call; leave one of them out.")
+        self.image_tokens = _image_tokens(self.messages, self.image_tokens)
         if self.thinks and (self.constraints or self.forced):
             what = "tool_choice" if self.forced else "response_format"
             raise ValueError(f"{what}: leaves no place for a thought; send reasoning_effort 'none'.")
@@ -278,35 +353,36 @@ class ChatRequest(Sampling):
 
     @property
     def constraints(self) -> dict[str, Any]:
-        given = {"regex": self.regex, "choices": self.choices}
-        return (self.response_format.constraint if self.response_format else {}) | {k: v for k, v in given.items() if v is not None}
+        return (self.response_format.constraint if self.response_format else {}) | super().constraints
 
     def options(self) -> dict[str, Any]:
-        limit = self.max_tokens or self.max_completion_tokens
-        return super().options() | self.constraints | ({"max_tokens": limit} if limit else {})
+        limit = self.max_completion_tokens
+        return super().options() | ({"max_tokens": None if limit == -1 else limit} if limit else {})
 
 
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``.  With a ``suffix`` what stands between it and the prompt is filled in."""
 
-    NEUTRAL = {**Sampling.NEUTRAL, "best_of": (1,)}
-
-    prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
     suffix: str | None = None
     instruction: str | None = Field(None, description="Beside a suffix: the user's message to which the whole text is the answer.")
     min_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Beside a suffix: tokens to fill in at least.")
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
-    def only_one(cls, prompt: str | list[int] | list[str]) -> str | list[int] | list[str]:
-        return prompt[0] if isinstance(prompt, list) and isinstance(prompt[0], str) else prompt
+    def only_one(cls, prompt: Any) -> Any:
+        if not (isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt)):
+            return prompt
+        if len(prompt) > 1:
+            raise ValueError(f"{len(prompt)} prompts are not answered at once; send one request for each.")
+        return prompt[0]
 
     @model_validator(mode="after")
     def check_together(self) -> CompletionRequest:
-        if len(self.constraints) > 1:
-            raise ValueError(f"{' and '.join(self.constraints)}: each says what the answer must be; send one of them.")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs: the prompt that echo repeats has none; leave one of them out.")
         if not self.suffix:
             for name in ("instruction", "min_tokens"):
                 if getattr(self, name) is not None:
@@ -314,17 +390,18 @@ class CompletionRequest(Sampling):
             return self
         if not isinstance(self.prompt, str):
             raise ValueError("suffix: takes a prompt that is a text, not ids.")
-        for name, why in (("logprobs", "they are those of a canvas"), ("echo", "the text is known"), ("stop", "a hole has an end"),
-                          ("canvas_length", "a canvas is as long as the text needs")):
-            if getattr(self, name):
+        drafts = bool(self.stream_options and self.stream_options.include_drafts)
+        for name, sent, why in (("logprobs", self.logprobs is not None, "they are those of a canvas"),
+                                ("echo", self.echo, "the text is known"), ("stop", self.stop, "a hole has an end"),
+                                ("canvas_length", self.canvas_length is not None, "a canvas is as long as the text needs"),
+                                ("stream_options", drafts, "of whose canvases include_drafts shows none")):
+            if sent:
                 raise ValueError(f"{name}: has no meaning beside a suffix, {why}; leave it out.")
+        if self.max_tokens == -1:
+            raise ValueError("max_tokens: a hole has a limit; name it, or leave it out.")
         if self.n not in (None, 1):
             raise ValueError("n: a hole is filled once; send several requests with different seeds.")
         return self
-
-    @property
-    def constraints(self) -> dict[str, Any]:
-        return {name: value for name, value in (("regex", self.regex), ("choices", self.choices)) if value is not None}
 
 
 class DecisionQuestion(Strict):
@@ -342,7 +419,7 @@ class DecisionQuestion(Strict):
         return self
 
 
-class DecisionRequest(Strict):
+class DecisionRequest(Body):
     """The body of ``POST /v1/decisions``."""
 
     NEUTRAL = {"user": "any", "metadata": "any", "store": (False, True)}
@@ -352,5 +429,10 @@ class DecisionRequest(Strict):
     questions: Annotated[list[DecisionQuestion], Field(min_length=1, max_length=256)]
     reads: Annotated[StrictInt, Field(ge=1, le=64)] = 1
     seed: Seed = 0
-    canvas_length: StrictInt | None = None
-    image_tokens: StrictInt | None = None
+    canvas_length: Count | None = None
+    image_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def check_images(self) -> DecisionRequest:
+        self.image_tokens = _image_tokens(self.messages, self.image_tokens)
+        return self

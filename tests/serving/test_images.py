@@ -29,8 +29,8 @@ def data_url(picture, kind="png"):
     return f"data:image/{kind};base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
-def part(url):
-    return {"type": "image_url", "image_url": {"url": url}}
+def part(url, **more):
+    return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
 def asked(*urls, question=QUESTION):
@@ -96,6 +96,19 @@ def test_soft_tokens_are_prompt_tokens(ask):
     counts = [ask(asked(data_url(PICTURES[0])), extra_body={"image_tokens": tokens, "max_denoising_steps": 1}).usage.prompt_tokens
               for tokens in (70, 280)]
     assert counts[1] - counts[0] == 16 * 16 - 8 * 8
+
+
+def test_detail(ask):
+    def count(*details, **options):
+        content = [part(data_url(PICTURES[0]), detail=detail) for detail in details]
+        body = {"max_denoising_steps": 1, **options}
+        return ask([{"role": "user", "content": content}], extra_body=body).usage.prompt_tokens
+
+    assert count("low") == count("auto", image_tokens=70) < count("high") == count("auto", image_tokens=1120)
+    assert count("low", "low") > count("low")
+    for details, more in ((("low", "high"), {}), (("auto", "low"), {}), (("low",), {"image_tokens": 280}), (("fine",), {})):
+        with pytest.raises(openai.BadRequestError, match="detail"):
+            count(*details, **more)
 
 
 def test_files_where_they_are_allowed(ask, tmp_path):

@@ -5,17 +5,24 @@ import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import httpx
 import jsonschema
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 from mlx_diffgemma import Hole, Question, chat_ids, decide, infill, stream_generate
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.serving.app import Settings, create_app
+from mlx_diffgemma.serving.command import _names
+from mlx_diffgemma.serving.conversation import check_variables
 from mlx_diffgemma.serving.protocol import ChatRequest
 from tests.serving.process import serving, until
 from tests.variants import few
 
+JSON = {"Content-Type": "application/json"}
 STEPS, FULL = 3, 48  # of a canvas
 ADD = [{"role": "user", "content": "Add 12 and 30."}]
 STORY = [{"role": "user", "content": "Tell me a story about Leo the owl and a map."}]
@@ -133,6 +140,26 @@ class TestChat:
                         reasoning_effort="none")
         assert response.choices[0].message.content == "42"
 
+    @pytest.mark.parametrize("extra", [{"best_of": 1}, {"tools": [], "tool_choice": "auto"}, {"tools": [], "tool_choice": "none"},
+                                       {"top_k": -1}, {"top_k": 0}, {"max_tokens": -1}, {"max_completion_tokens": -1},
+                                       {"stop": []}])
+    def test_what_changes_nothing(self, chat, extra):
+        assert chat(extra_body=extra).choices[0].message.content == "42"
+
+    def test_messages_of_other_clients(self, chat):
+        asked = {"role": "user", "content": [{"type": "text", "text": ADD[0]["content"], "cache_control": {"type": "ephemeral"}}]}
+        assert chat([asked]).choices[0].message.content == "42"
+        said = [{"role": "assistant", "content": text, **more} for text, more in (
+            ("", {}), (None, {}), (None, {"tool_calls": []}), ("", {"reasoning_details": [{"text": "hm"}]}))]
+        assert len({chat([*ADD, own, *ADD], max_tokens=1).usage.prompt_tokens for own in said}) == 1
+
+    def test_no_limit_goes_before_that_of_the_server(self):
+        body = {"model": "nano", "messages": ADD}
+        for name in ("max_tokens", "max_completion_tokens"):
+            assert {"max_tokens": 5} | ChatRequest(**body, **{name: -1}).options() == {"max_tokens": None}
+            assert ChatRequest(**body, **{name: 7}).options() == {"max_tokens": 7}
+        assert ChatRequest(**body, top_k=-1).options() == {"top_k": 0}
+
     def test_content_in_parts(self, chat):
         assert chat([{"role": "user", "content": [{"type": "text", "text": "Add 12 and 30."}]}]).choices[0].message.content == "42"
 
@@ -246,7 +273,9 @@ class TestCompletions:
 
     def test_ids(self, client, nano_pair):
         ids = chat_ids(nano_pair[1], ADD)
-        assert client.completions.create(model="nano", prompt=ids, seed=0).choices[0].text == "42"
+        for prompt in (ids, [ids]):
+            assert client.completions.create(model="nano", prompt=prompt, seed=0).choices[0].text == "42"
+        assert client.completions.create(model="nano", prompt=["Mia"], max_tokens=2).usage.completion_tokens
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_suffix_fills_in(self, client, nano_pair, stream):
@@ -254,7 +283,7 @@ class TestCompletions:
         own = infill(*nano_pair, ("Mia was a red ", ". Mia lived near the river."), about, seed=0,
                      hole=Hole((1, 3)))
         response = client.completions.create(model="nano", prompt="Mia was a red ", suffix=". Mia lived near the river.", seed=0,
-                                             max_tokens=3, stream=stream, extra_body={"instruction": about})
+                                             max_tokens=3, stream=stream, stop=[], echo=False, extra_body={"instruction": about})
         text = "".join(chunk.choices[0].text for chunk in response if chunk.choices) if stream else response.choices[0].text
         assert text == own.fills[0].text
 
@@ -293,6 +322,14 @@ class TestDrafts:
         assert not any(getattr(chunk, "diffusion", None) for chunk in plain)
 
 
+HALF = "a\ud800b"
+
+
+def called(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 REFUSED = [
     ({"model": "gpt-4"}, 404, "nano"), ({"messages": []}, 400, "messages"), ({"messages": "hello"}, 400, "messages"),
     ({"messages": [{"role": "king", "content": "x"}]}, 400, "role"), ({"messages": [{"role": "user"}]}, 400, "content"),
@@ -321,17 +358,60 @@ REFUSED = [
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, 400, "'y'"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "f", "arguments": "no"}}]}]}, 400, "arguments"),
+    *(({"chat_template_kwargs": {name: 1}}, 400, name) for name in (
+        "return_assistant_tokens_mask", "self", "tokenizer_kwargs", "conversation", "bos_token", "raise_exception", "style")),
+    *(({"chat_template_kwargs": {"enable_thinking": value}}, 400, "enable_thinking") for value in ("false", 1, 0, [])),
+    *((body, 400, next(iter(body))) for body in (
+        {"messages": [{"role": "user", "content": HALF}]}, {"messages": [{"role": "system", "content": HALF}, *ADD]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, {"stop": [HALF]}, {"stop": HALF},
+        {"regex": HALF}, {"choices": [HALF]}, {"model": HALF}, {"user": HALF}, {"tools": [{"type": "function", "function": {
+            "name": "f", "description": HALF}}]}, {"tools": [{"type": "function", "function": {"name": HALF}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {HALF: {}}}}}]},
+        {"messages": [*ADD, called("{}"), {"role": "tool", "tool_call_id": "1", "content": HALF}]})),
+    *(({"tools": [TIME], "tool_choice": choice, **more}, 400, next(iter(more)))
+      for choice in ("required", {"type": "function", "function": {"name": "time"}})
+      for more in ({"stop": "x"}, {"stop": ["x"]}, {"logprobs": True})),
+    ({"parallel_tool_calls": 1}, 400, "parallel_tool_calls"), ({"best_of": 2}, 400, "best_of"), ({"top_k": -2}, 400, "top_k"),
+    *(({name: 2**31}, 400, name) for name in ("top_k", "stability_threshold", "max_denoising_steps", "plateau", "image_tokens")),
+    ({"max_tokens": -2}, 400, "max_tokens"), ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ({"max_tokens": -1, "max_completion_tokens": 5}, 400, "max_completion_tokens"),
+    ({HALF: 1}, 400, "half a character"), ({"messages": [called(json.dumps({"a": HALF}))]}, 400, "arguments"),
+    ({"messages": [called('{"a":' + "[" * 100_000)]}, 400, "arguments"),
 ]
 
 
 class TestRefusals:
     @pytest.mark.parametrize(("body", "status", "named"), REFUSED, ids=[json.dumps(body)[:50] for body, _, _ in REFUSED])
     def test_what_cannot_be_honoured_is_named(self, server, body, status, named):
-        response = httpx.post(f"{server}/v1/chat/completions", json={"model": "nano", "messages": ADD, **body}, timeout=100)
+        content = json.dumps({"model": "nano", "messages": ADD, **body})  # as ASCII: httpx itself would not send half a character
+        response = httpx.post(f"{server}/v1/chat/completions", content=content, headers=JSON, timeout=100)
         assert response.status_code == status, response.text
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert named in error["message"]
+
+    @pytest.mark.parametrize(("body", "param", "message"), [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "colour": "red"}]}]},
+         "messages.0.content.0.colour", "'colour' is not known"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "image": "x"}]}]}, "messages.0.content.0.image", "not known"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0", "has the field 'text'"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0.type", "required"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        ({"tool_choice": "any", "tools": [TIME]}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function"}, "tools": [TIME]}, "tool_choice.function", "required"),
+        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"), ({"stop": ""}, "stop", "at least 1 character"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs", "true or false"),
+        ({"prompt": ["a", "b"]}, "prompt", "one request for each"), ({"prompt": [[1], [2]]}, "prompt", "one request for each"),
+        ({"prompt": [1, "a"]}, "prompt.1", "integer"), ({"prompt": [[1, "a"]]}, "prompt", "integer"),
+        ({"prompt": [""]}, "prompt", "at least 1 character"),
+        ({"prompt": []}, "prompt", "at least 1 item"), ({"prompt": 5}, "prompt", "valid string")])
+    def test_the_field_is_named(self, server, body, param, message):
+        own = ("completions", {}) if "prompt" in body else ("chat/completions", {"messages": ADD})
+        error = httpx.post(f"{server}/v1/{own[0]}", json={"model": "nano", **own[1], **body}, timeout=100).json()["error"]
+        assert error["param"] == param
+        assert message in error["message"]
+        assert "[" not in error["message"].partition("pattern")[0]
 
     @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "nano"}', b"[]", b"null", b"5", b'"x"', b'{"model": "\xff"}', b"\x00",
                                       b"[" * 100_000, b'{"model": "nano", "messages": NaN}'])
@@ -363,21 +443,45 @@ class TestRefusals:
     @pytest.mark.parametrize(("body", "named"), [
         ({"suffix": "b", "n": 2}, "n"), ({"suffix": "b", "logprobs": 1}, "logprobs"), ({"instruction": "x"}, "suffix"),
         ({"prompt": ""}, "prompt"), ({"prompt": [10**9]}, "ids"), ({"best_of": 3}, "best_of"), ({"prompt": ["a", "b"]}, "prompt"),
+        ({"echo": True, "logprobs": 0}, "logprobs"), ({"echo": True, "logprobs": 2}, "logprobs"),
+        ({"suffix": "b", "logprobs": 0}, "logprobs"), ({"suffix": "b", "echo": True}, "echo"),
+        ({"suffix": "b", "stop": "x"}, "stop"), ({"suffix": "b", "canvas_length": 0}, "canvas_length"),
+        ({"suffix": "b", "stream": True, "stream_options": {"include_drafts": True}}, "include_drafts"),
+        ({"suffix": "b", "max_tokens": -1}, "max_tokens"), ({"prompt": HALF}, "prompt"),
+        ({"suffix": HALF}, "suffix"), ({"suffix": "b", "instruction": HALF}, "instruction"),
         ({"suffix": "b", "max_tokens": 2, "min_tokens": 5}, "min_tokens"), ({"suffix": "b", "regex": "x{99}"}, "constraint")])
     def test_completions(self, server, body, named):
-        response = httpx.post(f"{server}/v1/completions", json={"model": "nano", "prompt": "a", **body}, timeout=100)
+        content = json.dumps({"model": "nano", "prompt": "a", **body})
+        response = httpx.post(f"{server}/v1/completions", content=content, headers=JSON, timeout=100)
         assert response.status_code == 400, response.text
         assert named in response.json()["error"]["message"]
 
     @pytest.mark.parametrize(("body", "named"), [
+        ({"questions": [{"question": HALF}]}, "questions"),
         ({"questions": []}, "questions"), ({"questions": [{"labels": ["a"]}]}, "label"),
         ({"questions": [{"labels": ["a", "a"]}]}, "'a'"),
         ({"questions": [{"labels": ["a", "b"], "scale": [1, 2]}]}, "scale"), ({"questions": [{"scale": [5, 1]}]}, "5"),
         ({"questions": [{}], "reads": 0}, "reads")])
     def test_decisions(self, server, body, named):
-        response = httpx.post(f"{server}/v1/decisions", json={"model": "nano", "messages": ADD, **body}, timeout=100)
+        content = json.dumps({"model": "nano", "messages": ADD, **body})
+        response = httpx.post(f"{server}/v1/decisions", content=content, headers=JSON, timeout=100)
         assert response.status_code == 400, response.text
         assert named in response.json()["error"]["message"]
+
+
+class TestVariables:
+    @pytest.mark.parametrize("template", ["{{ messages }}{% if style %}{{ bos_token }}{% endif %}", "{% generation %}", {"a": "b"}])
+    def test_those_that_a_template_reads(self, template):
+        tokenizer = Mock(chat_template=template, _chat_template=None, special_tokens_map={"bos_token": "<bos>"})
+        check_variables(tokenizer, ["style"])
+        for name in ("messages", "self", "bos_token"):
+            with pytest.raises(UserError, match=name):
+                check_variables(tokenizer, [name])
+
+    def test_others_are_told(self):
+        tokenizer = Mock(chat_template="{{ style }}", _chat_template=None, special_tokens_map={})
+        with pytest.raises(UserError, match="'size', only enable_thinking, style"):
+            check_variables(tokenizer, ["style", "size"])
 
 
 class TestService:
@@ -410,9 +514,18 @@ class TestService:
         until(lambda: httpx.get(f"{server}/health").json()["rows"] == 0)
 
     def test_names_of_this_machine_only(self, server):
-        assert httpx.get(f"{server}/health", headers={"Host": "evil.example"}).status_code == 400
+        for name in ("evil.example", "evil.example:80", "localhost.evil.example", "[::2]", ""):
+            answer = httpx.get(f"{server}/health", headers={"Host": name})
+            assert answer.status_code == 400
+            assert "--allowed-host" in answer.json()["error"]["message"]
         port = server.rsplit(":", 1)[1]
-        assert httpx.get(f"{server}/health", headers={"Host": f"localhost:{port}"}).status_code == 200
+        for name in (f"localhost:{port}", "LocalHost", "127.0.0.1", f"[::1]:{port}"):
+            assert httpx.get(f"{server}/health", headers={"Host": name}).status_code == 200
+
+    @pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+    def test_head(self, server, path):
+        answer = httpx.head(server + path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
     def test_no_other_origins(self, server):
         answer = httpx.options(f"{server}/v1/chat/completions", headers={"Origin": "http://evil.example",
@@ -422,21 +535,31 @@ class TestService:
     def test_the_document_knows_every_field(self, server):
         document = httpx.get(f"{server}/openapi.json").json()
         assert set(ChatRequest.model_fields) == set(document["components"]["schemas"]["ChatRequest"]["properties"])
+        operations = [own["operationId"] for path in document["paths"].values() for own in path.values()]
+        assert len(set(operations)) == len(operations)
 
 
 def test_keys_origins_limits_and_a_full_queue():
     options = ["--api-key", "secret", "--allowed-origin", "http://app.example", "--max-prompt-tokens", "30", "--max-batch", "1",
-               "--max-queue", "1", "--grace", "3", "--preset", "fast"]
+               "--max-queue", "1", "--grace", "3", "--preset", "fast", "--allowed-host", "host.docker.internal"]
     with serving(*options) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=100)
         for key in ("wrong", "secret2", "secre"):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
+        for told in ("bearer secret", "BEARER  secret"):
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": told}).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Basic secret"}).status_code == 401
         assert httpx.get(f"{url}/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(url).status_code == 200
         assert client.chat.completions.create(model="nano", messages=ADD).choices[0].message.content == "42"
         allowed = httpx.options(f"{url}/v1/models", headers={"Origin": "http://app.example", "Access-Control-Request-Method": "GET",
-                                                             "Access-Control-Request-Headers": "Authorization"})
+                                                             "Access-Control-Request-Headers": "authorization,x-stainless-lang"})
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "http://app.example"
+        asked = httpx.get(f"{url}/health", headers={"Origin": "http://app.example", "Host": "Host.Docker.Internal:80"})
+        assert (asked.status_code, asked.headers["access-control-expose-headers"]) == (200, "Retry-After")
+        assert httpx.get(f"{url}/health", headers={"Host": "localhost"}).status_code == 200
+        assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 400
         with pytest.raises(openai.BadRequestError, match="30"):
             client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "word " * 40}])
         long = {"model": "nano", "messages": ADD, "extra_body": {"regex": "[a-z ]{3000,3500}"}, "stream": True}
@@ -468,6 +591,35 @@ def test_an_address_that_is_taken(capfd):
             main()
     assert left.value.code == 2
     assert "cannot listen" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--api-key", ""], "empty"), (["--api-key", " k"], "blanks"), (["--api-key", "k\n"], "blanks"),
+    (["--allowed-host", "http://mac.local"], "mac.local"), (["--allowed-host", "mac.local:80"], "mac.local:80"),
+    (["--allowed-host", ""], "''")])
+def test_refused_at_the_start(capfd, options, said):
+    from mlx_diffgemma.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mlx-diffgemma", "serve", "--port", "0", *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+    assert left.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "status"), [(["*"], 200), ([], 200), (["MAC.local"], 200), (["localhost"], 400)])
+def test_names_that_were_allowed(names, status):
+    client = TestClient(create_app(Mock(), Settings("nano", allowed_hosts=names)))
+    assert client.get("/", headers={"Host": "mac.local:80"}).status_code == status
+
+
+def test_names_by_address():
+    """None for any."""
+    assert _names(["localhost"], "127.0.0.2", []) == ["localhost"]
+    assert _names(["localhost"], "::1", ["mac.local"]) == ["localhost", "mac.local"]
+    assert _names(["localhost"], "0.0.0.0", []) == []
+    assert _names(["localhost"], "0.0.0.0", ["mac.local"]) == ["localhost", "mac.local"]
 
 
 @pytest.mark.slow
