@@ -105,7 +105,7 @@ def fitting_size(height: int, width: int, patch_size: int, side: int, budget: in
 def check_budget(budget: int) -> int:
     """Errors: UserError for a number of soft tokens the model was not made for."""
     if budget not in BUDGETS:
-        raise UserError(f"An image takes at most {', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]} soft tokens, not {budget}.")
+        raise UserError(f"image_tokens must be {', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}, got {budget}.")
     return budget
 
 

@@ -108,6 +108,10 @@ class GenerationOptions:
             raise UserError(f"num_draft_tokens must be at least 1, got {self.num_draft_tokens}.")
         if self.prefill_step_size < 2:
             raise UserError(f"prefill_step_size must be at least 2, got {self.prefill_step_size}.")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, int) and value > MOST:
+                raise UserError(f"{name} must be at most {MOST:,}, got {value:,}.")
         if self.image_tokens is not None:
             check_budget(self.image_tokens)
         check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p)
@@ -177,5 +181,8 @@ RULES = {"threshold": "threshold", "min_denoising_steps": "min_steps", "temperat
          "plateau": "plateau", "drop_tail": "drop_tail", "canvas_length": "length", "reroll_empty": "reroll_empty",
          "retry_unconverged": "retry_unconverged"}
 POLICY_FIELDS = NUMBERS | RULES
+COUNTS = ("max_denoising_steps", "stability_threshold", "min_denoising_steps", "temperature_steps", "plateau", "drop_tail",
+          "reroll_empty", "retry_unconverged", "num_draft_tokens")  # a canvas keeps something for each of so many
+MOST = 10_000
 DIFFUSION_ONLY = (*POLICY_FIELDS, "self_conditioning", "coverage", "preset", "diffusion_sampler")
 CONSTRAINTS = ("json_schema", "regex", "choices")

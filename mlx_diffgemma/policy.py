@@ -253,7 +253,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     if not 0 <= temperature <= MAX_TEMPERATURE:
         raise UserError(f"temperature must lie between 0 and {MAX_TEMPERATURE:g}, got {temperature}; 1 is the checkpoint's "
                         "schedule and 0 takes the most probable token.")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (off) or more, got {top_k}.")
+    if not 0 <= top_k < 2**31:
+        raise UserError(f"top_k must be 0 (off) or more, and below 2**31, got {top_k}.")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1 (off), got {top_p}.")

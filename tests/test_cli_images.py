@@ -63,7 +63,7 @@ class TestGenerate:
         (["--image", "text.png"], "text.png is not an image"), (["--image", "half.png"], "half.png is damaged or cut off"),
         (["--image", "nothing.png"], "There is no image nothing.png"), (["--image", "clip.mp4"], "clip.mp4 is not an image"),
         (["--video", "nothing.mp4"], "There is no video nothing.mp4"), (["--video", "text.png"], "cannot be read as a video"),
-        (["--image", "circle.png", "--image-tokens", "100"], "560 or 1120 soft tokens, not 100"),
+        (["--image", "circle.png", "--image-tokens", "100"], "560 or 1120, got 100"),
         (["--video", "clip.mp4", "--fps", "0"], "at most 120 frames a second, not 0"),
         (["--image", "circle.png", "--ignore-chat-template"], "0 image marker(s) and 1 image(s)"),
         (["--image-tokens", "70"], "--image-tokens has no meaning without --image or --video"),

@@ -218,7 +218,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("budget", [0, 69, 256, -70])
     def test_an_unknown_budget(self, budget):
-        with pytest.raises(UserError, match=f"70, 140, 280, 560 or 1120 soft tokens, not {budget}"):
+        with pytest.raises(UserError, match=f"70, 140, 280, 560 or 1120, got {budget}"):
             prepare(stripes(), CONFIG, budget)
 
     def test_longer_than_the_positions(self):

@@ -18,7 +18,6 @@ from mlx_diffgemma.options import GenerationOptions
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
 HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(le=10_000)]  # of steps and the like, which a canvas keeps things for
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 
@@ -103,32 +102,32 @@ class Sampling(Body):
     model: Text
     temperature: Number | None = Field(None, description="1: the checkpoint's schedule; T scales it; 0: the most probable token.")
     top_p: Number | None = None
-    top_k: Annotated[StrictInt, Field(lt=2**31)] | None = Field(None, description="0 or -1: off.")
+    top_k: StrictInt | None = Field(None, description="0 or -1: off.")
     seed: Seed | None = Field(None, description="Same seed, same text. Absent: a fresh one, told in the response.")
     n: Annotated[StrictInt, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
     max_tokens: Limit | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    max_denoising_steps: Count | None = None
+    max_denoising_steps: StrictInt | None = None
     entropy_bound: Number | None = None
     t_min: Number | None = None
     t_max: Number | None = None
     confidence_threshold: Number | None = None
-    stability_threshold: Count | None = None
+    stability_threshold: StrictInt | None = None
     self_conditioning: str | None = None
     coverage: Number | None = None
     preset: str | None = None
     diffusion_sampler: str | None = None
     threshold: Number | None = None
-    min_denoising_steps: Count | None = None
-    temperature_steps: Count | None = None
-    plateau: Count | None = None
-    drop_tail: Count | None = None
-    canvas_length: Count | str | None = None
-    reroll_empty: Count | None = None
-    retry_unconverged: Count | None = None
-    image_tokens: Count | None = None
+    min_denoising_steps: StrictInt | None = None
+    temperature_steps: StrictInt | None = None
+    plateau: StrictInt | None = None
+    drop_tail: StrictInt | None = None
+    canvas_length: StrictInt | str | None = None
+    reroll_empty: StrictInt | None = None
+    retry_unconverged: StrictInt | None = None
+    image_tokens: StrictInt | None = None
     regex: str | None = Field(None, description="The answer matches this expression as a whole.")
     choices: list[str] | None = Field(None, description="The answer is one of these texts.")
 
@@ -429,8 +428,8 @@ class DecisionRequest(Body):
     questions: Annotated[list[DecisionQuestion], Field(min_length=1, max_length=256)]
     reads: Annotated[StrictInt, Field(ge=1, le=64)] = 1
     seed: Seed = 0
-    canvas_length: Count | None = None
-    image_tokens: Count | None = None
+    canvas_length: StrictInt | None = None
+    image_tokens: StrictInt | None = None
 
     @model_validator(mode="after")
     def check_images(self) -> DecisionRequest:
