@@ -526,6 +526,8 @@ def _invalid_body(error: RequestValidationError) -> dict[str, Any]:
         message = f"The field {path[-1]!r} is not known here; leave it out."
     elif first["type"] == "json_invalid":
         path, message = [], f"The body is not valid JSON: {first.get('ctx', {}).get('error', message)}."
+    elif not path and first["type"] in ("model_attributes_type", "missing"):
+        message = "The body must be a JSON object, sent with the header Content-Type: application/json."
     elif first["type"] == "value_error" and (name := message.partition(":")[0]).isidentifier():
         path.append(name)
     where = ".".join(path)

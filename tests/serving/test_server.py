@@ -421,6 +421,14 @@ class TestRefusals:
         assert response.status_code == 400
         assert response.json()["error"]["message"]
 
+    @pytest.mark.parametrize(("content", "headers"), [
+        (b'{"model": "nano"}', {}), (b'{"model": "nano"}', {"Content-Type": "text/plain"}), (b"[]", JSON), (b"", JSON),
+        (b"5", JSON)])
+    def test_a_body_that_is_no_object_hears_how_to_send_one(self, server, content, headers):
+        response = httpx.post(f"{server}/v1/chat/completions", content=content, headers=headers, timeout=100)
+        assert response.status_code == 400
+        assert "Content-Type: application/json" in response.json()["error"]["message"]
+
     @pytest.mark.parametrize("told", [True, False])
     def test_a_body_that_is_too_large(self, server, told):
         body = b"x" * 100_000_000
