@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_diffgemma import GenerationWarning, NonFiniteLogitsError, PromptCache, Question, chat_ids, decide, load, nano, user_message
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.convert import convert
-from mlx_diffgemma.decide import Labels, average, label_ids, read_labels
+from mlx_diffgemma.decide import Labels, average, label_ids, labels_in_turns, read_labels
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.tokenizer import turn_end
@@ -142,6 +142,8 @@ class TestNothingElseMatters:
             assert (read_labels(tiny, cache, [one], [length], 2, 4)[0] == own).all()
         for rows in (1, 40):
             assert all((a == b).all() for a, b in zip(read_labels(tiny, cache, labels, lengths, 2, 4, rows), together, strict=True))
+        turns = sum(1 for _ in labels_in_turns(tiny, cache, labels, lengths, 2, 4, 1))
+        assert turns == 2 * sum(len(own.edges) for own in labels), "others have a turn behind each forward"
 
     def test_decisions_together_and_alone(self, ask):
         assert ask(FOUR[:3]) == [ask([question])[0] for question in FOUR[:3]]

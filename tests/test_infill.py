@@ -23,7 +23,9 @@ from mlx_diffgemma import (
 )
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.demands import FREE, Demands
-from mlx_diffgemma.infill import TRIED, _next_lengths, split_holes
+from mlx_diffgemma.infill import TRIED, Filling, _next_lengths, split_holes
+from mlx_diffgemma.options import GenerationOptions
+from mlx_diffgemma.session import prefill, run
 from tests.checkpoints import make_adapter
 
 PROMPT = "Turn this into JSON: Anna is 31 years old and lives in Paris."
@@ -108,6 +110,18 @@ class TestLengths:
         for one in candidates:
             alone = infill(*random_pair, text.replace("1-4", str(one.length)), STORY, seed=0, **FEW).fills[0]
             assert (alone.text, alone.converged) == (one.text, one.converged)
+
+    def test_others_have_a_turn_behind_each_score(self, random_pair):
+        model, tokenizer = random_pair
+        policy = GenerationOptions(**FEW).policy(model)
+        filling, turns = Filling(model, tokenizer, ["Mia was a ", "."], [Hole((1, 4))], STORY, policy, 512, 0), 0
+        for sessions in filling.rounds():
+            turns += not sessions
+            if sessions and sessions[0].finished:
+                prefill(model, sessions, 512)
+            for _ in run(model, sessions, 8):
+                pass
+        assert turns == 4
 
     @pytest.mark.parametrize("text", [TEXT, "<|hole:1-2|> was a red fox."])
     def test_the_score_is_the_causal_mean_from_the_hole_on(self, nano_pair, text):
