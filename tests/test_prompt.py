@@ -367,7 +367,7 @@ class TestFrontEnds:
         counts = [next(iter(stream_generate(model, tokenizer, prompt, image_tokens=tokens, **options))).prompt_tokens - len(prompt)
                   for tokens in (None, 70, 140)]
         assert counts == [65, 65, 122]  # 8 x 8 and 11 x 11, begin and end in the place of the marker
-        with pytest.raises(UserError, match="not 100"):
+        with pytest.raises(UserError, match="got 100"):
             stream_generate(model, tokenizer, prompt, images=[noise(0)], image_tokens=100)
 
     def test_a_conversation_keeps_its_images(self, sighted):
