@@ -550,7 +550,7 @@ class TestService:
 
 def test_keys_origins_limits_and_a_full_queue():
     options = ["--api-key", "secret", "--allowed-origin", "http://app.example", "--max-prompt-tokens", "30", "--max-batch", "1",
-               "--max-queue", "1", "--grace", "3", "--preset", "fast", "--allowed-host", "host.docker.internal"]
+               "--max-queue", "1", "--grace", "8", "--preset", "fast", "--allowed-host", "host.docker.internal"]
     with serving(*options) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=100)
         for key in ("wrong", "secret2", "secre"):
@@ -580,7 +580,7 @@ def test_keys_origins_limits_and_a_full_queue():
         assert int(refused.value.response.headers["retry-after"]) >= 1
         # Told to stop, the server takes no more, gives up what runs when the grace is over, and says so to everybody.
         process.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(f"{url}/health").json()["status"] == "closing", 5)
+        until(lambda: httpx.get(f"{url}/health").json()["status"] == "closing")
         assert httpx.get(f"{url}/health").status_code == 503
         with pytest.raises(openai.InternalServerError, match="shutting down") as closed:
             client.chat.completions.create(model="nano", messages=ADD)
