@@ -156,18 +156,17 @@ class Choice:
         session, request = self.session, self.request
         request.prefill_seconds = session.prefill_seconds
         response = request.add_canvas(session.canvases[-1], session.finished)
-        text = self.stops.feed(response.text, session.finished)
         reason = "stop" if response.finish_reason == "empty" else response.finish_reason
-        if self.stops.found:
-            session.finished, reason = True, "stop"
         calls = [call for call in response.tool_calls if self.functions is None or self.functions.fits(call)]
-        if self.one_call:
-            calls = calls[: 0 if self.called else 1]
+        calls = calls[: 1 if self.one_call else None]
         self.called = self.called or bool(calls)
         if self.one_call and self.called:
             session.finished, reason = True, "stop"
-        elif reason == "stop" and self.functions and not self.stops.found:  # at the limit a call may be cut off
-            self.broken = self.functions.broken(self.tokens, self._tokenizer)
+        text = self.stops.feed(response.text, session.finished)
+        if self.stops.found:
+            session.finished, reason = True, "stop"
+        elif reason == "stop" and self.functions and not (self.one_call and self.called):  # at the limit one may be cut off
+            self.broken = self.functions.broken(self.tokens, self._tokenizer)[: 1 if self.one_call else None]
             if self.broken and request.parser.malformed:
                 self.warnings.remove(malformed_warning(request.parser.malformed))
         if reason == "stop" and self.called:

@@ -169,6 +169,9 @@ class TestCalls:
             choice = asked(client, parallel_tool_calls=wanted, max_tokens=60).json()["choices"][0]
             found = [json.loads(call["function"]["arguments"])["city"] for call in choice["message"]["tool_calls"]]
             assert (found, choice["finish_reason"]) == (names, "tool_calls")
+        script(both.replace('"Rome"', "5").replace('"Oslo"', "6"))
+        again = asked(client, parallel_tool_calls=False, max_denoising_steps=2).json()["choices"][0]["message"]["tool_calls"]
+        assert len(again) == 1
 
 
 class TestLogprobs:
