@@ -121,12 +121,18 @@ class TestCalls:
     def test_it_is_made_again_behind_what_stood_before_it_under_its_own_function(self, served):
         client, engine, script = served
         script(f'Two.{TOOL_START}call:time{{}}{TOOL_END}{TOOL_START}call:weather{{"city": 5}}{TOOL_END}')
-        asked_of, submit = [], engine.submit
-        engine.submit = lambda job, again=False: (asked_of.append(job.choices[0].request), submit(job, again))
+        asked_of, submit, most = [], engine.submit, engine.max_queue
+
+        def noted(job, again=False):
+            asked_of.append(job.choices[0].request)
+            submit(job, again)
+            engine.max_queue = 0  # what is made again belongs to a request that had its place
+
+        engine.submit = noted
         try:
             response = asked(client, tools=TOOLS, max_denoising_steps=2).json()
         finally:
-            engine.submit = submit
+            engine.submit, engine.max_queue = submit, most
         calls = response["choices"][0]["message"]["tool_calls"]
         assert [call["function"]["name"] for call in calls] == ["time", "weather"]
         assert response["choices"][0]["finish_reason"] == "tool_calls"
@@ -169,6 +175,11 @@ class TestCalls:
             choice = asked(client, parallel_tool_calls=wanted, max_tokens=60).json()["choices"][0]
             found = [json.loads(call["function"]["arguments"])["city"] for call in choice["message"]["tool_calls"]]
             assert (found, choice["finish_reason"]) == (names, "tool_calls")
+        script(both.split(TOOL_END)[0] + TOOL_END + " word" * 80, both)  # on canvases of their own
+        response = asked(client, parallel_tool_calls=False, max_tokens=120).json()
+        assert len(response["choices"][0]["message"]["tool_calls"]) == 1
+        assert response["usage"]["completion_tokens"] <= 64, "nothing more was written"
+        script()
         script(both.replace('"Rome"', "5").replace('"Oslo"', "6"))
         again = asked(client, parallel_tool_calls=False, max_denoising_steps=2).json()["choices"][0]["message"]["tool_calls"]
         assert len(again) == 1
@@ -202,27 +213,30 @@ def test_a_hole_that_did_not_converge_is_told_of(served):
             "max_tokens": 6, "max_denoising_steps": 1}
     assert "did not converge" in client.post("/v1/completions", json=hole).json()["warnings"][0]
     # The server's own limit is for answers, not for holes.
-    limited = TestClient(create_app(engine, Settings("nano", {"max_tokens": 64, "max_denoising_steps": 1})))
-    short = {**hole, "min_tokens": None, "max_tokens": None, "max_denoising_steps": None}
-    found = limited.post("/v1/completions", json={**short, "stream": False}).json()
-    assert 1 <= found["usage"]["completion_tokens"] <= 16
+    limited = TestClient(create_app(engine, Settings("nano", {"max_tokens": 2, "max_denoising_steps": 1})))
+    found = limited.post("/v1/completions", json={**hole, "max_tokens": None, "max_denoising_steps": None}).json()
+    assert 6 <= found["usage"]["completion_tokens"] <= 16
 
 
 def test_a_stream_has_an_empty_chunk_only_for_who_asked(served):
-    client, _, _ = served
-    body = {"model": "nano", "messages": [{"role": "user", "content": "Add 12 and 30."}], "stream": True, "max_denoising_steps": 1}
+    client, _, script = served
+    body = {"model": "nano", "messages": [{"role": "user", "content": "Add 12 and 30."}], "stream": True, "max_denoising_steps": 1,
+            "max_tokens": 100}
     for options, empty in ((None, 0), ({"include_usage": True}, 1)):
+        script("猫 " * 80)
         text = client.post("/v1/chat/completions", json={**body, "stream_options": options}).text
         chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
         assert sum(not chunk["choices"] for chunk in chunks) == empty
         (end,) = [chunk for chunk in chunks if chunk["choices"] and chunk["choices"][0]["finish_reason"]]
         assert isinstance(end["seed"], int)
+        assert "猫" in chunks[0]["choices"][0]["delta"]["content"]
         assert "did not converge" in end["warnings"][0]
         assert text.isascii()
 
 
-def test_what_waits_to_be_prepared_counts(served):
+def test_what_waits_to_be_prepared_counts(served, monkeypatch):
     client, engine, _ = served
+    monkeypatch.setattr("mlx_diffgemma.serving.app.chat_ids", None)  # the work of preparing is not even begun
     full = engine.max_queue
     engine.max_queue = 0
     try:
