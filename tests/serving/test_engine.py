@@ -172,6 +172,23 @@ class TestPrompts:
         short.wait()
         assert ends[0] is short
 
+    def test_short_ones_are_read_together(self, begin, monkeypatch):
+        counts, held, began = [], threading.Event(), threading.Event()
+        real = engine_module.encode_chunk
+        monkeypatch.setattr(engine_module, "encode_chunk", lambda model, sessions, sizes: (counts.append(len(sessions)),
+                                                                                          real(model, sessions, sizes)))
+        engine, first = begin(max_batch=4, prefill_step_size=64), Answer()
+        first.on_step = lambda session, step: (began.set(), held.wait(60))
+        engine.submit(first)
+        began.wait(60)
+        others = [Answer(seed=seed, size=20) for seed in (1, 2, 3)]
+        for job in others:
+            engine.submit(job)
+        held.set()
+        for job in (first, *others):
+            job.wait()
+        assert counts == [1, 3]
+
     def test_what_was_read_is_not_read_again(self, begin):
         engine = begin()
         prompt = np.random.default_rng(9).integers(0, 300, 200).tolist()

@@ -185,6 +185,16 @@ class TestCalls:
         assert len(again) == 1
 
 
+def test_a_stop_ends_the_answer(served):
+    client, _, script = served
+    script("one two STOP" + " word" * 80)
+    body = {"model": "nano", "messages": [{"role": "user", "content": "Say one."}], "stop": ["STOP"], "max_tokens": 200}
+    response = client.post("/v1/chat/completions", json=body).json()
+    choice = response["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("one two ", "stop")
+    assert response["usage"]["completion_tokens"] <= 64, "nothing more was written"
+
+
 class TestLogprobs:
     def test_they_come_with_their_text(self, served):
         """What may be the begin of a stop is held back over the border of a canvas, and its tokens with it."""

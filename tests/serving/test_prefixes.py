@@ -36,6 +36,18 @@ class TestBegin:
         assert prefixes.begin(ids[:35])[0].length == 20
         assert prefixes.begin([299 - ids[0], *ids[1:]])[0].length == 0
 
+    def test_what_is_kept_stays_as_it_was(self, made):
+        """Whoever goes on from the cache that was kept, or from what was given out."""
+        prefixes, read = made
+        ids = ids_of(0, 60)
+        cache = read(ids[:20])
+        prefixes.keep(ids, cache)
+        read(ids, cache)
+        found, _ = prefixes.begin(ids)
+        assert found.length == 20
+        read(ids, found)
+        assert prefixes.begin(ids)[0].length == 20
+
     def test_never_all_but_one(self, made):
         prefixes, read = made
         ids = ids_of(0, 60)
