@@ -261,7 +261,7 @@ class Functions:
         """Where the texts of those calls begin in the ``tokens`` of an answer that cannot be read, or are not what a function
         takes."""
         parser, found, place = ResponseParser(tokenizer), list[int](), 0
-        begin, _ = self._markers(tokenizer)
+        begin = tokenizer.get_vocab().get(TOOL_START)  # none: an answer holds no calls
         for behind, token in enumerate(tokens, 1):
             unread = len(parser.malformed)
             calls = parser.feed([token]).tool_calls

@@ -388,24 +388,25 @@ class TestEnds:
         with pytest.raises(ClosedError):
             engine.submit(Answer())
 
-    def test_but_not_for_ever(self, begin):
-        engine, began = begin(), threading.Event()
-        job = Answer(limit=24 * 40)
+    @pytest.fixture
+    def running(self, begin):
+        """(an engine, a long answer that it has begun)."""
+        engine, began, job = begin(), threading.Event(), Answer(limit=24 * 40)
         job.on_step = lambda session, step: began.set()
         engine.submit(job)
         began.wait(60)
+        return engine, job
+
+    def test_but_not_for_ever(self, running):
+        engine, job = running
         started = time.monotonic()
         engine.close(grace=0)
         with pytest.raises(ClosedError):
             job.wait()
         assert time.monotonic() - started < 30
 
-    def test_told_twice_it_does_not_wait(self, begin):
-        engine, began = begin(), threading.Event()
-        job = Answer(limit=24 * 40)
-        job.on_step = lambda session, step: began.set()
-        engine.submit(job)
-        began.wait(60)
+    def test_told_twice_it_does_not_wait(self, running):
+        engine, job = running
         threading.Timer(0.2, engine.close).start()
         started = time.monotonic()
         engine.close(grace=600)

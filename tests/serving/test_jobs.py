@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import jsonschema
 import mlx.core as mx
@@ -42,6 +43,10 @@ class TestFunctions:
         assert functions.fits({"name": "time", "arguments": {}})
         for name, arguments in (("weather", {}), ("weather", {"city": 5}), ("weather", "Rome"), ("time", {"a": 1}), ("other", {})):
             assert not functions.fits({"name": name, "arguments": arguments})
+
+    def test_an_answer_in_tokens_that_know_no_calls_has_none_to_make_again(self):
+        tokenizer = SimpleNamespace(get_vocab=dict, eos_token_ids={1}, decode=lambda ids, **_: "a" * len(ids))
+        assert Functions({"weather": CITY}).broken([5, 6, 1], tokenizer) == []
 
     @pytest.mark.parametrize("schema", [{"type": "array"}, {"properties": 5}, {"type": "objct"}])
     def test_what_is_no_schema_of_an_object(self, schema):
