@@ -11,13 +11,13 @@ writes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import read_json
 
 MODEL_TYPE = "diffusion_gemma"
 MARK = "mlx_diffgemma"  # the key of config.json under which our converter says what it did
@@ -238,21 +238,6 @@ class ModelConfig:
 def released_config() -> ModelConfig:
     """The shape of google/diffusiongemma-26B-A4B-it without its vision tower, for counting where there is no checkpoint."""
     return ModelConfig.from_dict(read_json(Path(__file__).with_name("released.json")))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Errors: UserError when the file is missing or not JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; give a folder that holds a DiffusionGemma checkpoint.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download the file again.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download the file again.")
-    return content
 
 
 def _image_tokens(raw: Mapping[str, Any]) -> ImageTokens | None:

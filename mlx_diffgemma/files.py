@@ -31,6 +31,15 @@ from mlx_diffgemma.errors import UserError
 
 T = TypeVar("T")
 
+
+class WriteError(UserError):
+    """A file that cannot be written; ``errno`` says why, as the system does."""
+
+    def __init__(self, path: Path, error: OSError | ValueError) -> None:
+        super().__init__(_sentence(path, "written", error))
+        self.errno = error.errno if isinstance(error, OSError) else None
+
+
 TEXT_LIMIT = 256 * 2**20  # bytes of a text or JSON file; a large tokenizer has 33 MB
 LINE_LIMIT = 64 * 2**20  # bytes of a line of a .jsonl file, which itself may have any size
 NESTING = 100  # of JSON; what reads it afterwards may be recursive
@@ -41,11 +50,26 @@ _SCHEME = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE)
 
 
 def expand_path(name: str | Path) -> Path:
-    """The path that a user means: ``~`` and ``file://`` are understood everywhere."""
-    text = str(name)
-    if (scheme := _SCHEME.match(text)) and text[scheme.end() :].startswith("/"):
-        return Path(unquote(text[scheme.end() :]))
-    return Path(os.path.expanduser(text))
+    """The path that a user means, as ``expand_name``."""
+    return Path(expand_name(str(name)))
+
+
+def expand_name(name: str) -> str:
+    """``~`` and ``file://`` are understood everywhere; anything else stays as it is.
+
+    Raises:
+        UserError: It names the home of nobody.
+    """
+    scheme = _SCHEME.match(name)
+    if scheme and name[scheme.end() :].startswith("/"):
+        return unquote(name[scheme.end() :])
+    expanded = os.path.expanduser(name)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{name!r} is not the path of a file: there is no such user; "
+            f"write ./{name} for a file of that name."
+        )
+    return expanded
 
 
 def list_files(folder: Path, pattern: str) -> list[Path]:
@@ -59,6 +83,15 @@ def list_files(folder: Path, pattern: str) -> list[Path]:
 
 @contextlib.contextmanager
 def open_binary(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+    """``open_regular`` for a block, in which a failure to read is told as a UserError too."""
+    with open_regular(path, limit) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise UserError(_sentence(path, "read", error)) from None
+
+
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     """A regular file, or a pipe that a shell opened for us, to read bytes from.
 
     Args:
@@ -72,18 +105,14 @@ def open_binary(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
         # Without O_NONBLOCK, opening a named pipe waits until somebody writes to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}).") from None
+        raise UserError(_sentence(path, "read", error)) from None
     try:
         _check_readable(path, os.fstat(descriptor), limit)
         os.set_blocking(descriptor, True)
     except UserError:
         os.close(descriptor)
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        try:
-            yield file
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({_reason(error)}).") from None
+    return os.fdopen(descriptor, "rb")
 
 
 def _check_readable(path: Path, status: os.stat_result, limit: int | None) -> None:
@@ -111,10 +140,10 @@ def _too_large(path: Path | str, limit: int) -> UserError:
     return UserError(f"{path} has more than the {limit:,} bytes that are read of such a file.")
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _sentence(path: Path, done: str, error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return "this cannot be a file's name"
+        return f"{path} cannot be {done} ({error.strerror or error})."
+    return f"{str(path)!r} is not the path of a file."  # a null byte
 
 
 def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
@@ -313,7 +342,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 unfinished.unlink()
         sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({_reason(error)}).") from None
+        raise WriteError(path, error) from None
 
 
 def _resolved(path: Path) -> Path:
@@ -321,7 +350,7 @@ def _resolved(path: Path) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({_reason(error)}).") from None
+        raise WriteError(path, error) from None
 
 
 def _replaceable(path: Path, target: Path) -> os.stat_result | None:
@@ -416,17 +445,16 @@ def check_file(path: Path) -> None:
             raise UserError(f"{path} cannot be written, there is no folder {target.parent}.")
         _probe(target.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({_reason(error)}).") from None
+        raise WriteError(path, error) from None
 
 
-def check_folder(folder: Path, ours: Iterable[str] = (), written: Iterable[str] = ()) -> None:
+def check_folder(folder: Path, ours: Iterable[str] | None = None) -> None:
     """Before a long run: can ``folder`` be made or written, and is what lies there ours?
 
     Args:
         folder: Where results are to go.
-        ours: Names of files; a folder that has one of them was written by this command.
-        written: Names that the command is going to write; where they exist, the folder must be
-            one of ours.
+        ours: Names of files by which this command knows a folder of its own; any other folder
+            must be empty but for hidden files.  None: other files do not matter.
 
     Raises:
         UserError: It cannot, or is not.
@@ -440,15 +468,21 @@ def check_folder(folder: Path, ours: Iterable[str] = (), written: Iterable[str] 
             what = "a file" if ground.exists() else "a link to nothing"
             raise UserError(f"{folder} cannot be made, {ground} is {what}; give another folder.")
         _probe(ground)
-        if ground == folder and not any((folder / name).exists() for name in ours):
-            foreign = sorted(name for name in written if os.path.lexists(folder / name))
-            if foreign:
-                raise UserError(
-                    f"{folder / foreign[0]} was not written by this command and stays as it is; "
-                    "give another folder."
-                )
+        if ours is not None and ground == folder:
+            _check_ours(folder, ours)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({_reason(error)}).") from None
+        raise WriteError(folder, error) from None
+
+
+def _check_ours(folder: Path, ours: Iterable[str]) -> None:
+    if any((folder / name).exists() for name in ours):
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if foreign:
+        raise UserError(
+            f"{folder} holds files that this command did not write, such as {foreign[0]}; "
+            "give another folder."
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -456,7 +490,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be made ({_reason(error)}).") from None
+        raise WriteError(folder, error) from None
 
 
 def _probe(folder: Path) -> None:

@@ -53,6 +53,8 @@ class GenerationResponse:
     counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the ``seed``, and of a draft model's tokens
     so far how many it ``proposed`` and how many of these were ``accepted``.
     ``certificate`` names the rule under which a canvas converged ("stable-and-confident", "causal"…), None where it did not.
+    Of a whole answer (``batch_generate``, ``generate --json``) ``converged`` means that all its canvases did; ``certificate`` is
+    then the last one's, and None otherwise.
     """
 
     text: str
@@ -216,7 +218,8 @@ class Request:
             tool_calls=tuple(call for r in parts for call in r.tool_calls), tokens=tuple(t for r in parts for t in r.tokens),
             steps=sum(r.steps for r in parts), judged=sum(r.judged for r in parts), rows=sum(r.rows for r in parts),
             retries=sum(r.retries for r in parts),
-            converged=all(r.converged for r in parts), parts=tuple(parts),
+            converged=all(r.converged for r in parts),
+            certificate=parts[-1].certificate if all(r.converged for r in parts) else None, parts=tuple(parts),
         )
 
     def _warn(self, response: GenerationResponse) -> None:

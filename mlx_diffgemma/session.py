@@ -131,12 +131,12 @@ class Session:
         self.full_length, self.context = canvas_length or model.config.canvas_length, model.config.text.max_position_embeddings
         self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
         own = cache or Cache(model.config.text)
-        self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else own
+        self.cache: Cache = prompt_cache.begin(model, keyed(self.ids, self.images), self) if prompt_cache else own
         self.reused = self.cache.length  # of the ids, that need not be encoded
-        self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
+        self.pending: np.ndarray = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
-        self.finished = False
+        self.finished: bool = False
         self.start = 0  # the position in the answer at which the current canvas begins
         self.length = self.full_length  # with how many positions the current canvas began
         self.retry = self.steps = self.rows = self.passes = 0  # of the current canvas: attempts before, what all took
@@ -232,7 +232,7 @@ class Session:
         """All that was pending is in the cache now."""
         self.pending = self.pending[:0]
         if self.prompt_cache:
-            self.prompt_cache.reached(keyed(self.ids, self.images))
+            self.prompt_cache.reached(keyed(self.ids, self.images), self.cache)
 
     def take(self, step: CanvasStep) -> None:
         """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""

@@ -20,9 +20,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_diffgemma.config import read_json
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path, open_binary, read_json, write_text
 from mlx_diffgemma.model import DiffusionGemma, ExpertLinear, QuantizedExpertLinear
+from mlx_diffgemma.storage import read_tensors
 
 TYPES = ("lora", "dora", "full")
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -170,7 +171,7 @@ def write_config(folder: Path, base: str, layers: int, options: AdapterOptions, 
     if options.fine_tune_type == "full":
         content["lora_parameters"] = None
     content[MARK] = {"base": base}
-    (folder / CONFIG).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(content, indent=1, default=str) + "\n")
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class Adapter:
     @classmethod
     def read(cls, folder: Path) -> Adapter:
         """Errors: UserError when it is not whole."""
+        folder = expand_path(folder)
         if not folder.is_dir():
             raise UserError(f"There is no adapter folder {folder}.")
         config, path = read_json(folder / CONFIG), folder / WEIGHTS
@@ -205,7 +207,7 @@ class Adapter:
     def digest(self) -> str:
         """Of its files."""
         found = hashlib.sha256((self.folder / CONFIG).read_bytes())
-        with (self.folder / WEIGHTS).open("rb") as file:
+        with open_binary(self.folder / WEIGHTS) as file:
             while block := file.read(2**24):
                 found.update(block)
         return found.hexdigest()
@@ -224,6 +226,7 @@ def load_adapter(model: DiffusionGemma, folder: Path) -> None:
 
     Errors: UserError when it is not whole, was made for another base model, or holds tensors that this one has no place for.
     """
+    folder = expand_path(folder)
     adapter = Adapter.read(folder)
     adapter.check(model_fingerprint(model), model.config.fused)
     if adapter.options.fine_tune_type != "full":
@@ -235,10 +238,7 @@ def load_adapter(model: DiffusionGemma, folder: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, mx.array]:
     """Errors: UserError when the file is missing or damaged."""
-    try:
-        return dict(mx.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cannot be read ({error}); copy or train it again.") from None
+    return read_tensors(path)[0]
 
 
 def put_weights(model: DiffusionGemma, places: Mapping[str, mx.array], weights: Mapping[str, mx.array], path: Path) -> None:

@@ -15,7 +15,7 @@ from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.tuning.adapters import TYPES
-from mlx_diffgemma.tuning.run import OPTIMIZERS, Run, TuningOptions, read_config
+from mlx_diffgemma.tuning.run import OPTIMIZERS, Run, TuningOptions, check_target, read_config
 from mlx_diffgemma.tuning.trainer import Report
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -74,6 +74,8 @@ def lora(
     options, chosen = _options(locals())
     if not (chosen["train"] or options.test):
         raise UserError("Nothing to do; give --train, or --test, or both.")
+    if chosen["train"]:
+        check_target(options, resume)
     network, tokenizer = load(chosen["model"], revision=revision, dtype=dtype)
     run = Run.prepare(network, tokenizer, options, chosen["model"], resume, ignore_memory or not chosen["train"])
     for name, split in run.splits.items():
@@ -84,14 +86,15 @@ def lora(
         errors.print(f"going on at iteration {run.trainer.iteration}")
     if chosen["train"]:
         _train(run)
-        run.plot()
     tested = run.test() if options.test else None
     if tested:
         errors.print(_line(tested, "test"))
     if as_json:
         record = {"adapter_path": str(run.folder), "iteration": run.trainer.iteration,
                   "reports": [asdict(report) for report in run.trainer.reports], "test": asdict(tested) if tested else None}
-        print(json.dumps(record))
+        print(json.dumps(record), flush=True)
+    if chosen["train"]:
+        run.plot()
 
 
 def _options(given: dict[str, Any]) -> tuple[TuningOptions, dict[str, Any]]:

@@ -7,6 +7,7 @@ state.safetensors to go on from, and losses.csv and losses.png.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,8 +22,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import build_schedule
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import check_folder, expand_path, make_folder, read_json, read_text, replacing, write_tensors, write_text
+from mlx_diffgemma.fingerprint import fingerprint
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.tuning.adapters import (
+    CONFIG,
+    MARK,
     WEIGHTS,
     AdapterOptions,
     model_fingerprint,
@@ -34,12 +39,11 @@ from mlx_diffgemma.tuning.adapters import (
 from mlx_diffgemma.tuning.data import Split, load_splits
 from mlx_diffgemma.tuning.memory import check_training_memory
 from mlx_diffgemma.tuning.objective import Objective
-from mlx_diffgemma.tuning.state import write_safely
 from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions
 
 OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon, "sgd": optimizers.SGD,
               "adafactor": optimizers.Adafactor}
-STATE = "state.safetensors"
+STATE, LOSSES, PLOT = "state.safetensors", "losses.csv", "losses.png"
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,39 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]
 
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML file of options.  Errors: UserError when it is missing or no mapping."""
+    path = expand_path(path)
+    text = read_text(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}).") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold options, one a line.")
     return dict(content)
+
+
+def check_target(options: TuningOptions, resume: bool) -> Path:
+    """The adapter's folder, before anything is loaded.  Errors: UserError when it cannot be written or is not a run's."""
+    folder = expand_path(options.adapter_path)
+    check_folder(folder, ours=(STATE, WEIGHTS, CONFIG))
+    if (folder / STATE).exists():
+        if not resume:
+            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --adapter-path.")
+    elif (folder / WEIGHTS).exists() or ((folder / CONFIG).exists() and MARK not in read_json(folder / CONFIG)):
+        raise UserError(f"{folder} holds an adapter already, and no run to go on with; give another --adapter-path.")
+    return folder
+
+
+def _identity(options: TuningOptions, model: DiffusionGemma) -> dict[str, Any]:
+    """What decides the result beside what the trainer knows, by the names of options."""
+    return {
+        "model": fingerprint(model),
+        "learning_rate": options.learning_rate,
+        "lr_schedule": options.lr_schedule,
+        "optimizer_config": options.optimizer_config.get(options.optimizer),
+        "fine_tune_type": options.adapter.fine_tune_type,
+        "lora_parameters": {**options.adapter.lora_parameters, "keys": options.adapter.keys},
+    }
 
 
 @dataclass
@@ -132,31 +160,30 @@ class Run:
                 resume: bool = False, ignore_memory: bool = False) -> Run:
         """Errors: UserError for data, options or an adapter folder that cannot be used, and for a run that does not fit the memory
         of this machine, unless ``ignore_memory``."""
-        folder = Path(options.adapter_path)
+        folder = check_target(options, resume)
         state = folder / STATE
-        if state.exists() and not resume:
-            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --adapter-path.")
         length = options.training.canvas_length
         if length is not None and length > model.config.canvas_length:
             raise UserError(f"canvas_length {length} exceeds the {model.config.canvas_length} positions this checkpoint was made "
                             "for.")
-        splits = load_splits(Path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length)
+        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length)
         if "train" not in splits:
             raise UserError(f"{options.data} has no train.jsonl.")
         mx.random.seed(options.training.seed)
         base = model_fingerprint(model)
+        identity = _identity(options, model)
         prepare(model, options.adapter)
         if not ignore_memory:
             longest = max(example.ids.size for split in splits.values() for example in split.examples)
             check_training_memory(model, longest, options.training)
         trainer = Trainer(model, splits["train"].examples, splits["valid"].examples if "valid" in splits else (),
-                          options.objective, options.training, options.build_optimizer())
+                          options.objective, options.training, options.build_optimizer(), identity=identity)
         if resume and state.exists():
             trainer.restore(state)
         elif options.resume_adapter_file:
-            path = Path(options.resume_adapter_file)
+            path = expand_path(options.resume_adapter_file)
             put_weights(model, dict(tree_flatten(model.trainable_parameters())), read_weights(path), path)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         flat = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("training", "adapter")}
         write_config(folder, base, len(model.layers), options.adapter, model=model_name, **flat, **vars(options.training))
         return cls(options, trainer, splits, folder, resume and trainer.iteration > 0)
@@ -168,8 +195,8 @@ class Run:
 
     def save(self) -> None:
         weights = dict(tree_flatten(self.trainer.model.trainable_parameters()))
-        write_safely(self.folder / f"{self.trainer.iteration:07d}_adapters.safetensors", weights)
-        write_safely(self.folder / WEIGHTS, weights)
+        write_tensors(self.folder / f"{self.trainer.iteration:07d}_adapters.safetensors", weights)
+        write_tensors(self.folder / WEIGHTS, weights)
         self.trainer.save(self.folder / STATE)
         self.write_losses()
 
@@ -183,10 +210,11 @@ class Run:
         return tester.validate(0.0)
 
     def write_losses(self) -> None:
-        with (self.folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Report)])
-            writer.writeheader()
-            writer.writerows(vars(report) for report in self.trainer.reports)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [f.name for f in fields(Report)])
+        writer.writeheader()
+        writer.writerows(vars(report) for report in self.trainer.reports)
+        write_text(self.folder / LOSSES, text.getvalue())
 
     def plot(self) -> Path | None:
         """losses.png, where matplotlib is installed."""
@@ -206,6 +234,8 @@ class Run:
             axis.set(xlabel="iteration", ylabel="nats", title=f"{name} loss", yscale="log")
             axis.legend()
         figure.tight_layout()
-        figure.savefig(path := self.folder / "losses.png", dpi=110)
+        path = self.folder / PLOT
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format="png")
         plt.close(figure)
         return path
