@@ -26,6 +26,8 @@ MARK = "mlx_diffgemma"  # the key of config.json under which our converter says 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MOST_STEPS = 10_000  # a larger number of denoising steps is a mistake: a canvas keeps records of each
 MOST_LAYERS = 10_000
+LARGEST_SIZE = 2**20  # of a dimension
+MOST_HEAD_DIM = 2**10  # times the largest number of heads this fits MLX's 32-bit shapes
 # What the reference takes where config.json leaves them out.
 IMAGE_IDS = {"boi_token_id": 255_999, "image_token_id": 258_880, "eoi_token_id": 258_882}
 DEFAULT_ROPES = {
@@ -81,8 +83,8 @@ class TextConfig:
             raise UserError('config.json: use_bidirectional_attention "all" makes the encoder bidirectional and is not '
                             'supported; DiffusionGemma checkpoints have "vision" there.')
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts")
-        shape = {key: values.integer(key, low=1) for key in sizes}
-        heads = values.integer("num_attention_heads", low=1)
+        shape = {key: values.integer(key, low=1, high=LARGEST_SIZE) for key in sizes}
+        heads = values.integer("num_attention_heads", low=1, high=LARGEST_SIZE)
         return cls(
             **shape,
             top_k_experts=values.integer("top_k_experts", low=1, high=shape["num_experts"]),
@@ -129,7 +131,7 @@ class VisionConfig:
         sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
                  "num_key_value_heads": 12, "head_dim": 64, "patch_size": 16, "pooling_kernel_size": 3,
                  "position_embedding_size": 10_240}
-        numbers = {key: values.integer(key, size, low=1) for key, size in sizes.items()}
+        numbers = {key: values.integer(key, size, low=1, high=LARGEST_SIZE) for key, size in sizes.items()}
         heads = numbers["num_attention_heads"]
         if numbers["head_dim"] % 4 or heads % numbers["num_key_value_heads"]:
             raise UserError(f"config.json: the vision tower has heads of {numbers['head_dim']} for {heads} over "
@@ -329,8 +331,8 @@ def _layers(values: Values, heads: int) -> tuple[LayerConfig, ...]:
     layers = []
     for index, kind in enumerate(kinds):
         own = Values(dict(raw) | overrides.get(index, {}), CONFIG, f"text_config (layer {index}): ")
-        head_dim = own.integer("head_dim", 256, low=2)
-        kv_heads = own.integer("num_key_value_heads", low=1)
+        head_dim = own.integer("head_dim", 256, low=2, high=MOST_HEAD_DIM)
+        kv_heads = own.integer("num_key_value_heads", low=1, high=LARGEST_SIZE)
         if heads % kv_heads or head_dim % 2:
             raise UserError(f"config.json: layer {index} has {heads} heads, {kv_heads} KV heads and head size {head_dim}; "
                             "heads must be a multiple of KV heads and the head size even.")
@@ -356,8 +358,8 @@ def _overrides(values: Values, kinds: list[str]) -> dict[int, dict[str, Any]]:
             own = layers.part(index).content
             found[int(index)] = {key: own[key] for key in known if own.get(key) is not None}
         return found
-    full = {"head_dim": values.integer("global_head_dim", 512, low=2),
-            "num_key_value_heads": values.integer("num_global_key_value_heads", None, low=1)}
+    full = {"head_dim": values.integer("global_head_dim", 512, low=2, high=MOST_HEAD_DIM),
+            "num_key_value_heads": values.integer("num_global_key_value_heads", None, low=1, high=LARGEST_SIZE)}
     full = {key: value for key, value in full.items() if value is not None}
     return {index: full for index, kind in enumerate(kinds) if kind == FULL}
 
