@@ -28,7 +28,8 @@ from drafter.commands import app as drafting
 from mlx_diffgemma import __version__, nano
 from mlx_diffgemma.decide_command import decide_command
 from mlx_diffgemma.device import memory_limit
-from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
+from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.failures import check_arguments, hear_interrupts, reported
 from mlx_diffgemma.files import check_folder, expand_path, make_folder, read_stdin, write_json
 from mlx_diffgemma.flags import (
     Adapter,
@@ -811,18 +812,14 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point, with ``sys.argv``'s arguments or others: mistakes of the user become one line and exit code 2."""
+    """Entry point, with ``sys.argv``'s arguments or others; every failure becomes one line and an exit code."""
+    hear_interrupts()
     warnings.showwarning = _show_warning
     for category in SHOWN:
         warnings.simplefilter("always", category)
-    try:
+    with reported(lambda line: errors.print(line, markup=False)):
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
-    except UserError as error:
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(2)
-    except NonFiniteLogitsError as error:
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(1)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
