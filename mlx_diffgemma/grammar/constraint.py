@@ -23,7 +23,8 @@ from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
-from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
+from mlx_diffgemma.grammar.automaton import compile_language
+from mlx_diffgemma.grammar.budget import MAX_SECONDS, limited
 from mlx_diffgemma.grammar.language import Language, choice, concat, text
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Chain, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
@@ -312,8 +313,9 @@ def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, la
             _compiled.move_to_end(key)
             return _compiled[key][1]
     began = time.monotonic()
-    automaton = compile_language(language(), seconds)
-    tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
+    with limited(seconds):
+        automaton = compile_language(language(), seconds)
+        tokens = compile_tokens(automaton, vocabulary, seconds)
     constraint = Constraint(tokens, eos_ids, time.monotonic() - began, automaton.states)
     with _lock:
         _compiled[key] = vocabulary, constraint

@@ -128,7 +128,7 @@ class Sampling(Body):
     reroll_empty: StrictInt | None = None
     retry_unconverged: StrictInt | None = None
     image_tokens: StrictInt | None = None
-    regex: str | None = Field(None, description="The answer matches this expression as a whole.")
+    regex: str | None = Field(None, description="The whole answer matches this expression of ECMA-262.")
     choices: list[str] | None = Field(None, description="The answer is one of these texts.")
 
     @model_validator(mode="after")

@@ -226,8 +226,8 @@ def yaml_options(world: World, rng: Random) -> None:
 
 
 VALUES = ("0", "1", "-1", "2.5", "1e308", "nan", "inf", "99999999999999999999", "", " ", "x", "é", "\x1f", "null", "true", "{}",
-          "[]", "{", '{"type": "integer"}', "a{", "(a+)+$", "(", "a,b", ",", "auto", "0.5", "/dev/null", "/nowhere/x", "~", ".", "--",
-          "<eos>", "dense", "ar", "fast", "float32", "9" * 5000)
+          "[]", "{", '{"type": "integer"}', "a{", "(a+)+$", "(", "a,b", ",", "auto", "0.5", "/dev/null", "/nowhere/x", "~", ".",
+          "--", "<eos>", "dense", "ar", "fast", "float32", "9" * 5000)
 # Options that download, serve, wait for a person or write where the values would send them stay out.
 SHUNNED = {"--help", "--model", "--revision", "--trace", "--prompt-cache-file", "--hf-path", "--mlx-path", "--upload-repo",
            "--adapter-path", "--save-path", "--draft-path", "--output-dir", "--output", "--data", "--draft-model", "--in-place",
