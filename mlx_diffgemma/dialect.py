@@ -134,6 +134,7 @@ def read_arguments(text: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, which can be written in no encoding, is a ValueError
     except (ValueError, RecursionError):
         return {"arguments": text}
     return found if isinstance(found, dict) else {"arguments": text}

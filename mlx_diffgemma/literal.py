@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from jinja2 import nodes
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
@@ -113,8 +112,7 @@ def control_of(tokenizer: TokenizerWrapper, template: str | None = None) -> Cont
 @functools.lru_cache(maxsize=8)
 def template_text(template: str) -> str:
     """The texts that a template writes itself."""
-    templates.compiled(template)
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", templates.Generation]).parse(template)
+    tree = templates.syntax(template)
     found = {node.data for node in tree.find_all(nodes.TemplateData)}
     found |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return "\0".join(sorted(found))

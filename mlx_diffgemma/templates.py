@@ -423,6 +423,12 @@ def compiled(source: str) -> jinja2.Template:
         raise UserError(f"The chat template cannot be read ({reason(error)}); take the model's own template.") from None
 
 
+def syntax(source: str) -> nodes.Template:
+    """The syntax tree of a template as it is written.  Errors: UserError for one that cannot be read."""
+    compiled(source)
+    return ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(source)
+
+
 @functools.lru_cache(maxsize=1)
 def _environment() -> Environment:
     return Environment()

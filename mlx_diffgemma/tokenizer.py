@@ -153,23 +153,28 @@ def _render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], 
         raise UserError("This checkpoint has no chat template; pass the prompt as it is (--ignore-chat-template).")
     source = template_of(tokenizer, tools)
     control = control_of(tokenizer, source)
-    variables: dict[str, Any] = plain_data({**tokenizer.special_tokens_map, **options})
-    given = plain_data([{name: value for name, value in message.items() if value is not None} for message in messages])
-    called = None if tools is None else plain_data(list(tools))
-    given = arranged(given, dialect_of(tokenizer, source))
     marks = None
-    if not allow_control_tokens:
-        marks = Marks.unused(texts_of([given, called, variables]))
-        given = marked(given, control, marks)
-        called = marked(called, control, marks)
-        variables |= marked(plain_data(options), control, marks)
-    for message in given:
-        reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
-        if reasoning is not None:  # under all the names that templates read
-            message |= {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    try:
+        variables: dict[str, Any] = plain_data({**tokenizer.special_tokens_map, **options})
+        given = plain_data([{name: value for name, value in message.items() if value is not None} for message in messages])
+        called = None if tools is None else plain_data(list(tools))
+        given = [_with_thought(message) for message in arranged(given, dialect_of(tokenizer, source))]
+        if not allow_control_tokens:
+            marks = Marks.unused(texts_of([given, called, variables]))
+            given = marked(given, control, marks)
+            called = marked(called, control, marks)
+            variables |= marked(plain_data(options), control, marks)
+    except RecursionError:
+        raise UserError("The conversation, or what a tool takes, is nested too deeply; write it with fewer levels.") from None
     written = templates.render(source, {**variables, "messages": given, "tools": called, "documents": None},
                                "" if marks is None else marks.all)
     return Rendered(tokenizer, written if marks is None else marks.restored(written), control, marks)
+
+
+def _with_thought(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its thought under all the names that templates read."""
+    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def dialect_of(tokenizer: TokenizerWrapper, source: str) -> Dialect:

@@ -312,7 +312,8 @@ class AnswerJob(Job):
     def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:
         first, cache = self.choices[0], None
         if len(self.choices) > 1 and not first.policy.drafter:  # the prompt is read once for all
-            reader = Session.reading(model, first.request.ids, images=first.request.images)
+            reader = Session.reading(model, first.request.ids, images=first.request.images,
+                                     repeated=first.request.repeated)
             yield [reader]
             cache, self.reused = reader.cache, reader.reused
         self._by_session = {id(choice.begin(model, cache and cache.copy())): choice for choice in self.choices}
