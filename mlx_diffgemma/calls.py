@@ -1,7 +1,8 @@
-"""Calls of tools as Gemma writes them, ``call:add{a:12,b:<|"|>x<|"|>}``, and as some templates do, ``call:add{"a": 12, "b": "x"}``.
+"""Calls of tools as Gemma writes them, ``call:add{a:12,b:<|"|>x<|"|>}``, and as some templates do,
+``call:add{"a": 12, "b": "x"}``.
 
-Between two ``<|"|>`` tokens stands text without escapes. The token is told from a text that looks like it: the parts of a call are
-what stands between these tokens, every second of them a text.
+Between two ``<|"|>`` tokens stands text without escapes. The token is told from a text that looks
+like it: the parts of a call are what stands between these tokens, every second of them a text.
 """
 
 from __future__ import annotations
@@ -141,4 +142,6 @@ class _Reader:
 
     def _take(self, character: str) -> None:
         if not self._takes(character):
-            raise ValueError(f"{character!r} is missing at {self.parts[self.part][self.place :][:20]!r}")
+            raise ValueError(
+                f"{character!r} is missing at {self.parts[self.part][self.place :][:20]!r}"
+            )

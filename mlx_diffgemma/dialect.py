@@ -1,7 +1,8 @@
 """What a chat template reads, found out by rendering, and conversations brought into that form.
 
-Published templates of one family differ: one reads a tool's result from ``tool_responses`` of the assistant's message, another scans
-the messages of the role ``tool``. Every front end passes messages as OpenAI writes them, and ``arranged`` does the rest.
+Published templates of one family differ: one reads a tool's result from ``tool_responses`` of the
+assistant's message, another scans the messages of the role ``tool``. Every front end passes
+messages as OpenAI writes them, and ``arranged`` does the rest.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ from mlx_diffgemma.errors import UserError
 
 SYSTEM = ("system", "developer")
 MODEL = ("assistant", "model")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought, the usual one first
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of a message's thought, the usual one first
 TURN = "<|turn>"
 QUOTE = '<|"|>'
 CALL_START, CALL_END = "<|tool_call>", "<tool_call|>"
 USER = {"role": "user", "content": "Question"}
-CALLED = {"role": "assistant", "content": "", "tool_calls": [
-    {"id": "1", "type": "function", "function": {"name": "probe", "arguments": {"probekey": "Probevalue"}}}]}
+CALLED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": "1",
+            "type": "function",
+            "function": {"name": "probe", "arguments": {"probekey": "Probevalue"}},
+        }
+    ],
+}
 RESULT, ANSWER = "Proberesult", "Probeanswer"
 UNKNOWN = "unknown"  # the name of a function that the conversation does not tell
 
@@ -33,8 +47,10 @@ class Dialect:
     """What a template reads.
 
     Args:
-        responses: results of tools stand under ``tool_responses`` of the assistant's message, not in messages of their own.
-        joins_answer: what the model says after a result belongs to the same message, or the template begins another turn.
+        responses: results of tools stand under ``tool_responses`` of the assistant's message, not
+        in messages of their own.
+        joins_answer: what the model says after a result belongs to the same message, or the
+        template begins another turn.
         json_calls: the arguments of calls are written as JSON, not in Gemma's own syntax.
     """
 
@@ -46,14 +62,26 @@ class Dialect:
     @functools.lru_cache(maxsize=16)
     def of(cls, source: str, specials: frozenset[tuple[str, Any]]) -> Dialect:
         """Of the template ``source``, which is rendered with the names of ``specials``."""
+
         def text(*messages: Mapping[str, Any]) -> str:
             try:
-                return templates.render(source, {**dict(specials), "messages": [USER, *messages], "tools": None,
-                                                 "documents": None, "add_generation_prompt": False, "enable_thinking": False})
+                return templates.render(
+                    source,
+                    {
+                        **dict(specials),
+                        "messages": [USER, *messages],
+                        "tools": None,
+                        "documents": None,
+                        "add_generation_prompt": False,
+                        "enable_thinking": False,
+                    },
+                )
             except UserError:
                 return ""
 
-        scanned = text(CALLED, {"role": "tool", "name": "probe", "tool_call_id": "1", "content": RESULT})
+        scanned = text(
+            CALLED, {"role": "tool", "name": "probe", "tool_call_id": "1", "content": RESULT}
+        )
         answered = {**CALLED, "tool_responses": [{"name": "probe", "response": RESULT}]}
         held = text(answered)
         if _same_turn(scanned, CALL_END, RESULT) or not _same_turn(held, CALL_END, RESULT):
@@ -64,7 +92,11 @@ class Dialect:
         together = text({**answered, "content": ANSWER})
         joins = not _same_turn(apart, RESULT, ANSWER) and _same_turn(together, RESULT, ANSWER)
         call = held or scanned or text(CALLED)
-        return cls(responses, responses and joins, f"probekey:{QUOTE}Probevalue{QUOTE}" not in call and "Probevalue" in call)
+        return cls(
+            responses,
+            responses and joins,
+            f"probekey:{QUOTE}Probevalue{QUOTE}" not in call and "Probevalue" in call,
+        )
 
 
 def _same_turn(text: str, first: str, second: str) -> bool:
@@ -75,7 +107,9 @@ def _same_turn(text: str, first: str, second: str) -> bool:
 
 
 def arranged(messages: Sequence[dict[str, Any]], dialect: Dialect) -> list[dict[str, Any]]:
-    """The messages in the form that a template of this ``dialect`` reads; what is given stays as it is."""
+    """The messages in the form that a template of this ``dialect`` reads; what is given stays as it
+    is.
+    """
     made = [_joined_parts(message) for message in _system_first(messages)]
     made = _with_names([_with_arguments(message) for message in made])
     return _with_responses(made, dialect) if dialect.responses else made
@@ -101,7 +135,9 @@ def _joined_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def _system_first(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,13 +145,19 @@ def _system_first(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     system = [message for message in messages if message.get("role") in SYSTEM]
     if not system or (len(system) == 1 and messages[0] is system[0]):
         return list(messages)
-    texts = [content for message in system if isinstance(content := _joined_parts(message).get("content"), str) and content.strip()]
+    texts = [
+        content
+        for message in system
+        if isinstance(content := _joined_parts(message).get("content"), str) and content.strip()
+    ]
     rest = [message for message in messages if message.get("role") not in SYSTEM]
     return [{**system[0], "content": "\n\n".join(texts)}, *rest]
 
 
 def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of calls as maps; those that are no JSON object stand as a text under the name ``arguments``."""
+    """The arguments of calls as maps; those that are no JSON object stand as a text under the name
+    ``arguments``.
+    """
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
@@ -123,7 +165,13 @@ def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments", ""), str):
-            call = {**call, "function": {**function, "arguments": read_arguments(function.get("arguments", ""))}}
+            call = {
+                **call,
+                "function": {
+                    **function,
+                    "arguments": read_arguments(function.get("arguments", "")),
+                },
+            }
         made.append(call)
     return {**message, "tool_calls": made}
 
@@ -134,7 +182,9 @@ def read_arguments(text: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()  # half a character, which can be written in no encoding, is a ValueError
+        json.dumps(
+            found, ensure_ascii=False
+        ).encode()  # half a character, which can be written in no encoding, is a ValueError
     except (ValueError, RecursionError):
         return {"arguments": text}
     return found if isinstance(found, dict) else {"arguments": text}
@@ -148,11 +198,27 @@ def _with_responses(messages: Sequence[dict[str, Any]], dialect: Dialect) -> lis
         if message.get("role") == "tool" and before.get("tool_calls"):
             responses = [*before.get("tool_responses", ())]
             name = message.get("name", UNKNOWN)
-            if before.get("content"):  # what was said before the call is a message of its own: templates write it after the result
-                made[-1:] = [{"role": before["role"], "content": before["content"]}, {**before, "content": ""}]
-            made[-1] = {**made[-1], "tool_responses": [*responses, {"name": name, "response": message.get("content", "")}]}
-        elif (dialect.joins_answer and message.get("role") in MODEL and before.get("tool_responses")
-              and not message.get("tool_calls") and not before.get("content")):
+            if before.get(
+                "content"
+            ):  # what was said before the call is a message of its own: templates write it after the result
+                made[-1:] = [
+                    {"role": before["role"], "content": before["content"]},
+                    {**before, "content": ""},
+                ]
+            made[-1] = {
+                **made[-1],
+                "tool_responses": [
+                    *responses,
+                    {"name": name, "response": message.get("content", "")},
+                ],
+            }
+        elif (
+            dialect.joins_answer
+            and message.get("role") in MODEL
+            and before.get("tool_responses")
+            and not message.get("tool_calls")
+            and not before.get("content")
+        ):
             made[-1] = {**before, "content": message.get("content") or ""}
         else:
             made.append(message)
@@ -160,17 +226,26 @@ def _with_responses(messages: Sequence[dict[str, Any]], dialect: Dialect) -> lis
 
 
 def _with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of tools with the names of their functions, by the ids of the calls or by their order."""
+    """The results of tools with the names of their functions, by the ids of the calls or by their
+    order.
+    """
     made = []
     calls: list[dict[str, Any]] = []
     answered = 0
     for message in messages:
         if isinstance(message.get("tool_calls"), list):
-            calls = [call for call in message["tool_calls"] if isinstance(call, dict) and isinstance(call.get("function"), dict)]
+            calls = [
+                call
+                for call in message["tool_calls"]
+                if isinstance(call, dict) and isinstance(call.get("function"), dict)
+            ]
             answered = 0
         elif message.get("role") == "tool":
             if not message.get("name") and calls:
-                message = {**message, "name": _called_name(calls, message.get("tool_call_id"), answered)}
+                message = {
+                    **message,
+                    "name": _called_name(calls, message.get("tool_call_id"), answered),
+                }
             answered += 1
         made.append(message)
     return made

@@ -1,8 +1,10 @@
-"""Text in which nothing is a control token, and conversations in which only the template's own markers are.
+"""Text in which nothing is a control token, and conversations in which only the template's own
+markers are.
 
-What a user or a tool wrote may look like a marker: ``<|turn>``, ``<eos>``, ``<|tool_call>``. Each such place is marked with private
-characters before the template is rendered, as transformers does with ``sanitize_control_tokens``, and read as plain text afterwards.
-A conversation without such places is rendered and read as it always was.
+What a user or a tool wrote may look like a marker: ``<|turn>``, ``<eos>``, ``<|tool_call>``. Each
+such place is marked with private characters before the template is rendered, as transformers does
+with ``sanitize_control_tokens``, and read as plain text afterwards. A conversation without such
+places is rendered and read as it always was.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from mlx_diffgemma.errors import UserError
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no standard gives a meaning to
 ESCAPE = "\\U000f"  # with which Python writes each of them in a list
-FIELDS = ("role", "type")  # of messages and their parts: names of the protocol, which no user writes
+FIELDS = (
+    "role",
+    "type",
+)  # of messages and their parts: names of the protocol, which no user writes
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Characters that no input holds: they stand before and behind a control token, and where a text could become part of one."""
+    """Characters that no input holds: they stand before and behind a control token, and where a
+    text could become part of one.
+    """
 
     begin: str
     end: str
@@ -41,9 +48,15 @@ class Marks:
 
     @classmethod
     def unused(cls, texts: Sequence[str]) -> Marks:
-        """Three characters that are in none of ``texts``, and are not written there as Python writes them in a list either."""
+        """Three characters that are in none of ``texts``, and are not written there as Python
+        writes them in a list either.
+        """
         wide = "".join(text for text in texts if not text.isascii() or ESCAPE in text)
-        free = (chr(code) for code in PRIVATE if chr(code) not in wide and _escape(chr(code)) not in wide)
+        free = (
+            chr(code)
+            for code in PRIVATE
+            if chr(code) not in wide and _escape(chr(code)) not in wide
+        )
         return cls(next(free), next(free), next(free))
 
     def restored(self, text: str) -> str:
@@ -59,14 +72,20 @@ def _escape(character: str) -> str:
 
 
 class Control:
-    """The control tokens of a tokenizer, found in texts as the tokenizer finds them: the longest first, from left to right."""
+    """The control tokens of a tokenizer, found in texts as the tokenizer finds them: the longest
+    first, from left to right.
+    """
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self.ids = dict(ids)
         longest = sorted(self.ids, key=len, reverse=True)
         self.tokens = re.compile("|".join(map(re.escape, longest)) or "(?!)")
         begun = {token[:size] for token in self.ids for size in range(1, len(token))}
-        self._begun = re.compile("(?:" + "|".join(map(re.escape, sorted(begun, key=len, reverse=True))) + r")\s*\Z" if begun else "(?!)")
+        self._begun = re.compile(
+            "(?:" + "|".join(map(re.escape, sorted(begun, key=len, reverse=True))) + r")\s*\Z"
+            if begun
+            else "(?!)"
+        )
 
     def mark(self, text: str, marks: Marks) -> str:
         """``text`` with its control tokens marked, and its end where that is the beginning of one."""
@@ -77,7 +96,9 @@ class Control:
         return text
 
     def pieces(self, marked: str, marks: Marks) -> list[str | int]:
-        """A text with marks as plain pieces, and the ids of those control tokens that no mark touches."""
+        """A text with marks as plain pieces, and the ids of those control tokens that no mark
+        touches.
+        """
         places = [place for place, character in enumerate(marked) if character not in marks.all]
         text = "".join(marked[place] for place in places)
         found: list[str | int] = []
@@ -85,7 +106,11 @@ class Control:
         for match in self.tokens.finditer(text):
             first, last = places[match.start()], places[match.end() - 1]
             whole = last - first == match.end() - 1 - match.start()
-            if not whole or marked[first - 1 : first] == marks.begin or marked[last + 1 : last + 2] == marks.end:
+            if (
+                not whole
+                or marked[first - 1 : first] == marks.begin
+                or marked[last + 1 : last + 2] == marks.end
+            ):
                 continue
             found += [text[done : match.start()], self.ids[match[0]]]
             done = match.end()
@@ -93,18 +118,25 @@ class Control:
 
 
 _lock = threading.Lock()  # of both
-_controls: weakref.WeakKeyDictionary[TokenizerWrapper, tuple[str | None, Control]] = weakref.WeakKeyDictionary()
+_controls: weakref.WeakKeyDictionary[TokenizerWrapper, tuple[str | None, Control]] = (
+    weakref.WeakKeyDictionary()
+)
 _literal: weakref.WeakKeyDictionary[TokenizerWrapper, Tokenizer] = weakref.WeakKeyDictionary()
 
 
 def control_of(tokenizer: TokenizerWrapper, template: str | None = None) -> Control:
-    """Its special tokens, and those other added tokens that the chat template writes, as in transformers."""
+    """Its special tokens, and those other added tokens that the chat template writes, as in
+    transformers.
+    """
     with _lock:
         known = _controls.get(tokenizer)
         if known is None or known[0] != template:
             written = template_text(template) if template else ""
-            ids = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()
-                   if token.special or (token.content in written and not token.content.isspace())}
+            ids = {
+                token.content: id_
+                for id_, token in tokenizer.added_tokens_decoder.items()
+                if token.special or (token.content in written and not token.content.isspace())
+            }
             known = _controls[tokenizer] = template, Control(ids)
         return known[1]
 
@@ -121,19 +153,28 @@ def template_text(template: str) -> str:
 def encode_literally(tokenizer: TokenizerWrapper, text: str) -> list[int]:
     """Ids of text in which nothing is a control token, whatever it looks like.
 
-    Errors: TypeError for text that is not Unicode; UserError for a tokenizer that reads a control token in plain text.
+    Errors: TypeError for text that is not Unicode; UserError for a tokenizer that reads a control
+    token in plain text.
     """
     control = control_of(tokenizer, _template(tokenizer))
     with _lock:
         literal = _literal.get(tokenizer)
         if literal is None:  # one of its own: the flag is the tokenizer's, which other threads use
             literal = _literal[tokenizer] = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            literal.add_special_tokens([token for token in tokenizer.added_tokens_decoder.values() if token.content in control.ids])
+            literal.add_special_tokens(
+                [
+                    token
+                    for token in tokenizer.added_tokens_decoder.values()
+                    if token.content in control.ids
+                ]
+            )
             literal.encode_special_tokens = True
     ids = list(literal.encode(text, add_special_tokens=False).ids)
     if wrong := set(ids) & set(control.ids.values()):
         name = next(token for token, id_ in control.ids.items() if id_ in wrong)
-        raise UserError(f"This tokenizer reads the control token {name!r} even in plain text; leave it out of the text.")
+        raise UserError(
+            f"This tokenizer reads the control token {name!r} even in plain text; leave it out of the text."
+        )
     return ids
 
 
@@ -142,8 +183,12 @@ def _template(tokenizer: TokenizerWrapper) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def encode_marked(tokenizer: TokenizerWrapper, control: Control, text: str, marks: Marks | None) -> list[int]:
-    """Ids of a rendered conversation: what is marked is plain text, the template's own markers are control tokens."""
+def encode_marked(
+    tokenizer: TokenizerWrapper, control: Control, text: str, marks: Marks | None
+) -> list[int]:
+    """Ids of a rendered conversation: what is marked is plain text, the template's own markers are
+    control tokens.
+    """
     if marks is None or not any(mark in text for mark in marks.all):
         return list(tokenizer.encode(text, add_special_tokens=False))
     ids: list[int] = []
@@ -158,7 +203,9 @@ def unmarked(text: str, marks: Marks | None) -> str:
 
 
 def plain_data(value: Any) -> Any:
-    """``value`` made of JSON's own types alone, which is all that a template may see; anything else becomes its type's name."""
+    """``value`` made of JSON's own types alone, which is all that a template may see; anything else
+    becomes its type's name.
+    """
     if isinstance(value, bool) or value is None:
         return value
     for kind in (str, int, float):
@@ -187,14 +234,18 @@ def texts_of(value: Any) -> list[str]:
 
 
 def marked(value: Any, control: Control, marks: Marks, keys: bool = False) -> Any:
-    """Plain data with the control tokens in its texts marked; with ``keys`` in the names of maps as well."""
+    """Plain data with the control tokens in its texts marked; with ``keys`` in the names of maps as
+    well.
+    """
     if isinstance(value, str):
         return control.mark(value, marks)
     if isinstance(value, dict):
-        return {control.mark(name, marks) if keys else name:
-                inner if name in FIELDS and isinstance(inner, str) and not control.tokens.search(inner)
-                else marked(inner, control, marks, keys or name in ("arguments", "parameters"))
-                for name, inner in value.items()}
+        return {
+            control.mark(name, marks) if keys else name: inner
+            if name in FIELDS and isinstance(inner, str) and not control.tokens.search(inner)
+            else marked(inner, control, marks, keys or name in ("arguments", "parameters"))
+            for name, inner in value.items()
+        }
     if isinstance(value, list):
         return [marked(inner, control, marks, keys) for inner in value]
     return value

@@ -236,7 +236,10 @@ class Session:
             self.prompt_cache.reached(keyed(self.ids, self.images))
 
     def chunk(self, most: int) -> int:
-        """How many of the pending ids are encoded next, about ``most``: up to where the next turn goes on first, if that is kept."""
+        """How many of the pending ids are encoded next, about ``most``.
+
+        Where a snapshot is kept, the first stop is the place from which the next turn goes on.
+        """
         size = next_chunk(self.pending.size, self.cache.length, self.images, most)
         ahead = self.repeated - self.cache.length if self.prompt_cache else 0
         return ahead if 1 < ahead < size else size

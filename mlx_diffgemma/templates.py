@@ -1,7 +1,9 @@
-"""Chat templates: foreign code, rendered as transformers renders it, within bounds of time, work and memory.
+"""Chat templates: foreign code, rendered as transformers renders it, within bounds of time, work
+and memory.
 
-A template comes with a checkpoint from anywhere. It runs in Jinja's sandbox; beyond that every loop, call, filter and operator counts
-against a ``Budget``, and what would make a text or a list too large is refused before it is made.
+A template comes with a checkpoint from anywhere. It runs in Jinja's sandbox; beyond that every
+loop, call, filter and operator counts against a ``Budget``, and what would make a text or a list
+too large is refused before it is made.
 
     >>> render(template, {"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": True})
 """
@@ -27,7 +29,9 @@ from mlx_diffgemma.errors import UserError
 SECONDS = 3.0  # of the thread's own processor time
 STEPS = 2_000_000  # bodies of loops and macros, calls, filters and operators
 LARGEST = 2**24  # characters of one value, or four times what the template is given
-ENTRIES = 2**20  # of one list or map with all that is in it, or four times what the template is given
+ENTRIES = (
+    2**20
+)  # of one list or map with all that is in it, or four times what the template is given
 LARGEST_SOURCE = 2**20  # characters of the template itself
 LARGEST_NUMBER = 10**6  # in the arguments of calls and filters
 BITS = 4096  # of the product of two whole numbers
@@ -36,8 +40,18 @@ WIDE = re.compile(r"\d{4,}|\*")  # a width or precision in a format
 # Their work or their result does not follow from the size of what they are given, and no chat template needs them.
 DROPPED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 DROPPED_METHODS = ("format_map", "maketrans", "translate")
-FAILURES = (jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError,
-            RuntimeError, TypeError, ValueError)
+FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -74,12 +88,16 @@ class Budget:
             raise TemplateLimitError(f"it writes more than {4 * self.largest:,} characters")
 
     def check(self, size: int) -> None:
-        """Errors: TemplateLimitError for a value of ``size`` characters or entries that is too large."""
+        """Errors: TemplateLimitError for a value of ``size`` characters or entries that is too
+        large.
+        """
         if size > self.largest:
             raise TemplateLimitError(f"it makes a text of more than {self.largest:,} characters")
 
     def measure(self, value: Any) -> int:
-        """Characters and entries of ``value``, an inner value that stands in several places counted in each."""
+        """Characters and entries of ``value``, an inner value that stands in several places counted
+        in each.
+        """
         size = 0
         entries = 0
         left = [value]
@@ -144,7 +162,9 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _cut(piece: Any) -> Any:
-    """A piece of a text that was split, where half a pair of marks becomes one that only keeps texts apart."""
+    """A piece of a text that was split, where half a pair of marks becomes one that only keeps
+    texts apart.
+    """
     if not isinstance(piece, str) or not _current.marks:
         return piece
     begin, end, split = _current.marks
@@ -167,11 +187,18 @@ def _check_method(text: str, name: str, arguments: list[Any]) -> None:
     """Errors: TemplateLimitError where a method of ``text`` would make a text that is too large."""
     budget = _budget()
     number = max((value for value in arguments if isinstance(value, int)), default=0)
-    if name == "replace" and len(arguments) >= 2 and isinstance(arguments[0], str) and isinstance(arguments[1], str):
+    if (
+        name == "replace"
+        and len(arguments) >= 2
+        and isinstance(arguments[0], str)
+        and isinstance(arguments[1], str)
+    ):
         budget.check(len(text) + text.count(arguments[0]) * len(arguments[1]))
     elif name == "join" and arguments:
         values = arguments[0]
-        budget.check(_text_size(values) + len(text) * (len(values) if hasattr(values, "__len__") else 0))
+        budget.check(
+            _text_size(values) + len(text) * (len(values) if hasattr(values, "__len__") else 0)
+        )
     elif name == "format":
         if WIDE.search(text):
             raise TemplateLimitError("it formats a text with a width above 999")
@@ -195,7 +222,11 @@ def _check_product(left: Any, right: Any) -> None:
     for value, times in ((left, right), (right, left)):
         if isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
             _budget().check(_text_size(value) * max(times, 0))
-    if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > BITS:
+    if (
+        isinstance(left, int)
+        and isinstance(right, int)
+        and left.bit_length() + right.bit_length() > BITS
+    ):
         raise TemplateLimitError("it makes a number that is too large")
 
 
@@ -217,7 +248,7 @@ class Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """A namespace without names that lead into Python, as in transformers."""
 
-    def __init__(*args: Any, **given: Any) -> None:  # noqa: N805 (so that a template may name one 'self')
+    def __init__(*args: Any, **given: Any) -> None:
         self, rest = args[0], args[1:]
         attributes = dict(*rest, **given)
         for name in attributes:
@@ -245,20 +276,23 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-            sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as transformers writes it for templates."""
     budget = _budget()
     size = budget.measure(value)
-    if isinstance(indent, str):
-        indent_size = len(indent)
-    else:
-        indent_size = max(0, int(indent or 0))
+    indent_size = len(indent) if isinstance(indent, str) else max(0, int(indent or 0))
     # Each entry is on a line of its own, indented by its depth.
     budget.check(size * (1 + indent_size * (_depth(value) if indent_size else 0)))
-    written = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    written = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    )
     return re.sub(f"[^\x00-\x7f{_current.marks}]", _escaped, written) if ensure_ascii else written
-
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -292,9 +326,20 @@ class Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"],
-                         optimized=False, finalize=self._output, cache_size=0)
-        self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, "jinja2.ext.loopcontrols"],
+            optimized=False,
+            finalize=self._output,
+            cache_size=0,
+        )
+        self.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": _now,
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
         self.globals.pop("lipsum")
         for name in DROPPED_FILTERS:
             self.filters.pop(name)
@@ -322,7 +367,7 @@ class Environment(ImmutableSandboxedEnvironment):
             _budget().check(_text_size(left) + _text_size(right))
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as in Jinja)
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _step()
         arguments = [*args, *kwargs.values()]
         _check_numbers(arguments)
@@ -383,10 +428,14 @@ def _check_filter(name: str, values: list[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _counting(tree: nodes.Template) -> nodes.Template:
-    """The template with a step at each turn of a loop and each call of a macro, and with joined texts and new lists measured."""
+    """The template with a step at each turn of a loop and each call of a macro, and with joined
+    texts and new lists measured.
+    """
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
         size = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        step = nodes.ExprStmt(nodes.Filter(nodes.Const(size), STEP, [], [], None, None), lineno=node.lineno)
+        step = nodes.ExprStmt(
+            nodes.Filter(nodes.Const(size), STEP, [], [], None, None), lineno=node.lineno
+        )
         node.body.insert(0, step)
     _replace(tree)
     return tree
@@ -396,7 +445,11 @@ def _replace(node: nodes.Node) -> None:
     """Wrap what makes new texts and lists, from the inside out."""
     for field, value in node.iter_fields():
         if isinstance(value, list):
-            setattr(node, field, [_wrapped(inner) if isinstance(inner, nodes.Node) else inner for inner in value])
+            setattr(
+                node,
+                field,
+                [_wrapped(inner) if isinstance(inner, nodes.Node) else inner for inner in value],
+            )
         elif isinstance(value, nodes.Node):
             setattr(node, field, _wrapped(value))
 
@@ -406,7 +459,9 @@ def _wrapped(node: nodes.Node) -> nodes.Node:
     if isinstance(node, nodes.Concat):
         parts = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(parts, JOINED, [], [], None, None, lineno=node.lineno)
-    if isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+    if isinstance(node, nodes.List | nodes.Dict) or (
+        isinstance(node, nodes.Tuple) and node.ctx == "load"
+    ):
         return nodes.Filter(node, MEASURED, [], [], None, None, lineno=node.lineno)
     return node
 
@@ -415,18 +470,33 @@ def _wrapped(node: nodes.Node) -> nodes.Node:
 def compiled(source: str) -> jinja2.Template:
     """Errors: UserError for a template that cannot be read, in one sentence."""
     if len(source) > LARGEST_SOURCE:
-        raise UserError(f"The chat template has {len(source):,} characters, and at most {LARGEST_SOURCE:,} are read; "
-                        "take the model's own template.")
+        raise UserError(
+            f"The chat template has {len(source):,} characters, and at most {LARGEST_SOURCE:,} are read; "
+            "take the model's own template."
+        )
     try:
         return _environment().from_string(source)
-    except (jinja2.TemplateError, RecursionError, ValueError, OverflowError, SyntaxError, MemoryError) as error:
-        raise UserError(f"The chat template cannot be read ({reason(error)}); take the model's own template.") from None
+    except (
+        jinja2.TemplateError,
+        RecursionError,
+        ValueError,
+        OverflowError,
+        SyntaxError,
+        MemoryError,
+    ) as error:
+        raise UserError(
+            f"The chat template cannot be read ({reason(error)}); take the model's own template."
+        ) from None
 
 
 def syntax(source: str) -> nodes.Template:
-    """The syntax tree of a template as it is written.  Errors: UserError for one that cannot be read."""
+    """The syntax tree of a template as it is written.  Errors: UserError for one that cannot be
+    read.
+    """
     compiled(source)
-    return ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(source)
+    return ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(
+        source
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -440,7 +510,8 @@ def render(source: str, variables: Mapping[str, Any], marks: str = "") -> str:
     Args:
         source: the template.
         variables: what it reads.
-        marks: the characters of ``literal.Marks``, which stay as they are even where the template writes JSON in ASCII.
+        marks: the characters of ``literal.Marks``, which stay as they are even where the template
+        writes JSON in ASCII.
 
     Raises:
         UserError: for whatever goes wrong in the template, in one sentence.
@@ -450,18 +521,26 @@ def render(source: str, variables: Mapping[str, Any], marks: str = "") -> str:
     try:
         given = Budget().measure(variables)
     except TemplateLimitError:
-        raise UserError(f"The conversation has more than {LARGEST:,} characters; shorten it.") from None
+        raise UserError(
+            f"The conversation has more than {LARGEST:,} characters; shorten it."
+        ) from None
     _current.budget = Budget(given)
     _current.marks = marks
     try:
         return template.render(variables)
     except TemplateLimitError as error:
-        raise UserError(f"The chat template was stopped: {error}; take the model's own template.") from None
+        raise UserError(
+            f"The chat template was stopped: {error}; take the model's own template."
+        ) from None
     except jinja2.exceptions.UndefinedError as error:
-        raise UserError(f"The chat template needs what this conversation does not have: {reason(error)}.") from None
+        raise UserError(
+            f"The chat template needs what this conversation does not have: {reason(error)}."
+        ) from None
     except FAILURES as error:
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-        raise UserError(f"The chat template refuses this conversation: {kind}{reason(error)}") from None
+        raise UserError(
+            f"The chat template refuses this conversation: {kind}{reason(error)}"
+        ) from None
     finally:
         _current.budget = None
 

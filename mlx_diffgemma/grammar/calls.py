@@ -1,6 +1,8 @@
-"""JSON schemas as languages of Gemma's own syntax for the arguments of calls: ``{city:<|"|>Rome<|"|>,days:3}``.
+"""JSON schemas as languages of Gemma's own syntax for the arguments of calls:
+``{city:<|"|>Rome<|"|>,days:3}``.
 
-Texts stand between ``<|"|>`` tokens without escapes, keys are bare and sorted, and nothing stands between the signs.
+Texts stand between ``<|"|>`` tokens without escapes, keys are bare and sorted, and nothing stands
+between the signs.
 """
 
 from __future__ import annotations
@@ -31,16 +33,22 @@ from mlx_diffgemma.grammar.language import (
 
 QUOTE = Chars(((TOKEN, TOKEN),))  # the token <|"|>
 COMMA, COLON = text(","), text(":")
-KEY = Repeat(chars([(ord("0"), ord("9")), (ord("A"), ord("Z")), (ord("a"), ord("z")), (ord("_"), ord("_"))]), 1, None)
+KEY = Repeat(
+    chars([(ord("0"), ord("9")), (ord("A"), ord("Z")), (ord("a"), ord("z")), (ord("_"), ord("_"))]),
+    1,
+    None,
+)
 
 
 def parse(parameters: Any) -> Language:
-    """The arguments that the JSON schema ``parameters`` accepts, in Gemma's syntax.  Errors: UserError as ``schema.parse``."""
+    """The arguments that the JSON schema ``parameters`` accepts, in Gemma's syntax.  Errors:
+    UserError as ``schema.parse``.
+    """
     schema.parse(parameters)  # what is no schema, or cannot be guaranteed, is refused as there
     return _Translator(parameters).value(parameters, "", ())
 
 
-class _Translator(schema._Translator):  # noqa: SLF001 (the same package)
+class _Translator(schema._Translator):
     """As that of JSON, but for how texts, keys and signs are written."""
 
     def value(self, schema_: Any, where: str, inside: tuple[str, ...]) -> Language:
@@ -64,7 +72,7 @@ class _Translator(schema._Translator):  # noqa: SLF001 (the same package)
     def _string(self, schema_: Mapping[str, Any], where: str) -> Language:
         super()._string(schema_, where)  # for what it refuses
         if "pattern" in schema_:
-            inner = regex.parse(schema._whole(schema_["pattern"]))  # noqa: SLF001
+            inner = regex.parse(schema._whole(schema_["pattern"]))
         elif "format" in schema_:
             inner = regex.parse(schema.FORMATS[schema_["format"]])
         else:
@@ -87,8 +95,19 @@ class _Translator(schema._Translator):  # noqa: SLF001 (the same package)
             if others is False:
                 return text("{}")
             return _mapping(self.value(others, f"{where}/additionalProperties", inside))
-        members = [(concat([_key(name), COLON, self.value(properties[name], f"{where}/properties/{name}", inside)]),
-                    name in required) for name in sorted(properties, key=lambda name: (name.lower(), name))]
+        members = [
+            (
+                concat(
+                    [
+                        _key(name),
+                        COLON,
+                        self.value(properties[name], f"{where}/properties/{name}", inside),
+                    ]
+                ),
+                name in required,
+            )
+            for name in sorted(properties, key=lambda name: (name.lower(), name))
+        ]
         return concat([text("{"), _members(members)])
 
 
@@ -114,7 +133,9 @@ def _tight(language: Language, known: dict[int, Language]) -> Language:
         if isinstance(language, Repeat):
             known[id(language)] = Repeat(_tight(language.part, known), language.low, language.high)
         else:
-            known[id(language)] = type(language)(tuple(_tight(part, known) for part in language.parts))
+            known[id(language)] = type(language)(
+                tuple(_tight(part, known) for part in language.parts)
+            )
     return known[id(language)]
 
 
@@ -124,12 +145,20 @@ def _key(name: str) -> Language:
 
 def _mapping(value: Language) -> Language:
     member = concat([KEY, COLON, value])
-    return concat([text("{"), optional(concat([member, Repeat(concat([COMMA, member]), 0, None)])), text("}")])
+    return concat(
+        [text("{"), optional(concat([member, Repeat(concat([COMMA, member]), 0, None)])), text("}")]
+    )
 
 
 def _free(depth: int) -> Language:
     """Any value, nested at most ``depth`` deep."""
-    plain = [text("null"), text("true"), text("false"), number({}, False, ""), concat([QUOTE, Repeat(ANY, 0, None), QUOTE])]
+    plain = [
+        text("null"),
+        text("true"),
+        text("false"),
+        number({}, False, ""),
+        concat([QUOTE, Repeat(ANY, 0, None), QUOTE]),
+    ]
     if not depth:
         return choice(plain)
     inner = _free(depth - 1)
@@ -143,7 +172,9 @@ def _written(value: Any) -> Language:
         return concat([QUOTE, text(value), QUOTE])
     if isinstance(value, dict):
         items = sorted(value.items(), key=lambda item: (item[0].lower(), item[0]))
-        return _between("{", [concat([_key(name), COLON, _written(inner)]) for name, inner in items], "}")
+        return _between(
+            "{", [concat([_key(name), COLON, _written(inner)]) for name, inner in items], "}"
+        )
     if isinstance(value, list):
         return _between("[", [_written(inner) for inner in value], "]")
     if isinstance(value, float) and not math.isfinite(value):
