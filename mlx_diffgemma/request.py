@@ -28,7 +28,7 @@ from mlx_diffgemma.options import DEFAULT_TOKEN_LIMIT, GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.session import Canvas, Session
-from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt
+from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt, repeated
 from mlx_diffgemma.video import VideoWarning
 
 Prompt: TypeAlias = "str | Sequence[int] | mx.array"
@@ -102,6 +102,7 @@ class Request:
     images: tuple[PlacedImage, ...] = ()
     patches: int = 0  # of the largest image
     demands: Demands | None = None
+    repeated: int = 0  # how many of the ids the next turn of a conversation repeats
     began: float = 0.0
     prefill_seconds: float = 0.0
     produced: int = 0  # tokens, end token included
@@ -136,7 +137,7 @@ class Request:
             constraint = compile_constraint(tokenizer, model.config, **options.constraints)
             demands = Demands(eos_ids, limit, stretches=[Stretch(constraint, begun=tuple(answer_part(tokenizer, prefix)))])
         return cls(ids, limit, fresh_seed() if chosen is None else chosen, parser, eos_ids, opened,
-                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands)
+                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands, repeated(tokenizer, ids))
 
     def draws(self, model: DiffusionGemma) -> Draws:
         return Draws(self.seed, model.config.text.vocab_size)
@@ -144,7 +145,7 @@ class Request:
     def session(self, model: DiffusionGemma, policy: Policy, **given: Any) -> Session:
         """Of its canvases; ``given`` is what else ``Session`` takes."""
         return Session(model, self.ids, policy, self.draws(model), self.eos_ids, self.limit, images=self.images,
-                       demands=self.demands, **given)
+                       demands=self.demands, repeated=self.repeated, **given)
 
     def begin(self) -> None:
         self.began = time.perf_counter()

@@ -54,7 +54,7 @@ from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.preparation import Preparation
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
 from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, usage_body, warned
-from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 from mlx_diffgemma.trace import PAGE, Tracer
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Settings:
     allow_urls: bool = False
     draft: DraftModel | None = None
     compile_seconds: float = MAX_SECONDS
+    allow_control_tokens: bool = False  # read what looks like a control token in what users write as one
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -255,7 +256,8 @@ class _Server:
         template = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
         check_variables(tokenizer, template)
         try:
-            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None,
+                           allow_control_tokens=self.settings.allow_control_tokens, **template)
         except (TypeError, AttributeError) as error:
             if not template:
                 raise
@@ -271,10 +273,16 @@ class _Server:
         box, envelope = _Mailbox(), Envelope("text_completion", body.model)
         if body.suffix:
             return await self._infill(body, http, box, envelope)
-        choices = await self._prepared(http, lambda: self._choices(body, body.prompt, (), None, Choice, body.logprobs is not None,
-                                                                   body.logprobs or 0))
+        choices = await self._prepared(http, lambda: self._choices(body, self._prompt(body), (), None, Choice,
+                                                                   body.logprobs is not None, body.logprobs or 0))
         echo = (body.prompt if isinstance(body.prompt, str) else self.engine.tokenizer.decode(body.prompt)) if body.echo else ""
         return await self._answer(body, http, box, choices, envelope, echo)
+
+    def _prompt(self, body: CompletionRequest) -> str | Sequence[int]:
+        """The ids of a prompt, in whose text nothing is a control token unless the server allows it; one without text stays."""
+        if isinstance(body.prompt, str) and body.prompt.strip():
+            return encode_prompt(self.engine.tokenizer, body.prompt, literal=not self.settings.allow_control_tokens)
+        return body.prompt
 
     async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
         filling = await self._prepared(http, self._filling, body)
@@ -454,7 +462,8 @@ class _Server:
         labels = [label_ids(tokenizer, question) for question in questions]
         lengths = [canvas_for(model, own, body.canvas_length) for own in labels]
         media = prepare_media(images, model.config, body.image_tokens)
-        ids, placed = place(chat_ids(tokenizer, messages), media, model.config.image_tokens, tokenizer)
+        ids, placed = place(chat_ids(tokenizer, messages, allow_control_tokens=self.settings.allow_control_tokens), media,
+                            model.config.image_tokens, tokenizer)
         token_limit(len(ids), None, max(lengths), model.config.text.max_position_embeddings)
         self._check_prompt(len(ids))
         check_room(model, [len(ids)])

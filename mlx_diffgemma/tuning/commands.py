@@ -53,6 +53,8 @@ def lora(
     canvas_length: Annotated[int | None, typer.Option(help="Default: the checkpoint's.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Longer examples are left out, and counted. "
                                                        + _default(DEFAULTS.max_seq_length))] = None,
+    allow_control_tokens: Annotated[bool | None, typer.Option("--allow-control-tokens", help="Read what looks like a control token "
+                                                              "in the data as one; without it, it is plain text.")] = None,
     mask_prompt: Annotated[bool | None, typer.Option("--mask-prompt", help="Leave the prompt out of the causal term.")] = None,
     canvas_weight: Annotated[float | None, typer.Option(help=f"Of the canvas's loss. {_default(DEFAULTS.canvas_weight)}")] = None,
     causal_weight: Annotated[float | None, typer.Option(help=f"Of the next-token loss. {_default(DEFAULTS.causal_weight)}")] = None,

@@ -61,6 +61,7 @@ class TuningOptions:
     lr_schedule: Mapping[str, Any] | None = None
     max_seq_length: int = 2048
     mask_prompt: bool = False
+    allow_control_tokens: bool = False
     canvas_weight: float = 1.0
     causal_weight: float = 1.0
     self_conditioning_probability: float = 0.5
@@ -203,7 +204,8 @@ class Run:
         if length is not None and length > model.config.canvas_length:
             raise UserError(f"canvas_length {length} exceeds the {model.config.canvas_length} positions this checkpoint was made "
                             "for.")
-        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length)
+        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length,
+                             options.allow_control_tokens)
         if "train" not in splits:
             raise UserError(f"{options.data} has no train.jsonl.")
         mx.random.seed(options.training.seed)
