@@ -72,7 +72,8 @@ class TestChat:
         assert response.usage.tokens_per_forward == pytest.approx(own[-1].tokens_per_forward, abs=0.01)
         assert response.seed == 0
 
-    @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.5}, {"max_tokens": 20}, {"extra_body": {"preset": "fast"}},
+    @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.95}, {"max_tokens": 20},
+                                         {"extra_body": {"preset": "fast"}},
                                          {"extra_body": {"max_denoising_steps": 2, "diffusion_sampler": "confidence-threshold"}}])
     def test_options_are_those_of_generate(self, chat, nano_pair, options):
         named = {**options, **options.get("extra_body", {})}
@@ -81,6 +82,11 @@ class TestChat:
         response = chat(STORY, **options)
         assert response.choices[0].message.content == "".join(part.text for part in own)
         assert response.choices[0].finish_reason == own[-1].finish_reason
+
+    def test_the_usual_top_p_is_no_argmax(self, chat):
+        greedy, drawn = (chat(STORY, steps=FULL, max_tokens=30, **options).choices[0].message.content
+                         for options in ({"temperature": 0}, {"top_p": 0.95}))
+        assert greedy != drawn
 
     def test_streamed_as_whole(self, chat):
         chunks = list(chat(STORY, stream=True, stream_options={"include_usage": True}))
