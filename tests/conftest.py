@@ -3,6 +3,9 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, before it is imported: tests run side by side
 
+from tests.metal import plugin  # before mlx.core, whose graphs it sees from here on
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +13,14 @@ import pytest
 from mlx_diffgemma import load, nano
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import FULL, SLIDING, make_checkpoint, write_checkpoint
+
+
+def pytest_addoption(parser):
+    plugin.add_options(parser)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(plugin, "metal")
 
 
 @pytest.fixture(scope="session")
