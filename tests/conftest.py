@@ -30,6 +30,12 @@ def nano_pair():
 
 
 @pytest.fixture(scope="session")
+def nano_float32(nano_pair):
+    """``nano_pair`` for bounds and sizes that hold in float32 only, also with ``--as-gpu``."""
+    return nano_pair if nano_pair[0].dtype == mx.float32 else load("nano", dtype="float32")
+
+
+@pytest.fixture(scope="session")
 def random_folder(tmp_path_factory, nano_pair):
     """Random weights for nano's tokenizer, with canvases of 16 and a window of 9: a step takes a tenth of nano's time."""
     shape = dict(hidden=32, heads=4, kv=2, head_dim=8, global_kv=1, global_head_dim=16, layers=2, window=9, canvas=16, experts=2,
