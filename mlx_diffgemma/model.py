@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -87,12 +87,18 @@ class Denoised:
     taps: dict[int, mx.array]
 
 
+@lru_cache(maxsize=64)
 def rope_frequencies(layer: LayerConfig) -> mx.array:
-    """[head_dim / 2] float32, computed on the CPU: one bit more or less in a power shows at long contexts."""
+    """[head_dim / 2] float32, computed on the CPU: one bit more or less in a power shows at long contexts.
+
+    Once per layer shape: in a step, an operation on the CPU is a wait for the GPU and back.
+    """
     pairs = np.arange(layer.head_dim // 2)
     exponent = mx.array((2 * pairs).astype(np.float32) / np.float32(layer.head_dim))
     powers = mx.power(mx.array(layer.rope_theta, dtype=mx.float32), exponent, stream=mx.cpu)
-    return mx.where(mx.array(pairs < layer.rotated), mx.divide(1.0, powers, stream=mx.cpu), 0.0)
+    frequencies = mx.where(mx.array(pairs < layer.rotated), mx.divide(1.0, powers, stream=mx.cpu), 0.0)
+    mx.eval(frequencies)  # a graph could only be evaluated by the thread that made it
+    return frequencies
 
 
 def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.array]:
