@@ -77,7 +77,7 @@ def as_on_metal() -> Iterator[None]:
     def one(x: mx.array, *others: mx.array | None) -> mx.array:
         return mx.depends([mx.sort(x)], [other for other in others if other is not None])[0]
 
-    def norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    def norm(x: mx.array, weight: mx.array | None, _: float) -> mx.array:
         if weight is not None and weight.dtype != x.dtype:
             x, weight = x.astype(mx.float32), weight.astype(mx.float32)
         return one(x, weight)
@@ -85,7 +85,7 @@ def as_on_metal() -> Iterator[None]:
     def rope(x: mx.array, *_: Any, **__: Any) -> mx.array:
         return one(x)
 
-    def dequantize(packed: mx.array, scales: mx.array, *others: Any, **options: Any) -> mx.array:
+    def dequantize(packed: mx.array, scales: mx.array, *_: Any, **options: Any) -> mx.array:
         width = packed.shape[-1] * 32 // options["bits"]
         return one(mx.broadcast_to(scales[..., :1], (*packed.shape[:-1], width)), packed)
 

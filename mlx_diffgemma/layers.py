@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 GELU_SLOPE = math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715
@@ -83,6 +84,18 @@ def both_signs(x: mx.array) -> tuple[mx.array, mx.array]:
     """``x`` in float32, and its negative."""
     x = x.astype(mx.float32)
     return x, -x
+
+
+@lru_cache
+def rope_frequencies(theta: float, size: int) -> mx.array:
+    """``theta ** -(2 i / size)`` for each pair i of a head of ``size``, [size / 2] float32.
+
+    Made on the host, once for each shape of layer: one bit more or less in a power shows at long contexts, a GPU's power has
+    such bits, and an operation on the CPU would make every forward wait.  The exponent is rounded to float32 as in the reference.
+    """
+    exponents = np.arange(0, size, 2).astype(np.float32) / np.float32(size)
+    powers = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
+    return mx.array(np.float32(1) / powers)
 
 
 def apply_rope(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:

@@ -39,6 +39,7 @@ from mlx_diffgemma.layers import (
     gated_gelu,
     is_fused,
     rms_norm,
+    rope_frequencies,
     rows_at_once,
     three_scaled,
     turn,
@@ -106,19 +107,6 @@ class Denoised:
     taps: dict[int, mx.array]
 
 
-@lru_cache
-def rope_frequencies(layer: LayerConfig) -> mx.array:
-    """[head_dim / 2] float32, computed on the CPU: one bit more or less in a power shows at long contexts.
-
-    Once for each shape of layer.  The values come from the host, so that any thread may use them.
-    """
-    pairs = np.arange(layer.head_dim // 2)
-    exponent = mx.array((2 * pairs).astype(np.float32) / np.float32(layer.head_dim))
-    with mx.stream(mx.cpu):
-        powers = 1.0 / mx.power(mx.array(layer.rope_theta, dtype=mx.float32), exponent)
-    return mx.array(np.where(pairs < layer.rotated, np.array(powers), np.float32(0)))
-
-
 @lru_cache(maxsize=64)
 def row_numbers(shape: tuple[int, ...]) -> mx.array:
     """0, 1, 2 and so on in this shape."""
@@ -144,7 +132,16 @@ def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.ar
     angles are products of float32 numbers exactly as in the reference; MLX's fused RoPE divides and, on Metal, uses fast
     trigonometry, which drifts at long contexts.
     """
-    return _turns(positions[:, None, None, None], rope_frequencies(layer), SIGNS)
+    return _turns(positions[:, None, None, None], layer_frequencies(layer), SIGNS)
+
+
+@lru_cache
+def layer_frequencies(layer: LayerConfig) -> mx.array:
+    """[head_dim / 2] float32, zero for the pairs that are not turned."""
+    turned = mx.array(np.arange(layer.head_dim // 2) < layer.rotated)
+    found = mx.where(turned, rope_frequencies(layer.rope_theta, layer.head_dim), 0.0)
+    mx.eval(found)  # any thread may use it later
+    return found
 
 
 @partial(mx.compile, shapeless=True)
