@@ -71,7 +71,8 @@ class Settings:
     requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
     server may be called, any if empty or one of them is ``*``.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether
     images may be paths on this machine, and remote.  ``compile_seconds``: that one constraint may take.  ``strict``: fields that
-    are not known or have no effect are refused.  ``aliases``: further names of the model; ``any_model``: it answers to every name."""
+    are not known or have no effect are refused.  ``aliases``: further names of the model; ``any_model``: it answers to every
+    name."""
 
     model: str
     defaults: dict[str, Any] = field(default_factory=dict)
