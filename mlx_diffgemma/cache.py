@@ -13,7 +13,8 @@ references and a length.  ``view`` mutates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,11 +22,14 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
+from mlx_diffgemma.digests import digest
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import write_tensors
+from mlx_diffgemma.storage import read_tensors
 
 KeyValue = tuple[mx.array, mx.array]  # each [1, KV heads, entries, head size]
 # Inside of the cache both lie in one array [2, KV heads, entries, head size], so that one kernel moves both.
-FORMAT = "mlx-diffgemma cache 1"
+FORMAT = "mlx-diffgemma cache 2"
 ROOM = 1024  # positions by which a full layer's array grows when it is full
 
 
@@ -189,35 +193,54 @@ class Cache:
         return sum(entries.nbytes for entries in self._entries if entries is not None)
 
     def save(self, path: Path | str, metadata: dict[str, str] | None = None) -> None:
-        """Write to a safetensors file; ``metadata`` comes back from ``load``."""
-        tensors = {f"{layer}.{name}": mx.contiguous(array) for layer, entries in enumerate(self._entries) if entries is not None
-                   for name, array in zip(("keys", "values"), mx.split(_cut(entries, 0, self._stored[layer]), 2), strict=True)}
+        """Write to a safetensors file; ``metadata`` comes back from ``load``.  Errors: UserError when it cannot be written."""
+        tensors = {}
+        for layer, entries in enumerate(self._entries):
+            if entries is not None:
+                keys, values = mx.split(_cut(entries, 0, self._stored[layer]), 2)
+                tensors[f"{layer}.keys"] = mx.contiguous(keys)
+                tensors[f"{layer}.values"] = mx.contiguous(values)
         header = {**(metadata or {}), "format": FORMAT, "length": str(self.length), "keep_all": str(self.keep_all)}
-        # MLX writes to no other ending; the name is the caller's choice.
-        written = Path(path).with_name(f"{Path(path).name}.safetensors")
-        mx.save_safetensors(str(written), tensors, header)
-        written.replace(path)
+        header["digest"] = _digest(tensors, header)
+        write_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: Path | str, config: TextConfig) -> tuple[Cache, dict[str, str]]:
-        """Errors: UserError when the file is damaged or of another model shape."""
+        """Errors: UserError when the file is damaged, of an earlier version or of another model shape."""
         try:
-            tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is not a cache file ({error}); make it anew.") from None
+            tensors, header = read_tensors(Path(path))
+        except UserError:
+            raise UserError(f"{path} is not a cache file, or is damaged; delete it, or name another file.") from None
         if header.get("format") != FORMAT:
             raise UserError(f"{path} is not a cache file of this version (format {header.get('format')!r}, "
-                            f"expected {FORMAT!r}); make it anew.")
-        cache = cls(config, keep_all=header["keep_all"] == "True")
-        cache.length = int(header["length"])
+                            f"expected {FORMAT!r}); delete it, or name another file.")
+        length = header.get("length", "")
+        if not length.isdecimal() or header.get("digest") != _digest(tensors, header):
+            raise UserError(f"{path} is damaged; delete it, or name another file.")
+        cache = cls(config, keep_all=header.get("keep_all") == "True")
+        cache.length = int(length)
+        if not cache.length:
+            return cache, header
         for index, layer in enumerate(config.layers):
-            pair = tensors.get(f"{index}.keys"), tensors.get(f"{index}.values")
-            if pair[0] is None or pair[1] is None:
-                continue
-            if any(a.shape[1] != layer.num_kv_heads or a.shape[3] != layer.head_dim for a in pair):
-                raise UserError(f"{path} was made with another model: layer {index} has shape {pair[0].shape}.")
-            cache._entries[index], cache._stored[index] = mx.concatenate(pair), pair[0].shape[2]
+            shape = (1, layer.num_kv_heads, cache._expected(index), layer.head_dim)
+            keys, values = tensors.get(f"{index}.keys"), tensors.get(f"{index}.values")
+            if keys is None or values is None or keys.shape != shape or values.shape != shape:
+                found = "nothing" if keys is None or values is None else f"{keys.shape} and {values.shape}"
+                raise UserError(f"{path} was made with another model: layer {index} should hold {shape} and holds {found}.")
+            cache._entries[index] = mx.concatenate((keys, values))
+            cache._stored[index] = shape[2]
         return cache, header
+
+    def _expected(self, layer: int) -> int:
+        """How many entries a layer keeps of ``length`` positions."""
+        window = self.windows[layer]
+        return self.length if window is None or self.keep_all else min(self.length, window - 1)
+
+
+def _digest(tensors: Mapping[str, mx.array], header: Mapping[str, str]) -> str:
+    """Of all that a cache file holds."""
+    said = {name: value for name, value in header.items() if name != "digest"}
+    return digest(sorted(tensors.items()), json.dumps(said, sort_keys=True))
 
 
 def _cut(entries: mx.array, start: int, end: int) -> mx.array:

@@ -128,7 +128,7 @@ class Sampling(Body):
     reroll_empty: StrictInt | None = None
     retry_unconverged: StrictInt | None = None
     image_tokens: StrictInt | None = None
-    regex: str | None = Field(None, description="The answer matches this expression as a whole.")
+    regex: str | None = Field(None, description="The whole answer matches this expression of ECMA-262.")
     choices: list[str] | None = Field(None, description="The answer is one of these texts.")
 
     @model_validator(mode="after")
@@ -202,13 +202,14 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning": "any",
-               "reasoning_content": "any", "reasoning_details": "any"}  # thoughts are dropped from the history
+    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning_details": "any"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: Any = None  # thoughts between calls are kept where the chat template keeps them
+    reasoning: Any = None
 
     @model_validator(mode="after")
     def check_fields(self) -> Message:
