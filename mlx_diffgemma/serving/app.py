@@ -49,7 +49,7 @@ from mlx_diffgemma.serving.jobs import (
     Piece,
     Usage,
 )
-from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Strictness
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.preparation import Preparation
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
@@ -70,7 +70,9 @@ class Settings:
     """``model``: the name it is served under.  ``defaults``: options of generations that a request may override.  ``api_key``: what
     requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
     server may be called, any if empty or one of them is ``*``.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether
-    images may be paths on this machine, and remote.  ``compile_seconds``: that one constraint may take."""
+    images may be paths on this machine, and remote.  ``compile_seconds``: that one constraint may take.  ``strict``: fields that
+    are not known or have no effect are refused.  ``aliases``: further names of the model; ``any_model``: it answers to every
+    name."""
 
     model: str
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -84,12 +86,16 @@ class Settings:
     draft: DraftModel | None = None
     compile_seconds: float = MAX_SECONDS
     allow_control_tokens: bool = False  # read what looks like a control token in what users write as one
+    strict: bool = False
+    aliases: Sequence[str] = ()
+    any_model: bool = False
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The application in front of an ``engine`` that has been started."""
     server = _Server(engine, settings)
     app = FastAPI(title="mlx-diffgemma", description="DiffusionGemma over OpenAI's protocol.", docs_url=None, redoc_url=None)
+    app.add_middleware(Strictness, strict=settings.strict)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
@@ -142,7 +148,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.model]}
+        return {"object": "list", "data": server.models}
 
     @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
     async def model(name: str) -> dict[str, Any]:
@@ -193,13 +199,17 @@ class _Server:
         config = engine.model.config
         self.model = model_body(settings.model, int(time.time()), context_length=config.text.max_position_embeddings,
                                 canvas_length=config.canvas_length, vision=config.vision is not None)
+        served = settings.model
+        self.models = [self.model, *(self.model | {"id": name} for name in settings.aliases)]
+        self._names = set(map(_plain, (served, served.rstrip("/").rsplit("/", 1)[-1], "default", *settings.aliases)))
         # Templates, tokens, images and constraints of requests; the engine's own thread is for the model.
         self._preparation = Preparation(settings.compile_seconds)
         self._preparing = 0  # requests, those in the patient lane not counted
 
     def check_model(self, name: str) -> None:
-        if name not in (self.settings.model, self.settings.model.rstrip("/").rsplit("/", 1)[-1], "default"):
-            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is.")
+        if not self.settings.any_model and _plain(name) not in self._names:
+            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is. Call it so, or start the "
+                                     "server with --alias and this name, or with --any-model.")
 
     async def _prepared(self, http: HTTPRequest, prepare: Callable[..., T], *given: Any) -> T:
         """What becomes of a request before it is submitted.
@@ -287,6 +297,7 @@ class _Server:
     async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
         filling = await self._prepared(http, self._filling, body)
         job = InfillJob(filling, box.put)
+        job.warnings += body.notes
         began = time.perf_counter()
         await self._run(job, http, box)
         self._count(job.usage, began)
@@ -323,7 +334,8 @@ class _Server:
         engine = self.engine
         given = self.settings.defaults | body.options()
         options = GenerationOptions.from_keywords(given)
-        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images)
+        clamp = not self.settings.strict
+        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images, clamp=clamp)
         self._check_prompt(len(asked.ids))
         check_room(engine.model, [len(asked.ids)], 1, asked.patches)
         policy: Policy = options.policy(engine.model)
@@ -333,12 +345,17 @@ class _Server:
         for index in range(body.n or 1):
             request = asked
             if index:
-                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images)
+                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images,
+                                          clamp=clamp)
             if kind is Call:
                 assert functions is not None
                 request = functions.request(engine.model, engine.tokenizer, request)
             found.append(kind(index, request, policy, tracer, engine.tokenizer, functions, body.stops, logprobs, top_logprobs,
                               one_call=isinstance(body, ChatRequest) and body.parallel_tool_calls is False))
+        found[0].warnings += body.notes
+        if options.max_tokens is not None and options.max_tokens > asked.limit:
+            found[0].warnings.append(f"max_tokens: {options.max_tokens:,} exceed the context behind this prompt; the limit is "
+                                     f"{asked.limit:,}.")
         return found
 
     def _check_prompt(self, length: int) -> None:
@@ -453,7 +470,7 @@ class _Server:
         self._count(job.usage, began)
         envelope = Envelope("decisions", body.model)
         return JSONResponse(envelope.whole(job.usage, decisions=[decision_body(own) for own in job.decisions],
-                                           **warned(filter(None, map(unlikely, job.decisions)))))
+                                           **warned([*body.notes, *filter(None, map(unlikely, job.decisions))])))
 
     def _decision(self, body: DecisionRequest, box: _Mailbox) -> DecisionJob:
         model, tokenizer = self.engine.model, self.engine.tokenizer
@@ -518,6 +535,11 @@ async def _disconnected(http: HTTPRequest) -> None:
 def _usage(jobs: Sequence[AnswerJob]) -> Usage:
     """Of an answer, with the calls that were made again for it."""
     return functools.reduce(operator.add, (job.usage for job in jobs))
+
+
+def _plain(name: str) -> str:
+    """The name of a model as Ollama's clients and others would write it too: in any case, and with the tag ``latest``."""
+    return name.casefold().removesuffix(":latest")
 
 
 def _question(asked: DecisionQuestion) -> Question:

@@ -71,6 +71,11 @@ def serve_command(
                                                        "messages and prompts as one; without it, it is plain text.")] = False,
     allow_image_urls: Annotated[bool, typer.Option("--allow-image-urls", help="Requests may name images elsewhere, which are then "
                                                    "fetched.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a request whose fields are not known here, or have no effect. "
+                                         "Default: the answer names them in its warnings.")] = False,
+    aliases: Annotated[list[str], typer.Option("--alias", help="A further name of the model in requests; may be given "
+                                               "again.")] = [],  # noqa: B006
+    any_model: Annotated[bool, typer.Option("--any-model", help="Answer requests for a model of any name.")] = False,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers have to finish when the server is told to "
                                        "stop.")] = 10,
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}.")] = "info",
@@ -108,7 +113,8 @@ def serve_command(
     def serve() -> None:
         try:
             settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
-                                allow_image_urls, drafter[0], max_compile_seconds, allow_control_tokens)
+                                allow_image_urls, drafter[0], max_compile_seconds, allow_control_tokens, strict, aliases,
+                                any_model)
             server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
                                                    timeout_graceful_shutdown=LAST_WORDS))
             servers.append(server)
