@@ -108,6 +108,8 @@ class Cache:
             return
         if entries is not None:
             new = mx.concatenate((entries, new), axis=2)
+        elif not self.keep_all:
+            new = mx.contiguous(new)  # what comes from attention is a part of an array that holds the queries too
         if window is not None and not self.keep_all and new.shape[2] > window - 1:
             # A slice would keep the whole array alive.
             new = mx.contiguous(new[:, :, new.shape[2] - (window - 1) :])
