@@ -8,14 +8,12 @@ whatever comes beside it.  The module tree carries the checkpoint's key paths (`
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_diffgemma.config import VisionConfig
-from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rows_at_once
+from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rope_frequencies, rows_at_once
 
 FUSED = (64, 80, 128)  # head sizes for which MLX's Metal backend holds no scores at all
 Grid = tuple[int, int]  # rows and columns of patches
@@ -32,17 +30,8 @@ def axial_table(positions: mx.array, head_dim: int, theta: float) -> tuple[mx.ar
 
     Source: Gemma4VisionRotaryEmbedding.
     """
-    angles = positions.astype(mx.float32)[:, :, None, None] * axial_frequencies(head_dim // 2, theta)
+    angles = positions.astype(mx.float32)[:, :, None, None] * rope_frequencies(theta, head_dim // 2)
     return mx.cos(angles), mx.sin(angles)
-
-
-@lru_cache(maxsize=16)
-def axial_frequencies(size: int, theta: float) -> mx.array:
-    """[size / 2] float32, computed on the CPU and once, as :func:`mlx_diffgemma.model.rope_frequencies`."""
-    powers = mx.power(mx.array(theta, dtype=mx.float32), mx.arange(0, size, 2, dtype=mx.float32) / size, stream=mx.cpu)
-    frequencies = mx.divide(1.0, powers, stream=mx.cpu)
-    mx.eval(frequencies)  # a graph could only be evaluated by the thread that made it
-    return frequencies
 
 
 def apply_axial_rope(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:

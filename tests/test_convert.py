@@ -2,6 +2,7 @@
 
 import filecmp
 import importlib
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.recipes import RECIPES, kind_of
-from mlx_diffgemma.storage import INDEX, Stored
+from mlx_diffgemma.storage import INDEX, Stored, read_header
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 from tests.test_cli import run
@@ -183,8 +184,10 @@ class TestWhatIsKept:
             load_model(strange)
 
     def test_shards(self, divisible_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_SIZE", 300_000)
+        limit = 300_000
+        monkeypatch.setattr(module, "SHARD_SIZE", limit)
         whole = tensors_of(convert(str(divisible_folder), tmp_path / "out", recipe="4bit"))
+        self.check_sizes(tmp_path / "out", limit)
         index = json.loads((tmp_path / "out" / INDEX).read_text())
         assert len(set(index["weight_map"].values())) > 3
         assert index["weight_map"].keys() == whole.keys()
@@ -193,6 +196,18 @@ class TestWhatIsKept:
         other = tensors_of(convert(str(divisible_folder), tmp_path / "one", recipe="4bit"))
         assert all(mx.array_equal(array, other[name]) for name, array in whole.items())
         load_model(tmp_path / "out")
+
+    def check_sizes(self, folder, limit):
+        """Every file is closed when the next matrix, with its scales, would not fit, and no earlier."""
+        modules = []
+        for path in sorted(folder.glob("*.safetensors")):
+            sizes = {}
+            for name, tensor in sorted(read_header(path).items(), key=lambda item: item[1].offset):
+                module = name.removesuffix(".scales").removesuffix(".biases").removesuffix(".weight")
+                sizes[module] = sizes.get(module, 0) + tensor.nbytes
+            modules.append(list(sizes.values()))
+        assert all(sum(own) <= limit or len(own) == 1 for own in modules)
+        assert all(sum(own) + following[0] > limit for own, following in itertools.pairwise(modules))
 
     def test_card(self, tmp_path):
         source = shutil.copytree(nano.FOLDER, tmp_path / "small")
@@ -463,9 +478,46 @@ class TestBadInput:
         (tmp_path / "home" / "src" / "thesis.txt").write_text("x")
         for name in beside:
             shutil.copy(source / name, tmp_path / "home")
-        with pytest.raises(UserError, match="is no checkpoint and is not overwritten"):
+        with pytest.raises(UserError, match="is not overwritten"):
             convert(str(source), tmp_path / "home", overwrite=True)
         assert (tmp_path / "home" / "src" / "thesis.txt").exists()
+
+    @pytest.mark.parametrize("name", ["diary.txt", "notes.json", "more.safetensors", "LICENSE-of-mine", "model.bak"])
+    def test_overwrite_spares_a_file_beside_a_conversion(self, source, tmp_path, name):
+        target = convert(str(source), tmp_path / "out", recipe="4bit")
+        (target / name).write_text("mine")
+        before = {path.name: path.read_bytes() for path in target.iterdir()}
+        with pytest.raises(UserError, match=f"holds {name}, which this command did not write"):
+            convert(str(source), target, recipe="8bit", overwrite=True)
+        assert before == {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def test_overwrite_spares_a_checkpoint_of_others(self, source, tmp_path):
+        shutil.copytree(source, tmp_path / "other")
+        with pytest.raises(UserError, match="which this command did not write"):
+            convert(str(source), tmp_path / "other", overwrite=True)
+        assert load_model(tmp_path / "other")
+
+    def test_overwrite_knows_conversions_without_a_list(self, source, tmp_path):
+        (source / "tokenizer.json").write_text("{}")
+        target = convert(str(source), tmp_path / "out", recipe="4bit")
+        index = json.loads((target / INDEX).read_text())
+        assert index["metadata"].pop("files") == ["tokenizer.json"]
+        (target / INDEX).write_text(json.dumps(index))
+        convert(str(source), target, recipe="8bit", overwrite=True)
+        assert (target / "tokenizer.json").exists()
+
+    def test_a_result_without_a_journal_is_not_ours(self, source, tmp_path):
+        (tmp_path / "out.partial" / "result").mkdir(parents=True)
+        (tmp_path / "out.partial" / "result" / "thesis.txt").write_text("x")
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(UserError, match="out.partial is in the way and is not ours"):
+                convert(str(source), tmp_path / "out", **options)
+        assert (tmp_path / "out.partial" / "result" / "thesis.txt").exists()
+
+    def test_apple_doubles_are_not_copied(self, source, tmp_path):
+        (source / "._config.json").write_bytes(b"attributes")
+        target = convert(str(source), tmp_path / "out")
+        assert not list(target.glob("._*"))
 
     def test_neighbours_are_spared(self, source, tmp_path):
         for name in ("out.old", "out.partial"):
@@ -483,7 +535,7 @@ class TestBadInput:
         shutil.copytree(source, tmp_path / "outer" / "inner")
         outer = tmp_path / "outer"
         for hf_path, mlx_path in ((source, source), (source, source / "inside"), (outer / "inner", outer)):
-            with pytest.raises(UserError, match="lie in each other|is no checkpoint"):
+            with pytest.raises(UserError, match="lie in each other|is not overwritten"):
                 convert(str(hf_path), mlx_path, overwrite=True)
         assert load_model(source)
         assert load_model(tmp_path / "outer" / "inner")

@@ -8,10 +8,10 @@ import pytest
 from mlx_diffgemma import layouts
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import write_tensors
 from mlx_diffgemma.info import inspect
 from mlx_diffgemma.tuning.adapters import CONFIG, WEIGHTS, AdapterOptions, load_adapter
 from mlx_diffgemma.tuning.fuse import fuse
-from mlx_diffgemma.tuning.state import write_safely
 from mlx_diffgemma.weights import load_model
 from tests.test_adapters import LORA, outputs, save, trained
 from tests.test_cli import run
@@ -107,7 +107,7 @@ def test_refusals(divisible_folder, packed_folder, adapters, tmp_path):
 def _changed(adapter, folder, change):
     folder.mkdir()
     (folder / CONFIG).write_text((adapter / CONFIG).read_text())
-    write_safely(folder / WEIGHTS, change(dict(mx.load(str(adapter / WEIGHTS)))))
+    write_tensors(folder / WEIGHTS, change(dict(mx.load(str(adapter / WEIGHTS)))))
     return folder
 
 
