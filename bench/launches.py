@@ -41,7 +41,7 @@ from mlx_diffgemma.sampler import Before
 
 RESULTS = Path(__file__).parent / "results" / "launches.json"
 VIEWS = frozenset(("Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze",
-                   "StopGradient", "Transpose", "Unflatten"))
+                   "StopGradient", "Transpose", "Unflatten", "View"))
 COVERAGE = 1 - 1e-6
 UNCERTAIN = 20  # canvas positions whose self-conditioning takes the whole vocabulary
 VECTOR_ROWS = 8  # up to here Metal has an attention kernel for one row at a time
