@@ -33,6 +33,7 @@ def model_of(layers=2, vocabulary=2048, trainable=True):
         "head_dim": 32, "global_head_dim": 32, "num_key_value_heads": 1, "num_global_key_value_heads": 1, "vocab_size": vocabulary,
         "sliding_window": 64}
     model = random_model(ModelConfig.from_dict(raw), None)
+    model.set_dtype(mx.float32)  # the bounds are of float32, also with --as-gpu
     if trainable:
         prepare(model, AdapterOptions("lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.0}, train_experts=True))
         # lora_b begins at zero, where lora_a would have no gradient

@@ -205,7 +205,8 @@ class TestWarning:
         assert not self.warnings_of(divisible_folder, "uniform-4bit")
 
 
-def test_the_cpu_computes_in_float32(folder):
+def test_the_cpu_computes_in_float32(folder, monkeypatch):
+    monkeypatch.setattr(device, "on_cpu", lambda: True)  # also with --as-gpu
     rewrite(folder, lambda t: t.update({k: v.astype(mx.bfloat16) for k, v in t.items()}))
     assert load_model(folder).dtype == mx.float32
     assert load_model(folder, "bfloat16").dtype == mx.bfloat16

@@ -3,8 +3,8 @@
 // This library is loaded before mlx.core with RTLD_GLOBAL, so its definitions of two functions replace those of libmlx:
 // the constructor of a graph's nodes (used by every operation, inside mx.compile, in gradients and in other packages'
 // layers too), and the function that resolves the `stream=` argument.  Both do what the originals do, then report.
-// A node's description is reported once; the callback may ask to hear of the same description again.
-#include <mutex>
+// A node's description is reported once a thread; the callback may ask to hear of the same description again.
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <unordered_set>
@@ -23,34 +23,33 @@ using StreamCallback = void (*)();
 
 NodeCallback on_node = nullptr;
 StreamCallback on_cpu_stream = nullptr;
-std::mutex mutex;
-std::unordered_set<std::string> seen;
+thread_local std::unordered_set<std::uint64_t> known;  // what this thread has reported
 thread_local bool reporting = false;  // a callback may make arrays of its own
-thread_local std::string text;
+thread_local std::string details;
 
 void add(const char* key, int value) {
-  text += key;
-  text += '=';
-  text += std::to_string(value);
-  text += ' ';
+  details += key;
+  details += '=';
+  details += std::to_string(value);
+  details += ' ';
 }
 
 void add_quantisation(int group, int bits, mx::QuantizationMode mode) {
   add("group", group);
   add("bits", bits);
-  text += "mode=";
+  details += "mode=";
   switch (mode) {
     case mx::QuantizationMode::Affine:
-      text += "affine ";
+      details += "affine ";
       break;
     case mx::QuantizationMode::Mxfp4:
-      text += "mxfp4 ";
+      details += "mxfp4 ";
       break;
     case mx::QuantizationMode::Mxfp8:
-      text += "mxfp8 ";
+      details += "mxfp8 ";
       break;
     case mx::QuantizationMode::Nvfp4:
-      text += "nvfp4 ";
+      details += "nvfp4 ";
       break;
   }
 }
@@ -110,9 +109,27 @@ void add_details(const mx::Primitive& p, const std::vector<mx::array>& inputs) {
   }
 }
 
-void report(const mx::array& node) {
-  reporting = true;
-  text = node.primitive().name();
+std::uint64_t mixed(std::uint64_t hash, std::uint64_t value) {
+  return (hash ^ value) * 1099511628211u;  // FNV-1a
+}
+
+std::uint64_t key_of(const mx::array& node) {
+  std::uint64_t key = 14695981039346656037u;
+  for (const char* c = node.primitive().name(); *c != 0; ++c) {
+    key = mixed(key, *c);
+  }
+  key = mixed(key, 1 + static_cast<int>(node.dtype().val()));
+  for (const auto& input : node.inputs()) {
+    key = mixed(key, 1 + static_cast<int>(input.dtype().val()));
+  }
+  for (const char c : details) {
+    key = mixed(key, c);
+  }
+  return key;
+}
+
+std::string description_of(const mx::array& node) {
+  std::string text = node.primitive().name();
   text += '|';
   text += name_of(node.dtype());
   text += '|';
@@ -120,19 +137,19 @@ void report(const mx::array& node) {
     text += name_of(input.dtype());
     text += ' ';
   }
-  text += '|';
+  return text + '|' + details;
+}
+
+void report(const mx::array& node) {
+  details.clear();
   add_details(node.primitive(), node.inputs());
-  bool is_new;
-  {
-    std::lock_guard lock(mutex);
-    is_new = seen.insert(text).second;
+  const auto key = key_of(node);
+  if (known.count(key) != 0) {
+    return;
   }
-  if (is_new) {
-    const std::string description = text;
-    if (on_node(description.c_str()) != 0) {
-      std::lock_guard lock(mutex);
-      seen.erase(description);
-    }
+  reporting = true;
+  if (on_node(description_of(node).c_str()) == 0) {
+    known.insert(key);
   }
   reporting = false;
 }

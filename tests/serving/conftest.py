@@ -5,8 +5,9 @@ from tests.serving.process import serving
 
 
 @pytest.fixture(scope="session")
-def server():
-    with serving("--max-batch", "8", "--max-body", "1000000") as (url, _):
+def server(nano_pair):
+    dtype = str(nano_pair[0].dtype).removeprefix("mlx.core.")  # a process of its own knows nothing of --as-gpu
+    with serving("--max-batch", "8", "--max-body", "1000000", "--dtype", dtype) as (url, _):
         yield url
 
 
