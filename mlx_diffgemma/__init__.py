@@ -5,6 +5,11 @@
     >>> generate(model, tokenizer, chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}]))
 """
 
+from mlx_diffgemma.machine import import_mlx
+
+import_mlx()  # before all that needs it: where MLX is missing this says why
+
+# isort: split
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.decide import Decision, Question, decide
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError

@@ -204,6 +204,7 @@ class Cache:
             if any(a.shape[1] != layer.num_kv_heads or a.shape[3] != layer.head_dim for a in pair):
                 raise UserError(f"{path} was made with another model: layer {index} has shape {pair[0].shape}.")
             cache._entries[index], cache._stored[index] = pair, pair[0].shape[2]
+        mx.eval(cache.arrays)  # here: the cache may be used on another thread
         return cache, header
 
 

@@ -55,7 +55,7 @@ def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
 
 def rows_at_once(heads: int, width: int) -> int:
     """How many rows of queries to attend with in one block, when each sees up to ``width`` keys; never a row alone, which would
-    take other kernels and round differently."""
+    take other kernels and round differently.  On Metal up to 8 rows do, so a last block that short rounds differently there."""
     return max(2, SCORES // (heads * width))
 
 
