@@ -5,8 +5,10 @@
     >>> generate(model, tokenizer, chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}]))
 """
 
+from mlx_diffgemma.failures import quiet_until_main
 from mlx_diffgemma.machine import import_mlx
 
+quiet_until_main()  # the imports that follow take seconds
 import_mlx()  # before all that needs it: where MLX is missing this says why
 
 # isort: split

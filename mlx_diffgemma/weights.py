@@ -13,15 +13,16 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_diffgemma.config import ModelConfig, read_json
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.device import check_memory, claim_process, compute_dtype, exact_float32
 from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.layouts import arrange, quantized_module
 from mlx_diffgemma.machine import check_machine
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Quantization
-from mlx_diffgemma.storage import DTYPES, INDEX, read_headers
+from mlx_diffgemma.storage import DTYPES, INDEX, read_headers, read_tensors
 
 
 def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
@@ -45,7 +46,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     needed = sum(tensor.nbytes(target) for tensor in found.tensors.values())
     check_memory(needed, f"{folder.name} in {str(target).removeprefix('mlx.core.')}")
     files = sorted({piece.stored.path for tensor in found.tensors.values() for piece in tensor.pieces})
-    whole = {name: array for path in files for name, array in _lazily(path).items()}
+    whole = {name: array for path in files for name, array in read_tensors(path)[0].items()}
     # The tower stays unread until the first image, which may come on another thread.
     tower = _of_any_thread(files) if any(name.startswith(VISION) for name in found.tensors) else {}
     # Read and cast tensor by tensor, dropping each original, so that at no time two copies of the model are held.
@@ -60,6 +61,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
             whole.pop(piece.stored.name, None)
             tower.pop(piece.stored.name, None)
         model.update(tree_unflatten([(name, value)]))
+    model.join()
     model.eval()
     return model
 
@@ -109,11 +111,4 @@ def _shared_stream() -> mx.Stream:
 
 def _of_any_thread(files: Sequence[Path]) -> dict[str, mx.array]:
     """The tensors of these files, to be read by whichever thread needs them first."""
-    return {name: array for path in files for name, array in _lazily(path, _shared_stream()).items()}
-
-
-def _lazily(path: Path, stream: mx.Stream | None = None) -> dict[str, mx.array]:
-    try:
-        return dict(mx.load(str(path), stream=stream))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None
+    return {name: array for path in files for name, array in read_tensors(path, _shared_stream())[0].items()}

@@ -10,6 +10,7 @@ import pytest
 from drafter.model import Borrowed
 from mlx_diffgemma import device, generate, stream_generate
 from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.convert import convert
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.tuning.adapters import AdapterOptions, load_adapter, prepare, put_weights
 from mlx_diffgemma.weights import load_model
@@ -40,6 +41,17 @@ def elsewhere(function, *arguments):
 @pytest.fixture(scope="module")
 def sighted_folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("sighted"), vision="plain")
+
+
+@pytest.mark.parametrize("name", ["tiny", "divisible", "packed"])
+def test_a_model_that_was_loaded_elsewhere(name, tiny_folder, divisible_folder, tmp_path):
+    folder = {"tiny": tiny_folder, "divisible": divisible_folder}.get(name) or convert(str(divisible_folder), tmp_path / "packed",
+                                                                                       recipe="4bit")
+    model = elsewhere(load_model, folder, "float32")
+    cache = Cache(model.config.text)
+    model.encode([mx.array(IDS)], [cache])
+    out = model.denoise(mx.zeros((1, model.config.canvas_length), dtype=mx.int32), [cache]).logits
+    assert np.isfinite(np.array(out)).all()
 
 
 def test_the_tower_is_read_on_any_thread(sighted_folder):

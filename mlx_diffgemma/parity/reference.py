@@ -317,7 +317,7 @@ def _router_margins(model: torch.nn.Module) -> Iterator[Callable[[], np.ndarray]
 
 
 def _raw_vision(folder: Path) -> bool:
-    from mlx_diffgemma.config import read_json
+    from mlx_diffgemma.files import read_json
 
     return bool(read_json(folder / "config.json").get("vision_config"))
 
