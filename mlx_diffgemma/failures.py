@@ -91,8 +91,10 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if (Path(frame.filename).parent.name != "site-packages"
            and "mlx_diffgemma" in Path(frame.filename).parts) or "drafter" in Path(frame.filename).parts]
-    frame = (own or frames or [None])[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}" if frame else "no place known"
+    if not frames:
+        return "no place known"
+    frame = (own or list(frames))[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _print_anything() -> None:
