@@ -76,9 +76,11 @@ def _some_rows(table: nn.Embedding | nn.QuantizedEmbedding, ids: mx.array) -> Ca
     if isinstance(table, nn.QuantizedEmbedding):
         biases = table.get("biases")
         weight, scales, biases = table.weight[ids], table.scales[ids], None if biases is None else biases[ids]
+        mx.eval(weight, scales, [] if biases is None else biases)  # here: the first draft may be made on another thread
         return lambda x: mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=table.group_size,
                                              bits=table.bits, mode=table.mode)
     rows = table.weight[ids]
+    mx.eval(rows)
     return lambda x: x @ rows.T
 
 

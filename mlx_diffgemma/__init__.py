@@ -6,9 +6,12 @@
 """
 
 from mlx_diffgemma.failures import quiet_until_main
+from mlx_diffgemma.machine import import_mlx
 
 quiet_until_main()  # the imports that follow take seconds
+import_mlx()  # before all that needs it: where MLX is missing this says why
 
+# isort: split
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.decide import Decision, Question, decide
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError

@@ -144,7 +144,8 @@ class CausalLoop:
         drawn = draw_positions(logits, rows, counts)
         finite = mx.isfinite(logits).all()
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        mx.eval(drawn, finite, logprobs, [] if drafted else [array for session in rows for array in session.cache.arrays])
+        each = [logprobs[row] for row in range(len(logprobs))]  # evaluated here, as they may be read on another thread
+        mx.eval(drawn, finite, each, [] if drafted else [array for session in rows for array in session.cache.arrays])
         if not finite.item():
             raise NonFiniteLogitsError("The model returned NaN or infinity: the checkpoint is damaged or the dtype too "
                                        "narrow; try --dtype float32.")
@@ -152,7 +153,7 @@ class CausalLoop:
         for row, (session, guess) in enumerate(zip(rows, proposals, strict=True)):
             tokens = every[first : first + counts[row]]
             taken = session.take(tokens, guess)
-            found += [CausalToken(session, token, logprobs[first + place], [token] == guess[place : place + 1])
+            found += [CausalToken(session, token, each[first + place], [token] == guess[place : place + 1])
                       for place, token in enumerate(tokens[:taken])]
             first += len(tokens)
             if drafted:

@@ -231,6 +231,7 @@ class Cache:
                 raise UserError(f"{path} was made with another model: layer {index} should hold {shape} and holds {found}.")
             cache._entries[index] = mx.concatenate((keys, values))
             cache._stored[index] = shape[2]
+        mx.eval(cache.arrays)  # here: the cache may be used on another thread
         return cache, header
 
     def _expected(self, layer: int) -> int:

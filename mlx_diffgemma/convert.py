@@ -357,7 +357,7 @@ def carry_out(name: str, mlx_path: str | Path, options: ConvertOptions, merger: 
         hub.check_upload(upload_repo)
     folder = hub.resolve(name, revision)
     source = folder.resolve()
-    if source == target or source in target.parents or target in source.parents:
+    if any(_is_same(one, source) for one in (target, *target.parents)) or any(_is_same(one, target) for one in source.parents):
         raise UserError(f"{target} and the checkpoint to convert lie in each other; choose another folder to write.")
     conversion = plan(name, folder, read_headers(folder), options, merger)
     conversion.source.check_copies()
@@ -367,6 +367,14 @@ def carry_out(name: str, mlx_path: str | Path, options: ConvertOptions, merger: 
     if upload_repo:
         hub.upload(target, upload_repo)
     return target
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both name one folder: file systems may not tell upper from lower case, or two forms of a letter."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return one == other
 
 
 def check_target(target: Path, overwrite: bool, resume: bool) -> None:

@@ -79,6 +79,12 @@ def run_bytes(config: ModelConfig, weights: int, context: int, element_size: int
     return weights + full * context + sliding + logits_bytes(config)
 
 
+def held_bytes(model: DiffusionGemma, answers: int = 1) -> tuple[int, int]:
+    """(weights, caches and logits) in bytes of a loaded model with so many ``answers`` at the smallest of CONTEXTS."""
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return weights, answers * run_bytes(model.config, 0, CONTEXTS[0], model.dtype.size)
+
+
 def tower_bytes(vision: VisionConfig, patches: int) -> int:
     """About what the tower holds while it sees an image of so many ``patches``, whatever the dtype: eight times the widths of a
     layer in float32, within a third of what was measured (docs/images.md)."""

@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.cost import held_bytes
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
@@ -201,7 +202,7 @@ def decide(
                         model.config.image_tokens, tokenizer)
     token_limit(len(ids), None, max(lengths), model.config.text.max_position_embeddings)
     check_room(model, [len(ids)], patches=max((math.prod(image.image.grid) for image in placed), default=0))
-    with generation_memory():
+    with generation_memory(partial(held_bytes, model)):
         cache = read_prompt(model, ids, placed, prompt_cache)
         read = read_labels(model, cache, labels, lengths, reads, seed, batch_rows)
     decisions = []
@@ -355,6 +356,7 @@ def _next_tokens(model: DiffusionGemma, cache: Cache, batch: Sequence[_Canvas], 
     hidden = model.denoise(mx.array(np.concatenate([canvas.ids for canvas in batch])), [cache] * len(batch), lengths=lengths).hidden
     asked = (np.cumsum([0, *lengths[:-1]]) + [len(canvas.begin) for canvas in batch]).tolist()
     # The head runs on these positions alone.  Never on one: a single row takes other kernels and rounds differently.
+    # So do fewer than 6 to 33 rows on Metal, by mode and chip: probabilities there depend on the batch in their last bits.
     logits = model.logits(hidden[mx.array([*asked, asked[-1]])])[: len(batch)]
     tokens = [list(wanted(canvas)) for canvas in batch]
     rows = np.repeat(np.arange(len(batch)), [len(own) for own in tokens])

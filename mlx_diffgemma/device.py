@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_diffgemma.errors import UserError
 
+WIRING = ("auto", "off")
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -60,18 +61,36 @@ def check_memory(needed: int, what: str, remedy: str = "take a conversion with f
     raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {remedy}.")
 
 
-@contextlib.contextmanager
-def generation_memory() -> Iterator[None]:
-    """For the time of a generation keep the model in the Mac GPU's wired memory and bound MLX's cache of freed buffers.
+def wired_bytes(weights: int, working: int, limit: int, memory: int) -> int:
+    """How much macOS is asked to keep within the GPU's reach, 0 for nothing.
 
-    Generations may overlap and end in any order: the first sets the limits, the last restores them.  Nothing is set
-    elsewhere than on Metal.
+    Wiring keeps a large model from being moved out, which makes steps many times slower; it gains a small one nothing, and
+    has been tied to kernel panics of Macs that serve several requests (mlx#3186).
+
+    Args:
+        weights: bytes of the model.
+        working: bytes of caches and logits beside it.
+        limit: what macOS recommends for the GPU; MLX takes no more.
+        memory: of the whole machine.
+    """
+    return min(limit, weights + working) if 2 * weights > memory else 0
+
+
+@contextlib.contextmanager
+def generation_memory(held: Callable[[], tuple[int, int]]) -> Iterator[None]:
+    """For the time of a generation wire a large model on a Mac and bound MLX's cache of freed buffers.
+
+    ``held`` gives the bytes of the weights, and of caches and logits.  Generations may overlap and end in any order: the first
+    sets the limits, the last restores them.  Nothing is set elsewhere than on Metal.
     """
     if not mx.metal.is_available():
         yield
         return
     if _limits.running == 0:
-        _limits.before = (mx.set_wired_limit(memory_limit()), mx.set_cache_limit(memory_limit() // 8))
+        limit = memory_limit()
+        wired = wired_bytes(*held(), limit, _physical_memory()) if _limits.wiring == "auto" else 0
+        _limits.wired_before = mx.set_wired_limit(wired) if wired else None
+        _limits.cache_before = mx.set_cache_limit(limit // 8)
     _limits.running += 1
     try:
         yield
@@ -79,20 +98,54 @@ def generation_memory() -> Iterator[None]:
         _limits.running -= 1
         if _limits.running == 0:
             mx.synchronize()
-            mx.set_wired_limit(_limits.before[0])
-            mx.set_cache_limit(_limits.before[1])
+            if _limits.wired_before is not None:
+                mx.set_wired_limit(_limits.wired_before)
+            mx.set_cache_limit(_limits.cache_before)
+
+
+def set_wiring(mode: str) -> None:
+    """Whether ``generation_memory`` wires large models in this process, "auto" or "off".  Errors: UserError for another word."""
+    if mode not in WIRING:
+        raise UserError(f"Unknown --wired {mode!r}; use one of {', '.join(WIRING)}.")
+    _limits.wiring = mode
 
 
 class _Limits:
     running = 0
-    before = (0, 0)
+    wiring = "auto"
+    wired_before: int | None = None
+    cache_before = 0
 
 
 _limits = _Limits()
 
 
+def claim_process() -> None:
+    """Note that this process uses MLX, or refuse where its parent did: the threads and the GPU of MLX do not survive a fork.
+
+    Errors: UserError in a fork of a process that has loaded a model, where MLX would wait for ever.
+    """
+    pid = os.getpid()
+    if _process.owner is None:
+        _process.owner = pid
+    if _process.owner != pid:
+        raise UserError(f"This process ({pid}) was forked from one that has loaded a model ({_process.owner}), and MLX does "
+                        "not survive a fork; start it with multiprocessing's 'spawn' method, or fork before loading.")
+
+
+class _Process:
+    owner: int | None = None
+
+
+_process = _Process()
+
+
 def exact_float32() -> None:
-    """Ask MLX for true float32 products where it would take TF32; only before its first product."""
+    """Ask MLX for true float32 products where it would take TF32 (on M5 and CUDA: errors near 8e-4).
+
+    MLX reads the variable at its first product on the GPU and keeps to it, so this counts from the first model that is
+    loaded; a value that is set already stays.
+    """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 

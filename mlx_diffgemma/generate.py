@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma import hub
 from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
+from mlx_diffgemma.cost import held_bytes
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
@@ -144,7 +147,7 @@ def batch_generate(
         run = _batch_causal(model, requests, chosen, batch_size, draft_model)
     else:
         run = _batch_canvases(model, requests, _policy(model, policy, chosen, draft_model), chosen, batch_size)
-    with generation_memory():
+    with generation_memory(partial(held_bytes, model, batch_size)):
         for index, response in run:
             answers[index] = response
             if on_answer:
@@ -189,12 +192,13 @@ def _stream_canvases(model: DiffusionGemma, request: Request, policy: Policy, op
                      prompt_cache: PromptCache | None) -> Iterator[GenerationResponse]:
     session = request.session(model, policy, prompt_cache=prompt_cache)
     loop = Loop(model, [session], options.prefill_step_size, progress)
-    with generation_memory():
+    with generation_memory(partial(held_bytes, model)):
         request.begin()
         while loop.active:
             for _, step in loop.advance():
                 request.prefill_seconds = session.prefill_seconds
                 if on_step:
+                    mx.eval(step.canvas, step.argmax, step.accepted, step.entropy, step.logprob)  # for any thread to read
                     on_step(step)
                 if step.committed:
                     yield request.add_canvas(session.canvases[-1], session.finished)
@@ -203,7 +207,7 @@ def _stream_canvases(model: DiffusionGemma, request: Request, policy: Policy, op
 def _stream_causal(model: DiffusionGemma, request: Request, options: GenerationOptions, draft: DraftModel | None,
                    ) -> Iterator[GenerationResponse]:
     loop = _causal_loop(model, [request], options, draft)
-    with generation_memory():
+    with generation_memory(partial(held_bytes, model)):
         request.begin()
         loop.prefill()
         while loop.active:

@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.cost import held_bytes
 from mlx_diffgemma.demands import FREE, Demands, Stretch
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.draws import Draws
@@ -217,7 +219,7 @@ class _Run:
         loop = Loop(self.model, (), self.options.prefill_step_size)
         todo, waiting = deque(enumerate(self.fillings)), deque[Session]()
         running: dict[int, _Round] = {}  # by id of a session
-        with generation_memory():
+        with generation_memory(partial(held_bytes, self.model, self.batch_size)):
             while True:
                 loop.sessions = loop.active
                 while len(loop.sessions) < self.batch_size and (waiting or todo):

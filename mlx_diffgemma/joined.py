@@ -52,6 +52,8 @@ def join(modules: Sequence[nn.Module]) -> JoinedLinear | None:
             stop = start + module[name].shape[0]
             module[name] = arrays[name][start:stop]
             start = stop
+        # Here: the model may be used on another thread, and until then the separate matrices would be held as well.
+        mx.eval(arrays[name], [module[name] for module in modules])
     return JoinedLinear(arrays, tuple(module.weight for module in modules), _packing(modules[0]))
 
 

@@ -3,7 +3,7 @@
 ``encode`` runs the causal mode and writes the cache; ``denoise`` runs the canvas mode and only reads it.  Both are doors
 to one forward over *segments*: runs of rows that belong to one sequence.  All rows of a call go through the projections,
 the experts and the head together; attention runs segment by segment over that segment's own cache, so rows of a batch
-need no padding, no mask between sequences, and get the same numbers as alone.
+need no padding, no mask between sequences, and get the same numbers as alone (on Metal to rounding: docs/metal.md).
 
 The module tree carries the checkpoint's key paths (``model.decoder.layers.N...``).  This file knows no text and no
 sampling.
@@ -16,6 +16,7 @@ sampling.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -28,6 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
+from mlx_diffgemma.device import claim_process
 from mlx_diffgemma.joined import JoinedLinear, join
 from mlx_diffgemma.layers import (
     RMSNorm,
@@ -47,6 +49,8 @@ from mlx_diffgemma.layers import (
 )
 from mlx_diffgemma.masks import Mask, block_mask, causal_mask
 from mlx_diffgemma.vision import Grid, VisionEmbedder, VisionTower
+
+_reading = threading.Lock()
 
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
 SORT_FROM = 64
@@ -565,7 +569,10 @@ class DiffusionGemma(nn.Module):
 
         Only of a model whose config has a vision tower.  Source: DiffusionGemmaEncoderModel.get_image_features.
         """
+        claim_process()
         encoder = self.model.encoder
+        with _reading:  # the tower is read when the first image comes
+            mx.eval(encoder.vision_tower.parameters(), encoder.embed_vision.parameters())
         return encoder.embed_vision(encoder.vision_tower(patches, grid)).astype(self.dtype)
 
     def soft_embed(self, probabilities: mx.array, ids: mx.array | None = None) -> mx.array:
@@ -684,6 +691,7 @@ class DiffusionGemma(nn.Module):
 
         ``renew`` makes the segments anew, with caches of their own, for layers that run once more in the backward pass.
         """
+        claim_process()
         decoder, encoder = self.model.decoder, self.model.encoder.language_model
         positions = _concatenate([mx.arange(s.position, s.position + s.rows) for s in segments])
         shapes = self.config.text.layers

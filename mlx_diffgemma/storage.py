@@ -111,11 +111,14 @@ def _check_overlaps(tensors: Iterable[Stored]) -> None:
             raise _Damaged(f"tensors {before.name!r} and {after.name!r} overlap")
 
 
-def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """(the tensors of a safetensors file of any name, read lazily; its metadata).  Errors: UserError as ``read_header``."""
+def read_tensors(path: Path, stream: mx.Stream | None = None) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """(the tensors of a safetensors file of any name, read lazily, on ``stream``; its metadata).
+
+    Errors: UserError as ``read_header``.
+    """
     read_header(path)
     try:
-        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True, stream=stream)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None
     return dict(tensors), dict(metadata)

@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.device import check_memory, compute_dtype
+from mlx_diffgemma.device import check_memory, claim_process, compute_dtype, exact_float32
 from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.files import read_json
 from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.layouts import arrange, quantized_module
+from mlx_diffgemma.machine import check_machine
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Quantization
 from mlx_diffgemma.storage import DTYPES, INDEX, read_headers, read_tensors
@@ -30,6 +33,8 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     UserError for anything wrong with the folder, naming the file or the tensor; and when the model would not fit this
     machine's memory.
     """
+    check_machine()
+    claim_process()
     config = check_supported(folder)
     warn_of_low_attention(config, folder.name)
     found = arrange(read_headers(folder), config, str(folder))
@@ -37,19 +42,25 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     model = quantized_module(found.config, found.precisions)
     stored = found.tensors["model.decoder.norm.weight"].stored
     target = compute_dtype(DTYPES.get(stored.dtype, mx.bfloat16), dtype)
+    if target == mx.float32:
+        exact_float32()
     needed = sum(tensor.nbytes(target) for tensor in found.tensors.values())
     check_memory(needed, f"{folder.name} in {str(target).removeprefix('mlx.core.')}")
     files = sorted({piece.stored.path for tensor in found.tensors.values() for piece in tensor.pieces})
     whole = {name: array for path in files for name, array in read_tensors(path)[0].items()}
+    # The tower stays unread until the first image, which may come on another thread.
+    tower = _of_any_thread(files) if any(name.startswith(VISION) for name in found.tensors) else {}
     # Read and cast tensor by tensor, dropping each original, so that at no time two copies of the model are held.
     for name, tensor in found.tensors.items():
-        value = tensor.assemble(whole)
+        if name.startswith(VISION):
+            with mx.stream(_shared_stream()):
+                value = _cast(tensor.assemble(tower), target)
+        else:
+            value = _cast(tensor.assemble(whole), target)
+            mx.eval(value)
         for piece in tensor.pieces:
             whole.pop(piece.stored.name, None)
-        if mx.issubdtype(value.dtype, mx.floating):
-            value = value.astype(target)
-        if not name.startswith(VISION):  # those are read when the first image comes
-            mx.eval(value)
+            tower.pop(piece.stored.name, None)
         model.update(tree_unflatten([(name, value)]))
     model.join()
     model.eval()
@@ -86,3 +97,19 @@ def warn_of_low_attention(config: ModelConfig, name: str) -> None:
             f"{name} holds attention at {lowest} bits, as conversions from before mlx-vlm's fix of June 2026 do: canvases converge "
             "late or not at all. Download the current mlx-community conversion again (`hf download --force-download`), or make one "
             "with `mlx-diffgemma convert -q`."), stacklevel=2)
+
+
+def _cast(value: mx.array, target: mx.Dtype) -> mx.array:
+    return value.astype(target) if mx.issubdtype(value.dtype, mx.floating) else value
+
+
+@functools.cache
+def _shared_stream() -> mx.Stream:
+    """A stream that belongs to no thread, where others belong to the one that made them, as do arrays that are still to be
+    computed on them.  One for all models; ``DiffusionGemma.see`` takes care that only one thread at a time uses it."""
+    return mx.new_thread_unsafe_stream(mx.cpu)
+
+
+def _of_any_thread(files: Sequence[Path]) -> dict[str, mx.array]:
+    """The tensors of these files, to be read by whichever thread needs them first."""
+    return {name: array for path in files for name, array in read_tensors(path, _shared_stream())[0].items()}

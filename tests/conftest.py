@@ -2,6 +2,7 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, before it is imported: tests run side by side
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # of MLX, before its first product: bounds of float32 are those of true float32
 
 from tests.metal import plugin  # before mlx.core, whose graphs it sees from here on
 

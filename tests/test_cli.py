@@ -177,6 +177,9 @@ class TestOtherCommands:
         assert packed["logits"] < 1e-3, "the reference on the dequantised weights"
         assert packed["trajectory"] == packed["trajectory_steps"]
         assert {"device", "chip", "blas", "mlx", "os"} <= set(record["machine"])
+        assert [way["name"] for way in record["ways"] if not way["ok"]] == []
+        assert {way["name"].split(", ")[1] for way in record["ways"]} == {"float32", "bfloat16"}
+        assert record["deep"] == []
 
     @pytest.mark.slow
     def test_doctor_notices_other_numbers(self, monkeypatch, capsys):

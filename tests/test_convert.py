@@ -531,6 +531,15 @@ class TestBadInput:
         convert(str(source), tmp_path / "out", overwrite=True)
         assert (tmp_path / "out.old" / "thesis.txt").exists()
 
+    def test_onto_itself_in_another_case(self, source, tmp_path, monkeypatch):
+        """As a file system does that takes upper and lower case for the same name (APFS by default)."""
+        folder = tmp_path / "Model"
+        shutil.copytree(source, folder)
+        monkeypatch.setattr(Path, "samefile", lambda one, other: str(one).casefold() == str(other).casefold())
+        for mlx_path in (tmp_path / "model", tmp_path / "model" / "inside"):
+            with pytest.raises(UserError, match="lie in each other"):
+                convert(str(folder), mlx_path)
+
     def test_onto_itself(self, source, tmp_path):
         shutil.copytree(source, tmp_path / "outer" / "inner")
         outer = tmp_path / "outer"

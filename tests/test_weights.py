@@ -1,7 +1,9 @@
 import gc
 import json
 import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -184,7 +186,8 @@ class TestWarning:
 
     @staticmethod
     def warnings_of(folder, recipe, change=lambda raw: None):
-        made = convert(str(folder), folder.parent / recipe, recipe=recipe, overwrite=True)
+        # A folder for each: without its mark one is no longer ours to overwrite.
+        made = convert(str(folder), Path(tempfile.mkdtemp(dir=folder.parent)) / recipe, recipe=recipe)
         raw = json.loads((made / "config.json").read_text())
         change(raw)
         (made / "config.json").write_text(json.dumps(raw))

@@ -32,7 +32,7 @@ from mlx_diffgemma.images import BUDGETS, Image, fitting_size
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.parity.reference import Reference, ReferenceCanvas, ReferenceStep
 from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.prompt import PlacedImage, read_rows
+from mlx_diffgemma.prompt import PlacedImage, check_eyes, read_rows
 from mlx_diffgemma.sampler import Before, Flag
 from mlx_diffgemma.session import CanvasStep, Loop, Session
 from mlx_diffgemma.vision import axial_table
@@ -197,15 +197,11 @@ def compare_images(model: DiffusionGemma, reference: Reference, images: Sequence
     """The tower stage by stage on every image, and the encoder's hidden states and first logits of a prompt with each group."""
     stages: dict[str, StageErrors] = {}
     hidden, logits = StageErrors("encoder hidden states, images"), StageErrors("logits behind images")
-    rng, text, tokens = np.random.default_rng(seed), model.config.text, model.config.image_tokens
+    rng, text = np.random.default_rng(seed), model.config.text
     if not images:
         return []
-    assert tokens is not None
-    special = (tokens.begin, tokens.image, tokens.end)
-    if not all(0 <= token < text.vocab_size for token in special):
-        raise UserError(f"config.json: the ids around images {special} must lie within the vocabulary of {text.vocab_size:,}, or "
-                        "no prompt with an image can be read; correct them.")
-    plain_ids = np.setdiff1d(np.arange(1, text.vocab_size), special)
+    _, tokens = check_eyes(model.config)
+    plain_ids = np.setdiff1d(np.arange(1, text.vocab_size), (tokens.begin, tokens.image, tokens.end))
     exact = "float64" in reference.variants
     variants = [name for name in reference.variants if name != "grouped_mm"]  # the tower has no experts
     for group in images:
@@ -324,35 +320,37 @@ class _Choice:
 
 def _follow(result: TrajectoryResult, reference: Reference, model: DiffusionGemma, theirs: list[ReferenceCanvas], draws: Draws,
             start: tuple[int, int], max_steps: int) -> None:
-    """Compare the steps from ``start`` (canvas, step) on, each from the reference's own canvas and signal."""
+    """Compare the steps from ``start`` (canvas, step) on, each from the reference's own canvas and signal.
+
+    Steps whose signal was too large to keep are left out.
+    """
     first_canvas, first_step = start
     for index in range(first_canvas, len(theirs)):
         canvas = theirs[index]
         result.canvases += index > first_canvas
-        cache, their_cache = Cache(model.config.text), reference.encode(canvas.prefix.tolist()).cache
+        cache = Cache(model.config.text)
         model.encode([mx.array(canvas.prefix.astype(np.int32))], [cache])
-        scaled: np.ndarray | None = None
-        for number, step in enumerate(canvas.steps):
-            if index > first_canvas or number >= first_step:
-                result.steps += 1
-                mine = _choose(model, cache, canvas, number, scaled, draws, index, max_steps)
-                names = [name for name in ("argmax", "accepted", "canvas")
-                         if not np.array_equal(getattr(mine, name), getattr(step, name))]
-                names += ["stop"] if mine.stop != step.stopped else []
-                if names:
-                    judge = _Decision(reference, model, canvas, step, draws, index, number, max_steps, scaled, carried=False)
-                    result.ended.append(judge.first(names, mine))
-                    if not result.ended[-1].excused:
-                        return
-            logits, _ = reference.denoise(their_cache, step.canvas_in, scaled)
-            scaled = (logits / _policy(model, max_steps).schedule(number)).astype(np.float32)
+        for number in range(first_step if index == first_canvas else 0, len(canvas.steps)):
+            step = canvas.steps[number]
+            if number and step.signal is None:
+                continue
+            result.steps += 1
+            mine = _choose(model, cache, canvas, number, draws, index, max_steps)
+            names = [name for name in ("argmax", "accepted", "canvas")
+                     if not np.array_equal(getattr(mine, name), getattr(step, name))]
+            names += ["stop"] if mine.stop != step.stopped else []
+            if names:
+                judge = _Decision(reference, model, canvas, step, draws, index, number, max_steps, carried=False)
+                result.ended.append(judge.first(names, mine))
+                if not result.ended[-1].excused:
+                    return
 
 
-def _choose(model: DiffusionGemma, cache: Cache, canvas: ReferenceCanvas, number: int, scaled: np.ndarray | None, draws: Draws,
-            index: int, max_steps: int) -> _Choice:
-    """Our step ``number`` of the reference's canvas, with the signal of its ``scaled`` logits of the step before."""
+def _choose(model: DiffusionGemma, cache: Cache, canvas: ReferenceCanvas, number: int, draws: Draws, index: int, max_steps: int,
+            ) -> _Choice:
+    """Our step ``number`` of the reference's canvas, with its signal."""
     policy, step, length = _policy(model, max_steps), canvas.steps[number], model.config.canvas_length
-    soft = None if scaled is None else conditioning.dense(model, mx.array(scaled[None]))
+    soft = None if step.signal is None else conditioning.dense(model, mx.array(step.signal[None]))
     canvas_in = mx.array(step.canvas_in.astype(np.int32))[None]
     logits = model.denoise(canvas_in, [cache], soft).logits
     past = [np.full(length, -1), *(before.argmax for before in canvas.steps[:number])]
@@ -373,7 +371,7 @@ class _Decision:
     """The margins of the decisions of one step, and how far the reference's variants are apart in each quantity."""
 
     def __init__(self, reference: Reference, model: DiffusionGemma, canvas: ReferenceCanvas, step: ReferenceStep,
-                 draws: Draws, index: int, number: int, max_steps: int, signal: np.ndarray | None = None, carried: bool = True):
+                 draws: Draws, index: int, number: int, max_steps: int, carried: bool = True):
         self.step, self.index, self.number = step, index, number
         self.generation = model.config.generation
         length = model.config.canvas_length
@@ -381,9 +379,9 @@ class _Decision:
         policy = _policy(model, max_steps)
         self.scaled, self.router = [], []
         for name in reference.variants:
-            cache, scaled = reference.encode(canvas.prefix.tolist(), name).cache, signal
+            cache, scaled = reference.encode(canvas.prefix.tolist(), name).cache, None
             if not carried:  # both sides were given the same signal
-                logits, margins = reference.denoise(cache, step.canvas_in, signal, name)
+                logits, margins = reference.denoise(cache, step.canvas_in, step.signal, name)
                 self.scaled.append((logits / policy.schedule(number)).astype(np.float64))
                 self.router.append(margins.astype(np.float64))
                 continue

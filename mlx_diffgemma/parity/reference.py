@@ -28,6 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A float64 copy of a model beyond this many parameters would not fit beside it.
 FLOAT64_LIMIT = 2_000_000_000
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, OSError)  # what transformers raises for settings it does not take
+SIGNAL_LIMIT = 2**24  # bytes of the signals of a step's rows: larger ones are not kept
 PADDED_TO = 1260  # patches: a multiple of the smallest budget, of squares of nine and of four
 
 
@@ -42,13 +43,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """One denoising step of one row; all arrays are [length]."""
+    """One denoising step of one row; all arrays are [length].
+
+    ``signal`` [length, vocabulary] are the scaled logits of the step before, where they were kept (see ``SIGNAL_LIMIT``).
+    """
 
     canvas_in: np.ndarray
     canvas: np.ndarray
     argmax: np.ndarray
     accepted: np.ndarray
     stopped: bool
+    signal: np.ndarray | None = None
 
 
 @dataclass
@@ -233,8 +238,11 @@ class _Recorder:
             before = inputs["finished_denoising"].clone()
             with mock.patch.object(torch, "multinomial", self._multinomial):
                 out = step(**inputs)
-            self.steps[-1].append({"canvas_in": inputs["current_canvas"], "canvas": out[0], "argmax": out[1], "before": before,
-                                   "finished": out[3].clone(), "accepted": self.sampler.accepted_token_mask})
+            signal = inputs["self_conditioning_logits"] if self.step else None
+            kept = signal is not None and signal.numel() * signal.element_size() <= SIGNAL_LIMIT
+            self.steps[-1].append({"signal": signal if kept else None, "canvas_in": inputs["current_canvas"], "canvas": out[0],
+                                   "argmax": out[1], "before": before, "finished": out[3].clone(),
+                                   "accepted": self.sampler.accepted_token_mask})
             self.in_step, self.step = False, self.step + 1
             return out
 
@@ -270,7 +278,8 @@ class _Recorder:
                 if step["before"][row]:
                     break
                 pick = {name: _numpy(step[name][row]) for name in ("canvas_in", "canvas", "argmax", "accepted")}
-                canvas.steps.append(ReferenceStep(stopped=bool(step["finished"][row]), **pick))
+                signal = None if step["signal"] is None else _numpy(step["signal"][row])
+                canvas.steps.append(ReferenceStep(stopped=bool(step["finished"][row]), signal=signal, **pick))
             canvases.append(canvas)
             if ends & set(committed.tolist()):
                 break

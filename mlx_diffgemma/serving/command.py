@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_diffgemma import nano
+from mlx_diffgemma.device import set_wiring
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.flags import Adapter, Draft, DraftRules, Dtype, Model, Preset, Revision, Sampler, Steps, Threshold, drafter_of
 from mlx_diffgemma.generate import load
@@ -78,6 +79,8 @@ def serve_command(
     any_model: Annotated[bool, typer.Option("--any-model", help="Answer requests for a model of any name.")] = False,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers have to finish when the server is told to "
                                        "stop.")] = 10,
+    wired: Annotated[str, typer.Option(help="On a Mac: 'auto' keeps a model that takes more than half of the memory within the "
+                                       "GPU's reach; 'off' leaves that to macOS. See docs/metal.md.")] = "auto",
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}.")] = "info",
 ) -> None:
     """Serve the model over OpenAI's protocol, with a page to watch it at /."""
@@ -90,6 +93,7 @@ def serve_command(
         raise UserError(MISSING) from None
     if log_level not in LEVELS:
         raise UserError(f"Unknown log level {log_level!r}; use one of {', '.join(LEVELS)}.")
+    set_wiring(wired)
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
         raise UserError("An API key goes into a header: it must be ASCII, not empty, and have no blanks at its ends.")
     for wrong in (name for name in allowed_hosts if not HOST.fullmatch(name)):

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -156,7 +157,7 @@ class Engine:
         self._loop = Loop(self.model, (), self.prefill_step_size)
         self._running = True
         ready()
-        with generation_memory():
+        with generation_memory(partial(cost.held_bytes, self.model, self.max_batch)):
             while self._wait():
                 self._turn()
         self._running = False

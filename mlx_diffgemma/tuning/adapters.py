@@ -129,6 +129,7 @@ def prepare(model: DiffusionGemma, options: AdapterOptions) -> None:
         for path in set(options.keys) & set(EXPERTS):
             name = path.removeprefix("experts.")
             layer.experts[name] = LoRAExpertLinear(layer.experts[name], rank, scale, dropout)
+    mx.eval(model.trainable_parameters())  # here: the model may be used on another thread
 
 
 def _unfreeze(model: DiffusionGemma, options: AdapterOptions, count: int) -> None:
@@ -248,4 +249,6 @@ def put_weights(model: DiffusionGemma, places: Mapping[str, mx.array], weights: 
         if name not in places or places[name].shape != value.shape:
             expected = f"expected {places[name].shape}" if name in places else "which is not among what is trained there"
             raise UserError(f"{path} does not fit this model: {name} has shape {value.shape}, {expected}.")
-    model.update(tree_unflatten([(name, value.astype(places[name].dtype)) for name, value in weights.items()]))
+    found = {name: value.astype(places[name].dtype) for name, value in weights.items()}
+    mx.eval(found)
+    model.update(tree_unflatten(list(found.items())))

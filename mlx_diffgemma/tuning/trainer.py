@@ -1,6 +1,7 @@
 """The training loop: batches, steps, validation on fixed noise, checkpoints that a killed run goes on from bit for bit.
 
 Every random number depends on the seed and on the iteration alone, so a checkpoint need not hold any generator's state.
+On a GPU runs agree to rounding only: the gradients of gathers are atomic additions there, in no fixed order.
 """
 
 from __future__ import annotations

@@ -147,7 +147,13 @@ def test_generation_settings_that_the_reference_refuses(settings, tmp_path, tiny
 @pytest.mark.parametrize("key", ["image_token_id", "boi_token_id", "eoi_token_id"])
 def test_image_ids_outside_of_the_vocabulary(key, tmp_path, sighted_folder):
     folder = changed(sighted_folder, tmp_path / "model", "config.json", lambda content: content.update({key: 100_000}))
-    with pytest.raises(UserError, match="must lie within the vocabulary of 301|outside|vocabulary"):
+    with pytest.raises(UserError, match=f"config.json: {key} must be a whole number from 0 to 300, got 100000"):
+        run(folder, prompts=1, canvases=1)
+
+
+def test_a_tower_without_image_ids(tmp_path, sighted_folder):
+    folder = changed(sighted_folder, tmp_path / "model", "config.json", lambda content: content.pop("image_token_id"))
+    with pytest.raises(UserError, match="config.json must name|image_token_id"):
         run(folder, prompts=1, canvases=1)
 
 
