@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_diffgemma.cli import _record
+from mlx_diffgemma.cli import _print_answer, _record
+from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.run import EvaluationReport, TaskResult
 from mlx_diffgemma.images import open_image
 from mlx_diffgemma.request import GenerationResponse
+from mlx_diffgemma.trace import Recorder
 from mlx_diffgemma.tuning.run import read_config
 from mlx_diffgemma.video import Video, _open
 from tests.test_cli import run
@@ -64,7 +66,7 @@ class TestBeforeTheWork:
             assert (code, "did not write, such as model.py" in err) == (2, True), err
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["drafter", "model.py", "model.py", "trained-drafter"]
 
-    @pytest.mark.parametrize("words", [["generate", "-p", "fox"], ["decide", "-p", "fox", "--choices", "a,b"]])
+    @pytest.mark.parametrize("words", [["generate", "-p", "fox"], ["decide", "-p", "fox"]])
     @pytest.mark.parametrize(("target", "says"), [
         ("folder", "is a folder"), ("none/c", "there is no folder"), ("pipe", "is a named pipe"), ("diary", "not a cache file")])
     def test_a_cache_file(self, monkeypatch, capsys, tmp_path, random_pair, words, target, says):
@@ -97,6 +99,23 @@ class TestPrintedBeforeWritten:
         code, out, _ = run(monkeypatch, capsys, "evaluate", "--tasks", "add", "--output-dir=~/out", "--json")
         assert code == 0
         assert json.loads((tmp_path / "out" / "evaluate-diffusion.json").read_text()) == json.loads(out)
+
+    def test_an_answer_whose_trace_failed(self, capsys, tmp_path):
+        recorder = Recorder(tmp_path / "a.jsonl", None, {})
+
+        def responses():
+            recorder.failure = UserError("the disk is full")
+            yield TestConverged.PART
+
+        with pytest.raises(UserError, match="the disk is full"):
+            _print_answer(responses(), None, True, False, recorder)
+        assert capsys.readouterr().out.splitlines()[0] == "a"
+
+    def test_decisions(self, full_disk, monkeypatch, capsys, tmp_path, random_pair):
+        monkeypatch.setattr("mlx_diffgemma.decide_command.load", lambda *_, **__: random_pair)
+        file = str(tmp_path / "c")
+        code, out, err = run(monkeypatch, capsys, "decide", "-p", "fox", "--prompt-cache-file", file)
+        assert (code, bool(out), "c cannot be written (No space left on device)" in err) == (2, True, True)
 
     def test_a_drafters_worth(self, full_disk, monkeypatch, capsys, tmp_path):
         model = SimpleNamespace(dtype="float32")

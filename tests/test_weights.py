@@ -184,7 +184,8 @@ class TestWarning:
 
     @staticmethod
     def warnings_of(folder, recipe, change=lambda raw: None):
-        made = convert(str(folder), folder.parent / recipe, recipe=recipe, overwrite=True)
+        shutil.rmtree(folder.parent / recipe, ignore_errors=True)
+        made = convert(str(folder), folder.parent / recipe, recipe=recipe)
         raw = json.loads((made / "config.json").read_text())
         change(raw)
         (made / "config.json").write_text(json.dumps(raw))
