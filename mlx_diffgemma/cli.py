@@ -28,7 +28,8 @@ from drafter.commands import app as drafting
 from mlx_diffgemma import __version__, nano
 from mlx_diffgemma.decide_command import decide_command
 from mlx_diffgemma.device import memory_limit
-from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
+from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.failures import check_arguments, hear_interrupts, reported
 from mlx_diffgemma.files import check_folder, expand_path, make_folder, read_stdin, write_json
 from mlx_diffgemma.flags import (
     Adapter,
@@ -123,6 +124,8 @@ def generate_command(
     think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
     prefill_response: Annotated[str | None, typer.Option(help="Text the answer begins with.")] = None,
     ignore_chat_template: Annotated[bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
+    allow_control_tokens: Annotated[bool, typer.Option("--allow-control-tokens", help="Read what looks like a control token in the "
+                                                       "prompt as one; without it, it is plain text.")] = False,
     chat_template_config: Annotated[str | None, typer.Option(help="JSON object of further chat-template variables.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Cut the answer after this many tokens. "
                                                    "Default: until it ends, at most 4,096 or the context.")] = DEFAULTS.max_tokens,
@@ -195,10 +198,11 @@ def generate_command(
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
         drafter = drafter_of(draft_model, draft_rules, network, tokenizer, mode)
     if ignore_chat_template:
-        ids = encode_prompt(tokenizer, text)
+        ids = encode_prompt(tokenizer, text, literal=not allow_control_tokens)
     else:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        ids = chat_ids(tokenizer, [*system, user_message(text, len(media))], think=think, **variables)
+        ids = chat_ids(tokenizer, [*system, user_message(text, len(media))], think=think,
+                       allow_control_tokens=allow_control_tokens, **variables)
     cache = prompt_cache_at(prompt_cache_file, network, tokenizer)
     prefix = tokenizer.encode(prefill_response, add_special_tokens=False) if prefill_response else []
     live = None
@@ -813,18 +817,14 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point, with ``sys.argv``'s arguments or others: mistakes of the user become one line and exit code 2."""
+    """Entry point, with ``sys.argv``'s arguments or others; every failure becomes one line and an exit code."""
+    hear_interrupts()
     warnings.showwarning = _show_warning
     for category in SHOWN:
         warnings.simplefilter("always", category)
-    try:
+    with reported(lambda line: errors.print(line, markup=False)):
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
-    except UserError as error:
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(2)
-    except NonFiniteLogitsError as error:
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(1)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -39,7 +39,7 @@ Threshold = Annotated[float | None, typer.Option(help="Rule: probability from wh
                                                  "token. Default: 0.9.")]
 Schema = Annotated[Path | None, typer.Option("--json-schema", help="The answer, or each hole, is JSON that the schema in this file "
                                              "admits, whatever the model thinks. See docs/structure.md.")]
-Regex = Annotated[str | None, typer.Option(help="It is a text that this expression matches as a whole.")]
+Regex = Annotated[str | None, typer.Option(help="The whole answer must match this regular expression, of ECMA-262 (JavaScript's).")]
 Choices = Annotated[str | None, typer.Option(help="It is one of these texts, separated by commas.")]
 Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id: it guesses canvases, or the next "
                                            "tokens with --mode ar, and the model checks; 'nano-drafter' is built in. See "

@@ -50,6 +50,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
         if not name.startswith(VISION):  # those are read when the first image comes
             mx.eval(value)
         model.update(tree_unflatten([(name, value)]))
+    model.join()
     model.eval()
     return model
 

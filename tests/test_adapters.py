@@ -105,7 +105,9 @@ class TestPrepare:
         ({"lora_parameters": LORA | {"dropout": 1.0}}, "dropout"), ({"lora_parameters": LORA | {"r": 8}}, "unknown: r"),
         ({"fine_tune_type": "dora", "train_experts": True}, "DoRA"),
         ({"fine_tune_type": "dora", "lora_parameters": LORA | {"keys": ["experts.down_proj"]}}, "DoRA"),
-        ({"lora_parameters": LORA | {"scale": "x"}}, "must be numbers")])
+        ({"lora_parameters": LORA | {"scale": "x"}}, "lora_parameters.scale must be a number, got 'x'"),
+        ({"lora_parameters": LORA | {"rank": 2.0}}, "rank must be a whole number"),
+        ({"lora_parameters": LORA | {"keys": "q"}}, "keys must be a list")])
     def test_options_that_make_no_sense(self, options, word):
         with pytest.raises(UserError, match=word):
             AdapterOptions(**options)

@@ -61,7 +61,7 @@ class TestRecipes:
 
     @pytest.mark.parametrize("recipe", few(RECIPES.values(), "4bit"), ids=lambda r: r.name)
     def test_saved_and_loaded_is_quantised_in_memory(self, recipe, tmp_path):
-        saved = load_model(convert("nano", tmp_path / "out", recipe=recipe.name))
+        saved = load_model(convert("nano", tmp_path / "out", recipe=recipe.name), "float32")
         # MLX's own quantiser on the stored bfloat16 weights, then the cast that loading does
         memory = load_model(nano.FOLDER, "bfloat16")
 
@@ -100,7 +100,7 @@ class TestRecipes:
         plain = convert(str(packed), tmp_path / "d", dequantize=True, dtype="float32")
         assert "quantization" not in json.loads((plain / "config.json").read_text())
         assert tensors_of(plain).keys() == tensors_of(nano.FOLDER).keys()
-        for a, b in zip(logits(load_model(packed)), logits(load_model(plain))):
+        for a, b in zip(logits(load_model(packed, "float32")), logits(load_model(plain))):
             assert mx.abs(a - b).max() < 1e-4
 
     def test_uniform_4bit_is_further_from_the_original(self, tmp_path):
@@ -364,52 +364,31 @@ class TestInterruption:
     @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
     def test_killed(self, existing, divisible_folder, tmp_path):
         """SIGKILL at ten random file operations of a process of its own."""
-        script = tmp_path / "run.py"
-        script.write_text(
-            "import os, signal, sys\n"
-            "from mlx_diffgemma import convert\n"
-            "left = int(sys.argv[1])\n"
-            "def count(*_):\n"
-            "    global left\n"
-            "    left -= 1\n"
-            "    if left == 0:\n"
-            "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "def counted(function):\n"
-            "    def call(*arguments, **keywords):\n"
-            "        count()\n"
-            "        return function(*arguments, **keywords)\n"
-            "    return call\n"
-            "for name in ('pwrite', 'fsync', 'ftruncate', 'rename', 'unlink', 'mkdir', 'rmdir'):\n"
-            "    setattr(os, name, counted(getattr(os, name)))\n"
-            "sys.addaudithook(lambda event, arguments: count() if event == 'open' and 'out' in str(arguments[0]) else None)\n"
-            "start = left\n"
-            "sys.modules['mlx_diffgemma.convert'].SHARD_SIZE = 300_000\n"
-            "convert(sys.argv[2], sys.argv[3], recipe='4bit', overwrite=True)\n"
-            "print(start - left)\n")
-
-        def run(limit, target):
-            return subprocess.run([sys.executable, str(script), str(limit), str(divisible_folder), str(target)], cwd=ROOT,
-                                  capture_output=True, text=True)
-
         unbroken, old = tmp_path / "unbroken", convert(str(divisible_folder), tmp_path / "old", recipe="8bit")
-        points = int(run(0, tmp_path / "out0" / "x").stdout)
-        shutil.copytree(tmp_path / "out0" / "x", unbroken)
-        for number, point in enumerate(random.Random(existing).sample(range(1, points), 10)):
-            target = tmp_path / f"out-{number}" / "x"
-            target.parent.mkdir()
-            if existing:
-                shutil.copytree(old, target)
-            done = run(point, target)
-            assert done.returncode == -signal.SIGKILL, done.stderr
-            if target.exists() and existing and (target / "README.md").read_bytes() == (old / "README.md").read_bytes():
-                same_files(old, target)
-            else:
-                state_is_sound(target, unbroken)
-            code = "import sys\nimport mlx_diffgemma\nmodule = sys.modules['mlx_diffgemma.convert']\n" \
-                   "module.SHARD_SIZE = 300_000\nmodule.convert(*sys.argv[1:], recipe='4bit', overwrite=True, resume=True)"
-            subprocess.run([sys.executable, "-c", code, str(divisible_folder), str(target)], cwd=ROOT, check=True)
-            same_files(unbroken, target)
-            assert [path.name for path in target.parent.iterdir()] == ["x"]
+        command = [sys.executable, "-m", "tests.conversions", str(divisible_folder)]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as jobs:
+
+            def run(target, kill_at=0, resume=False):
+                jobs.stdin.write(json.dumps({"target": str(target), "kill_at": kill_at, "resume": resume}) + "\n")
+                jobs.stdin.flush()
+                return json.loads(jobs.stdout.readline())
+
+            status, points = run(tmp_path / "out0" / "x")
+            assert status == 0
+            shutil.copytree(tmp_path / "out0" / "x", unbroken)
+            for number, point in enumerate(random.Random(existing).sample(range(1, points), 10)):
+                target = tmp_path / f"out-{number}" / "x"
+                target.parent.mkdir()
+                if existing:
+                    shutil.copytree(old, target)
+                assert run(target, point)[0] == signal.SIGKILL
+                if target.exists() and existing and (target / "README.md").read_bytes() == (old / "README.md").read_bytes():
+                    same_files(old, target)
+                else:
+                    state_is_sound(target, unbroken)
+                assert run(target, resume=True)[0] == 0
+                same_files(unbroken, target)
+                assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
 class TestBadInput:

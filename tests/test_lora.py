@@ -12,8 +12,9 @@ from mlx_diffgemma import chat_ids, generate, load
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import write_tensors
 from mlx_diffgemma.storage import read_tensors
+from mlx_diffgemma.tuning.commands import OWN, _options
 from mlx_diffgemma.tuning.data import load_split, load_splits
-from mlx_diffgemma.tuning.run import Run, TuningOptions, check_target
+from mlx_diffgemma.tuning.run import Run, TuningOptions, check_target, read_config
 from mlx_diffgemma.weights import load_model
 from tests.test_cli import run
 
@@ -136,9 +137,44 @@ class TestCommand:
         code, _, err = self.lora(monkeypatch, capsys, tmp_path, *arguments)
         assert (code, says in err) == (2, True), err
 
+    @pytest.mark.parametrize("text", ["seed: null\nlr_schedule: null\noptimizer_config:\nlora_parameters: null",
+                                      "report_to: null\nproject_name: x\ntest_batches: -1\nclear_cache_threshold: 0\nconfig:"],
+                             ids=["null", "mlx-lm's own"])
+    def test_what_changes_nothing_passes(self, text, tmp_path):
+        (tmp_path / "c.yaml").write_text(text)
+        assert TuningOptions.from_mapping(read_config(tmp_path / "c.yaml"), "c.yaml") == TuningOptions()
+
+    def test_the_model_of_the_command_line_goes_before_that_of_the_file(self, tmp_path):
+        (tmp_path / "c.yaml").write_text("model: elsewhere\ntrain: true\n")
+        given = dict.fromkeys(OWN) | {"config": tmp_path / "c.yaml", "train": False}
+        assert _options(given)[1]["model"] == "elsewhere"
+        assert _options(given | {"model": "nano"})[1]["model"] == "nano"
+
+    def test_no_batches_of_validation_are_no_validation(self, monkeypatch, capsys, tmp_path):
+        write(tmp_path / "data", train=PAIRS, valid=PAIRS[:2])
+        (tmp_path / "c.yaml").write_text("val_batches: 0\n")
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "--iters", "1", "-c", str(tmp_path / "c.yaml"))
+        assert (code, "valid: loss" in err) == (0, False), err
+
     @pytest.mark.parametrize(("text", "says"), [
-        ("rnak: 3", "Unknown option 'rnak'"), ("- a", "must hold options"), ("a: [", "not valid YAML"),
-        ("lora_parameters: {rank: 8, alpha: 16}", "scale"), ("lr_schedule: {name: zigzag, arguments: [1]}", "lr_schedule")])
+        ("rnak: 3", "c.yaml: unknown option 'rnak'"), ("- a", "must hold options"), ("a: [", "not valid YAML"),
+        ("lora_parameters: {rank: 8, alpha: 16}", "scale"), ("lr_schedule: {name: zigzag, arguments: [1]}", "lr_schedule"),
+        ("lr_schedule: {name: cosine_decay, arguments: [a, b]}", "lr_schedule"),
+        ("optimizer: adamw\noptimizer_config: {adamw: {betas: 3, colour: red}}", "optimizer_config"),
+        ("mask_prompt: 'false'", "c.yaml: mask_prompt must be true or false, got 'false'"),
+        ("train: 'no'", "c.yaml: train must be true or false, got 'no'"),
+        ("model: [nano]", "c.yaml: model must be a text"),
+        ("learning_rate: '1e-5'", "c.yaml: learning_rate must be a number, got '1e-5'"),
+        ("learning_rate: .inf", "c.yaml: learning_rate must be a number"),
+        ("iters: '10'", "c.yaml: iters must be a whole number, got '10'"),
+        ("iters: 2.5", "c.yaml: iters must be a whole number, got 2.5"),
+        ("seed: -1", "seed must be a whole number from 0"),
+        ("val_batches: -2", "val_batches must be -1 (all), 0 (no validation) or more"),
+        ("lora_parameters: 8", "lora_parameters must hold named values, got 8"),
+        ("report_to: wandb", "unknown option 'report_to'"),
+        ("1: 2", "must hold options by name"),
+        pytest.param("iters: " + "9" * 5000, "not valid YAML", id="5,000 digits"),
+        pytest.param("[" * 3000, "not valid YAML", id="nested")])
     def test_wrong_files(self, monkeypatch, capsys, tmp_path, text, says):
         write(tmp_path / "data", train=PAIRS)
         (tmp_path / "c.yaml").write_text(text)

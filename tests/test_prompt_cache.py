@@ -277,7 +277,7 @@ class TestFile:
         with pytest.raises(UserError, match="another model"):
             PromptCache.load(path, load_model(make_checkpoint(tmp_path / "m", "divisible")), tokenizer)
         with pytest.raises(UserError, match="another model"):
-            PromptCache.load(path, load_model(nano.FOLDER, "bfloat16"), tokenizer)
+            PromptCache.load(path, load_model(nano.FOLDER, "float16"), tokenizer)
         with pytest.raises(UserError, match="another model"):
             turn((tiny, tokenizer), [5, 6, 7], cache)
 

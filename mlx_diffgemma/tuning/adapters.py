@@ -24,6 +24,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import expand_path, open_binary, read_json, write_text
 from mlx_diffgemma.model import DiffusionGemma, ExpertLinear, QuantizedExpertLinear
 from mlx_diffgemma.storage import read_tensors
+from mlx_diffgemma.values import Values
 
 TYPES = ("lora", "dora", "full")
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -31,6 +32,7 @@ DENSE = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 ROUTER = ("router.proj",)
 CONDITIONING = tuple(f"model.decoder.self_conditioning.{name}_proj" for name in ("gate", "up", "down"))
+MOST_RANK = 2**16
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 MARK = "mlx_diffgemma"  # in adapter_config.json: what only this package writes
 
@@ -61,13 +63,13 @@ class AdapterOptions:
         if unknown or missing:
             raise UserError(f"lora_parameters must hold rank, scale and dropout, and may hold keys; "
                             f"{f'unknown: {unknown[0]}' if unknown else f'missing: {missing[0]}'}.")
-        rank, dropout = self.lora_parameters["rank"], self.lora_parameters["dropout"]
-        if not all(isinstance(self.lora_parameters[name], (int, float)) for name in ("scale", "dropout")):
-            raise UserError("The scale and the dropout of lora_parameters must be numbers.")
-        if not isinstance(rank, int) or rank < 1:
-            raise UserError(f"The rank must be a whole number of at least 1, got {rank}.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout must lie between 0 and 1, got {dropout}.")
+        values = Values(self.lora_parameters, "options", "lora_parameters.")
+        values.integer("rank", low=1, high=MOST_RANK)
+        values.number("scale")
+        if values.number("dropout", low=0.0, high=1.0) == 1.0:
+            raise values.refuse("dropout", "below 1")
+        if not all(isinstance(key, str) for key in values.sequence("keys", [])):
+            raise values.refuse("keys", "a list of module names")
         if self.fine_tune_type == "dora" and set(self.keys) & set(EXPERTS):
             raise UserError("DoRA of the experts is not supported; use lora, or leave the experts out.")
 
@@ -193,15 +195,14 @@ class Adapter:
         config, path = read_json(folder / CONFIG), folder / WEIGHTS
         if not path.exists():
             raise UserError(f"{folder} has no {WEIGHTS}; train the adapter to its first checkpoint.")
-        given = config.get("lora_parameters") or {}
+        values = Values(config, str(folder / CONFIG))
+        given = values.part("lora_parameters").content
         names = ("rank", "scale", "dropout", "keys")
-        kind = config.get("fine_tune_type", "lora")
-        layers = config.get("num_layers", -1)
-        if not isinstance(layers, int):
-            raise UserError(f"{folder / CONFIG}: num_layers must be a whole number, got {layers!r}.")
+        kind = values.text("fine_tune_type", "lora", TYPES)
+        layers = values.integer("num_layers", -1, low=-1)
         options = (AdapterOptions(kind, layers, {name: given[name] for name in names if name in given})
                    if kind != "full" else AdapterOptions(kind, -1))
-        return cls(folder, options, (config.get(MARK) or {}).get("base"), read_weights(path))
+        return cls(folder, options, values.part(MARK).text("base", None), read_weights(path))
 
     @property
     def digest(self) -> str:

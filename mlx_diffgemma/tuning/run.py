@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -40,6 +41,7 @@ from mlx_diffgemma.tuning.data import Split, load_splits
 from mlx_diffgemma.tuning.memory import check_training_memory
 from mlx_diffgemma.tuning.objective import Objective
 from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions
+from mlx_diffgemma.values import Values
 
 OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon, "sgd": optimizers.SGD,
               "adafactor": optimizers.Adafactor}
@@ -59,6 +61,7 @@ class TuningOptions:
     lr_schedule: Mapping[str, Any] | None = None
     max_seq_length: int = 2048
     mask_prompt: bool = False
+    allow_control_tokens: bool = False
     canvas_weight: float = 1.0
     causal_weight: float = 1.0
     self_conditioning_probability: float = 0.5
@@ -68,22 +71,38 @@ class TuningOptions:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
 
     @classmethod
-    def from_mapping(cls, given: Mapping[str, Any]) -> TuningOptions:
-        """Flat names, as in mlx-lm's YAML.  Errors: UserError naming what is unknown or out of range."""
-        parts: dict[type, dict[str, Any]] = {cls: {}, TrainingOptions: {}, AdapterOptions: {}}
-        places = {f.name: kind for kind in parts for f in fields(kind) if f.name not in ("training", "adapter")}
+    def from_mapping(cls, given: Mapping[str, Any], source: str = "options") -> TuningOptions:
+        """Read flat names, as in mlx-lm's YAML.
+
+        Args:
+            given: values by option name; null counts as absent.
+            source: the name of the file, for errors.
+
+        Returns:
+            The options.
+
+        Raises:
+            UserError: a name is unknown, or a value is of another kind or out of range.
+        """
+        own, training, adapter = cls.read(given, source)
+        return cls(**own, training=TrainingOptions(**training), adapter=AdapterOptions(**adapter))
+
+    @staticmethod
+    def read(given: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+        """The values of ``PARTS``, by name; arguments and errors are those of ``from_mapping``, without the ranges."""
+        known = sorted({f.name for kind in PARTS for f in fields(kind)} - {"training", "adapter"})
         for name, value in given.items():
-            if name not in places:
-                raise UserError(f"Unknown option {name!r}; known are {', '.join(sorted(places))}.")
-            parts[places[name]][name] = value
-        return cls(**parts[cls], training=TrainingOptions(**parts[TrainingOptions]),
-                   adapter=AdapterOptions(**parts[AdapterOptions]))
+            if name not in known and not _changes_nothing(name, value):
+                raise UserError(f"{source}: unknown option {name!r}; known are {', '.join(known)}.")
+        return [Values(given, source).kinds_of(kind) for kind in PARTS]
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise UserError(f"Unknown optimizer {self.optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.max_seq_length < 1:
+            raise UserError(f"max_seq_length must be at least 1, got {self.max_seq_length}.")
         if self.training.grad_checkpoint and self.adapter.fine_tune_type != "full" and self.adapter.lora_parameters["dropout"]:
             raise UserError("grad_checkpoint computes layers twice, and dropout would differ the second time; leave one of them "
                             "out.")
@@ -96,9 +115,27 @@ class TuningOptions:
         """Errors: UserError for a schedule or arguments the optimiser does not take."""
         try:
             rate = build_schedule(dict(self.lr_schedule)) if self.lr_schedule else self.learning_rate
+            if callable(rate):
+                mx.eval(rate(mx.array(0)))  # arguments of the wrong kind show when it is first asked
             return OPTIMIZERS[self.optimizer](learning_rate=rate, **self.optimizer_config.get(self.optimizer, {}))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"lr_schedule or optimizer_config cannot be used: {error}.") from None
+
+
+PARTS = (TuningOptions, TrainingOptions, AdapterOptions)
+# Options of mlx-lm's YAML that have no meaning here, with the values under which they change nothing; () is any value.
+MLX_LM: dict[str, tuple[Any, ...]] = {
+    "clear_cache_threshold": (),
+    "project_name": (),
+    "config": (),
+    "report_to": ("",),
+    "test_batches": (-1,),
+    "trust_remote_code": (False,),
+}
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    return name in MLX_LM and (value is None or not MLX_LM[name] or value in MLX_LM[name])
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,10 +151,11 @@ def read_config(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}).") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} must hold options, one a line.")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is nested too deeply"
+        raise UserError(f"{path} is not valid YAML ({reason}).") from None
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{path} must hold options by name, one a line, such as `iters: 100`.")
     return dict(content)
 
 
@@ -166,7 +204,8 @@ class Run:
         if length is not None and length > model.config.canvas_length:
             raise UserError(f"canvas_length {length} exceeds the {model.config.canvas_length} positions this checkpoint was made "
                             "for.")
-        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length)
+        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length,
+                             options.allow_control_tokens)
         if "train" not in splits:
             raise UserError(f"{options.data} has no train.jsonl.")
         mx.random.seed(options.training.seed)

@@ -33,8 +33,8 @@ class TrainingOptions:
     """``iters`` batches of ``batch_size`` examples; the optimiser steps after every ``grad_accumulation_steps``.
 
     ``canvas_length`` None is the checkpoint's.  ``max_grad_norm`` 0 does not clip.  Losses are reported every
-    ``steps_per_report``, validation runs every ``steps_per_eval`` over ``val_batches`` (-1: all), a checkpoint is written every
-    ``save_every`` and at the end.
+    ``steps_per_report``, validation runs every ``steps_per_eval`` over ``val_batches`` (-1: all, 0: none), a checkpoint is
+    written every ``save_every`` and at the end.
     """
 
     iters: int = 1000
@@ -55,7 +55,11 @@ class TrainingOptions:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.canvas_length is not None and self.canvas_length < 1:
             raise UserError(f"canvas_length must be at least 1, got {self.canvas_length}.")
-        if self.max_grad_norm < 0:
+        if self.val_batches < -1:
+            raise UserError(f"val_batches must be -1 (all), 0 (no validation) or more, got {self.val_batches}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed}.")
+        if not self.max_grad_norm >= 0:
             raise UserError(f"max_grad_norm must be 0 (off) or more, got {self.max_grad_norm}.")
 
 
@@ -96,6 +100,8 @@ class Trainer:
             raise UserError("There is nothing to train on; give a train.jsonl with at least one example.")
         if not tree_flatten(self.model.trainable_parameters()):
             raise UserError("Nothing of the model is trainable with these options.")
+        if not self.options.val_batches:
+            self.valid = ()
         self.length = self.options.canvas_length or self.model.config.canvas_length
         self.end = self.model.config.generation.eos_token_ids[0]
         self.optimizer.init(self.model.trainable_parameters())
