@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -164,7 +163,10 @@ class TestTwoAtOnce:
 
     def test_who_was_taken_over_from_keeps_nothing_any_more(self, random_pair):
         cache = PromptCache(random_pair[0])
-        first, second = (SimpleNamespace(finished=False, pending=np.zeros(3)) for _ in range(2))
+        class Reading:
+            finished, pending = False, np.zeros(3)
+
+        first, second = Reading(), Reading()
         own = cache.begin(random_pair[0], LONG[:50], first)
         assert cache.begin(random_pair[0], LONG[50:], second) is not own
         cache.reached(LONG[:50], own)
