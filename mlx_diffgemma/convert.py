@@ -397,7 +397,11 @@ def check_target(target: Path, overwrite: bool, resume: bool) -> None:
                                 "begin anew.")
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
-    check_folder(partial)
+    try:
+        check_folder(partial)
+    except WriteError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"{target} cannot be written ({reason}); choose another folder.") from None
 
 
 def _is_partial(folder: Path) -> bool:
