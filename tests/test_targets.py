@@ -137,9 +137,14 @@ class TestPathsAndMarks:
     def test_a_byte_order_mark_on_standard_input(self, monkeypatch, capsys):
         asked = []
         monkeypatch.setattr("mlx_diffgemma.cli.load", lambda *_, **__: (SimpleNamespace(config=None), None))
-        monkeypatch.setattr("mlx_diffgemma.cli.chat_ids", lambda _, messages, **__: asked.append(messages) or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(monkeypatch, capsys, "generate", "-p", "-", stdin="\ufefffox")
+
+        def chat_ids(_tokenizer, messages, **_options):
+            asked.append(messages)
+            raise UserError("this is enough")
+
+        monkeypatch.setattr("mlx_diffgemma.cli.chat_ids", chat_ids)
+        code, _, err = run(monkeypatch, capsys, "generate", "-p", "-", stdin="\ufefffox")
+        assert (code, "this is enough" in err) == (2, True)
         assert asked[0][-1]["content"] == "fox"
 
     def test_a_schema_with_a_mark(self, monkeypatch, tmp_path):
