@@ -23,6 +23,9 @@ from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 
 DEBUG = "MLX_DIFFGEMMA_DEBUG"
 USER, FAILED, DEFECT, INTERRUPTED = 2, 1, 70, 130
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+# What is wrong with a name that a user gave, wherever the code first meets it.
+UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE)
 # How MLX's messages begin or what they hold when an allocation fails.
 OUT_OF_MEMORY = ("malloc", "Unable to allocate", "Insufficient Memory", "out of memory")
 
@@ -70,9 +73,11 @@ def explain(error: BaseException) -> tuple[str, int]:
             "prompt or a smaller batch.",
             FAILED,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-        where = f"{error.filename} " if error.filename else "the output "
-        return f"error: {where}cannot be written ({error.strerror}).", FAILED
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = str(error.filename)[:100] if error.filename else "the output"
+        return f"error: {where} cannot be written ({error.strerror}).", FAILED
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+        return f"error: {str(error.filename)[:100]} cannot be used ({error.strerror}).", USER
     return (
         f"error: this is a defect of mlx-diffgemma; please report this line: {_short(error)} "
         f"({_place(error)}). {DEBUG}=1 shows the whole traceback.",

@@ -20,6 +20,7 @@ from mlx_diffgemma.layouts import arrange, quantized_module
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Quantization
 from mlx_diffgemma.storage import DTYPES, INDEX, read_headers, read_tensors
+from mlx_diffgemma.values import Values
 
 
 def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
@@ -64,7 +65,7 @@ def check_supported(folder: Path) -> ModelConfig:
         raise UserError(f"config.json: vision_soft_tokens_per_image is {config.image_tokens.budget}; an image takes at most "
                         f"{', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}, so set one of these.")
     if (folder / INDEX).exists():
-        size = (read_json(folder / INDEX).get("metadata") or {}).get("total_size", 0)
+        size = Values(read_json(folder / INDEX), INDEX).part("metadata").number("total_size", 0, low=0.0)
         check_memory(int(size) if mx.default_device() == mx.gpu else 0, folder.name)
     return config
 

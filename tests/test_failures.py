@@ -24,6 +24,7 @@ COMMAND = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()"]
     (RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"), 1, "there is not enough memory"),
     (OSError(errno.ENOSPC, "No space left on device"), 1, "the output cannot be written (No space left on device)"),
     (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "x cannot be written (No space left on device)"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), 2, f"{'a' * 100} cannot be used (File name too long)"),
     (RuntimeError("[matmul] shapes"), 70, "a defect of mlx-diffgemma; please report this line: RuntimeError: [matmul] shapes"),
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "a defect"),
     (AttributeError("two\nlines"), 70, "AttributeError: two lines"),

@@ -161,6 +161,8 @@ class TestCommand:
         ("lora_parameters: {rank: 8, alpha: 16}", "scale"), ("lr_schedule: {name: zigzag, arguments: [1]}", "lr_schedule"),
         ("lr_schedule: {name: cosine_decay, arguments: [a, b]}", "lr_schedule"),
         ("optimizer: adamw\noptimizer_config: {adamw: {betas: 3, colour: red}}", "optimizer_config"),
+        ("optimizer: adamw\noptimizer_config: {adamw: {betas: [0.9]}}", "optimizer_config"),
+        ("lr_schedule: {name: cosine_decay, arguments: [{}, 3]}", "lr_schedule"),
         ("mask_prompt: 'false'", "c.yaml: mask_prompt must be true or false, got 'false'"),
         ("train: 'no'", "c.yaml: train must be true or false, got 'no'"),
         ("model: [nano]", "c.yaml: model must be a text"),

@@ -247,3 +247,18 @@ def test_non_finite_logits_stop_the_run(tiny):
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(UserError):
         policy(**{name: value})
+
+
+def test_what_a_canvas_took_is_counted_for_each_canvas_alone(tiny):
+    """Drafter passes and judged rows of one canvas are not those of the next."""
+    own, taken = session(tiny, 0, max_tokens=48, eos=()), {"passes": 3, "judged": 2, "judged_rows": 48}
+    loop = Loop(tiny, [own])
+    while loop.active:
+        if own.canvas is not None and own.step == 1:
+            for name, value in taken.items():
+                setattr(own, name, value * (1 + own.canvas_index))
+        loop.advance()
+    assert len(own.canvases) == 2
+    for index, canvas in enumerate(own.canvases):
+        assert {name: getattr(canvas, name) for name in taken} == {name: value * (1 + index) for name, value in taken.items()}
+    assert {name: getattr(own, name) for name in taken} == dict.fromkeys(taken, 0)

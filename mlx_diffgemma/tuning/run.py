@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optimizers
 import yaml
 from mlx.utils import tree_flatten
@@ -114,12 +115,14 @@ class TuningOptions:
     def build_optimizer(self) -> optimizers.Optimizer:
         """Errors: UserError for a schedule or arguments the optimiser does not take."""
         try:
-            rate = build_schedule(dict(self.lr_schedule)) if self.lr_schedule else self.learning_rate
-            if callable(rate):
-                mx.eval(rate(mx.array(0)))  # arguments of the wrong kind show when it is first asked
-            return OPTIMIZERS[self.optimizer](learning_rate=rate, **self.optimizer_config.get(self.optimizer, {}))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self._made_optimizer().update(nn.Linear(2, 2), {"weight": mx.ones((2, 2))})
+            return self._made_optimizer()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"lr_schedule or optimizer_config cannot be used: {error}.") from None
+
+    def _made_optimizer(self) -> optimizers.Optimizer:
+        rate = build_schedule(dict(self.lr_schedule)) if self.lr_schedule else self.learning_rate
+        return OPTIMIZERS[self.optimizer](learning_rate=rate, **self.optimizer_config.get(self.optimizer, {}))
 
 
 PARTS = (TuningOptions, TrainingOptions, AdapterOptions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import itertools
+import os
 import random
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from mlx_diffgemma.errors import UserError
 from tests.fuzz.targets import TARGETS, WEIGHTS, World
 
 HANG = 10  # seconds
+ROOT = Path(__file__).parents[2]
 STARTED, FAILED = "started ", "failed "  # what a worker tells of a case
 
 
@@ -41,7 +43,7 @@ def main() -> None:
                    "--seed", str(options.seed), "--seconds", str(options.seconds - (time.monotonic() - began))]
         command += ["--only", options.only] if options.only else []
         command += ["-v"] if options.verbose else []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as worker:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", cwd=ROOT) as worker:
             current = None
             for line in worker.stdout:
                 if line.startswith(STARTED):
@@ -94,6 +96,7 @@ def _work(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGALRM, _hang)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        os.chdir(folder)  # a changed path may be a relative one
         world = World(Path(folder))
         for number in itertools.islice(itertools.count(options.first), options.cases):
             if time.monotonic() - began > options.seconds:
