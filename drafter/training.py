@@ -27,8 +27,8 @@ from drafter.model import Borrowed, Drafter
 from drafter.trajectories import Trajectory
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.fingerprint import fingerprint
 from mlx_diffgemma.model import DiffusionGemma, Segment
-from mlx_diffgemma.tuning.adapters import model_fingerprint
 from mlx_diffgemma.tuning.state import read_state, write_state
 
 ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
@@ -281,7 +281,7 @@ class DraftTrainer:
         """What decides the result, by name."""
         options = {name: value for name, value in asdict(self.options).items() if not name.startswith("steps_per")}
         return {**options, "shape": self.drafter.config.to_dict(), "data": _digest(self.train),
-                "target": model_fingerprint(self.target)}
+                "target": fingerprint(self.target)}
 
 
 def _digest(trajectories: Sequence[Trajectory]) -> str:

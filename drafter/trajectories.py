@@ -25,6 +25,7 @@ import numpy as np
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import list_files, make_folder, write_tensors
+from mlx_diffgemma.fingerprint import fingerprint
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.session import CanvasStep, Session, run
@@ -53,7 +54,9 @@ def roll_out(model: DiffusionGemma, prompts: Sequence[Sequence[int]], folder: Pa
     that holds the log of another model, other prompts or another policy.
     """
     make_folder(folder)
-    asked = hashlib.sha256(json.dumps([list(map(list, prompts)), repr(policy), max_tokens, seed]).encode()).hexdigest()
+    # The fingerprint of the base is that of all its adapters and quantisations, whose answers differ.
+    wanted = [list(map(list, prompts)), repr(policy), max_tokens, seed, fingerprint(model)]
+    asked = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     metadata = {"target": model_fingerprint(model), "asked": asked, "canvas_length": str(model.config.canvas_length)}
     for number, first in enumerate(range(0, len(prompts), SHARD)):
         part, path = prompts[first : first + SHARD], folder / f"trajectories-{number:05}.safetensors"

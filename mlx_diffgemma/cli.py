@@ -256,6 +256,8 @@ def _print_answer(responses: Iterator[GenerationResponse], live: Any, as_json: b
     if interrupted:
         errors.print(f"interrupted after {sum(len(part.tokens) for part in parts)} tokens")
         raise typer.Exit(130)
+    if recorder and recorder.failure:
+        raise recorder.failure
 
 
 def _finish_trace(recorder: Recorder, record: dict[str, Any]) -> None:

@@ -30,7 +30,17 @@ from mlx_diffgemma import hub, nano
 from mlx_diffgemma.config import FULL, MARK, MODEL_TYPE, ModelConfig
 from mlx_diffgemma.device import compute_dtype, dtype_named
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.files import WriteError, expand_name, expand_path, list_files, read_json, read_text, write_json, write_text
+from mlx_diffgemma.files import (
+    WriteError,
+    check_folder,
+    expand_name,
+    expand_path,
+    list_files,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 from mlx_diffgemma.layouts import SLICE, Arrangement, Tensor, arrange, row_slices
 from mlx_diffgemma.model_card import model_card
 from mlx_diffgemma.recipes import CLASSES, Precision, Recipe, kind_of, recipe_named, to_config
@@ -395,6 +405,11 @@ def check_target(target: Path, overwrite: bool, resume: bool) -> None:
                                 "begin anew.")
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
+    try:
+        check_folder(partial)
+    except WriteError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"{target} cannot be written ({reason}); choose another folder.") from None
 
 
 def _is_partial(folder: Path) -> bool:

@@ -89,15 +89,15 @@ def decide_command(
     decisions = decide(network, tokenizer, ids, asked, reads=reads, seed=seed, canvas_length=canvas_length, images=media,
                        image_tokens=image_tokens, prompt_cache=cache)
     seconds = time.perf_counter() - began
-    if cache and prompt_cache_file:
-        cache.save(prompt_cache_file, tokenizer)
     if questions is None:
         _print_one(decisions[0])
     else:
         _print_all(decisions)
     if as_json:
         print(json.dumps({"decisions": [_record(decision) for decision in decisions], "reads": reads, "seed": seed,
-                          "seconds": seconds}, ensure_ascii=False))
+                          "seconds": seconds}, ensure_ascii=False), flush=True)
+    if cache and prompt_cache_file:
+        cache.save(prompt_cache_file, tokenizer)
 
 
 def _scale(text: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ replays them (``page/canvas.js``), and needs nothing but a browser.  What the fi
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -101,7 +102,8 @@ class Recorder:
     """Writes a trace into ``path``; a context manager.
 
     Every line is in the file once its step is over, so that what a killed run leaves can be read.  The ``header`` says what was
-    asked.  Errors: UserError as ``check_path``, and when the file can no longer be written.
+    asked.  When the file can no longer be written, recording ends and ``failure`` says why; the answer goes on.  Errors: UserError
+    as ``check_path``, and when the header cannot be written.
     """
 
     def __init__(self, path: Path, tracer: Tracer, header: dict[str, Any], clock: Callable[[], float] = time.monotonic):
@@ -110,6 +112,7 @@ class Recorder:
         self._header = {"format": FORMAT, **header, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         self._before, self._after = replay_page() if path.suffix == ".html" else ("", "")
         self._file: TextIO | None = None
+        self.failure: UserError | None = None
         self._began = 0.0
 
     def __enter__(self) -> Recorder:
@@ -121,6 +124,9 @@ class Recorder:
         self._began = self._clock()
         self._write(self._before)
         self._line(self._header)
+        if self.failure:
+            self._close()
+            raise self.failure
         return self
 
     def step(self, step: CanvasStep) -> None:
@@ -136,9 +142,13 @@ class Recorder:
                     "seconds": round(self._clock() - self._began, 4)})
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._write(self._after)
+        self._close()
+
+    def _close(self) -> None:
         assert self._file is not None
-        with self._file:
-            self._write(self._after)
+        with contextlib.suppress(OSError):  # what was not written yet is told already
+            self._file.close()
 
     def _line(self, record: dict[str, Any]) -> None:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -146,11 +156,13 @@ class Recorder:
 
     def _write(self, text: str) -> None:
         assert self._file is not None
+        if self.failure:
+            return
         try:
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            raise UserError(f"The trace {self._path} cannot be written ({error.strerror}).") from None
+            self.failure = UserError(f"The trace {self._path} cannot be written ({error.strerror}).")
 
 
 def check_path(path: Path) -> None:

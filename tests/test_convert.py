@@ -482,6 +482,15 @@ class TestBadInput:
             convert(str(source), tmp_path / "home", overwrite=True)
         assert (tmp_path / "home" / "src" / "thesis.txt").exists()
 
+    @pytest.mark.parametrize("place", ["file/out", "link/out"])
+    def test_a_target_that_cannot_be_made_is_told_before_the_download(self, tmp_path, monkeypatch, place):
+        monkeypatch.setattr(module.hub, "headers", lambda *_: pytest.fail("fetched"))
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "link").symlink_to("nowhere/x")
+        (tmp_path / "nowhere").write_text("mine")
+        with pytest.raises(UserError, match="cannot be made|cannot be written"):
+            convert("someone/model", tmp_path / place)
+
     @pytest.mark.parametrize("name", ["diary.txt", "notes.json", "more.safetensors", "LICENSE-of-mine", "model.bak"])
     def test_overwrite_spares_a_file_beside_a_conversion(self, source, tmp_path, name):
         target = convert(str(source), tmp_path / "out", recipe="4bit")

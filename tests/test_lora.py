@@ -246,8 +246,7 @@ class TestResume:
         ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 4]}}, "lr_schedule"),
         ({"optimizer_config": {"adam": {"betas": [0.8, 0.9]}}}, "optimizer_config"),
         ({"grad_accumulation_steps": 2}, "grad_accumulation_steps was 1, is 2"), ({"max_grad_norm": 0.5}, "max_grad_norm"),
-        ({"mask_prompt": True}, "mask_prompt was False, is True"), ({"canvas_weight": 0.5}, "canvas was 1.0, is 0.5"),
-        ({"max_seq_length": 20}, "data")])
+        ({"mask_prompt": True}, "mask_prompt was False, is True"), ({"canvas_weight": 0.5}, "canvas was 1.0, is 0.5")])
     def test_another_run_does_not(self, begun, changes, says):
         with pytest.raises(UserError, match=f"belongs to a run with other options .*{says}"):
             begun(**changes)

@@ -161,6 +161,17 @@ class TestTwoAtOnce:
         turn(random_pair, LONG, cache, max_tokens=16)
         assert cache.reused == 120
 
+    def test_who_was_taken_over_from_keeps_nothing_any_more(self, random_pair):
+        cache = PromptCache(random_pair[0])
+        class Reading:
+            finished, pending = False, np.zeros(3)
+
+        first, second = Reading(), Reading()
+        own = cache.begin(random_pair[0], LONG[:50], first)
+        assert cache.begin(random_pair[0], LONG[50:], second) is not own
+        cache.reached(LONG[:50], own)
+        assert (cache.ids, cache.snapshots) == ([], [])
+
     def test_one_after_the_other_copies_nothing(self, random_pair, monkeypatch):
         cache = PromptCache(random_pair[0])
         turn(random_pair, LONG[:90], cache, max_tokens=16)
@@ -172,6 +183,7 @@ class TestTwoAtOnce:
 def adapted(folder, scale=20.0, seed=0):
     """A model with an adapter on all layers that changes what it computes."""
     model = load_model(folder, "float32")
+    mx.random.seed(0)  # where the adapter begins
     prepare(model, AdapterOptions(num_layers=-1, lora_parameters={"rank": 2, "dropout": 0.0, "scale": scale}))
     found = [(name, mx.random.normal(array.shape, key=mx.random.key(seed)) if name.endswith("lora_b") else array)
              for name, array in tree_flatten(model.trainable_parameters())]

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_diffgemma.cli import _record
+from mlx_diffgemma.cli import _print_answer, _record
+from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.run import EvaluationReport, TaskResult
 from mlx_diffgemma.images import open_image
 from mlx_diffgemma.request import GenerationResponse
+from mlx_diffgemma.trace import Recorder
 from mlx_diffgemma.tuning.run import read_config
 from mlx_diffgemma.video import Video, _open
 from tests.test_cli import run
@@ -64,7 +66,7 @@ class TestBeforeTheWork:
             assert (code, "did not write, such as model.py" in err) == (2, True), err
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["drafter", "model.py", "model.py", "trained-drafter"]
 
-    @pytest.mark.parametrize("words", [["generate", "-p", "fox"], ["decide", "-p", "fox", "--choices", "a,b"]])
+    @pytest.mark.parametrize("words", [["generate", "-p", "fox"], ["decide", "-p", "fox"]])
     @pytest.mark.parametrize(("target", "says"), [
         ("folder", "is a folder"), ("none/c", "there is no folder"), ("pipe", "is a named pipe"), ("diary", "not a cache file")])
     def test_a_cache_file(self, monkeypatch, capsys, tmp_path, random_pair, words, target, says):
@@ -98,6 +100,23 @@ class TestPrintedBeforeWritten:
         assert code == 0
         assert json.loads((tmp_path / "out" / "evaluate-diffusion.json").read_text()) == json.loads(out)
 
+    def test_an_answer_whose_trace_failed(self, capsys, tmp_path):
+        recorder = Recorder(tmp_path / "a.jsonl", None, {})
+
+        def responses():
+            recorder.failure = UserError("the disk is full")
+            yield TestConverged.PART
+
+        with pytest.raises(UserError, match="the disk is full"):
+            _print_answer(responses(), None, True, False, recorder)
+        assert capsys.readouterr().out.splitlines()[0] == "a"
+
+    def test_decisions(self, full_disk, monkeypatch, capsys, tmp_path, random_pair):
+        monkeypatch.setattr("mlx_diffgemma.decide_command.load", lambda *_, **__: random_pair)
+        file = str(tmp_path / "c")
+        code, out, err = run(monkeypatch, capsys, "decide", "-p", "fox", "--prompt-cache-file", file)
+        assert (code, bool(out), "c cannot be written (No space left on device)" in err) == (2, True, True)
+
     def test_a_drafters_worth(self, full_disk, monkeypatch, capsys, tmp_path):
         model = SimpleNamespace(dtype="float32")
         monkeypatch.setattr("drafter.commands.load", lambda *_, **__: (model, None))
@@ -118,9 +137,14 @@ class TestPathsAndMarks:
     def test_a_byte_order_mark_on_standard_input(self, monkeypatch, capsys):
         asked = []
         monkeypatch.setattr("mlx_diffgemma.cli.load", lambda *_, **__: (SimpleNamespace(config=None), None))
-        monkeypatch.setattr("mlx_diffgemma.cli.chat_ids", lambda _, messages, **__: asked.append(messages) or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(monkeypatch, capsys, "generate", "-p", "-", stdin="\ufefffox")
+
+        def chat_ids(_tokenizer, messages, **_options):
+            asked.append(messages)
+            raise UserError("this is enough")
+
+        monkeypatch.setattr("mlx_diffgemma.cli.chat_ids", chat_ids)
+        code, _, err = run(monkeypatch, capsys, "generate", "-p", "-", stdin="\ufefffox")
+        assert (code, "this is enough" in err) == (2, True)
         assert asked[0][-1]["content"] == "fox"
 
     def test_a_schema_with_a_mark(self, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Traces: what a frame says of a step, what the files hold, and that recording changes nothing."""
 
+import contextlib
 import io
 import json
 import math
@@ -149,6 +150,18 @@ class TestRecorder:
         with pytest.raises(UserError, match="cannot be written .No space left"), Recorder(tmp_path / "a.jsonl", tracer, {}):
             pass
 
+    def test_a_disk_that_fills_up_does_not_end_the_answer(self, tracer, nano_pair, tmp_path):
+        with Recorder(tmp_path / "a.jsonl", tracer, {}) as recorder:
+            recorder.step(step(ids_of(nano_pair, "fox")))
+            with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+                recorder._file, own = full, recorder._file
+                recorder.step(step(ids_of(nano_pair, "fox")))
+                recorder._file = own
+            recorder.step(step(ids_of(nano_pair, "owl")))
+            recorder.finish("fox", "stop")
+        assert len(records_of(tmp_path / "a.jsonl")) == 2
+        assert "cannot be written (No space left on device)" in str(recorder.failure)
+
 
 def command(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mlx-diffgemma", "generate", *arguments])
@@ -221,7 +234,7 @@ class TestCommand:
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert says in err
-        assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["diary.html", "folder.html"]
 
     def test_a_refused_prompt_leaves_the_trace_of_before(self, monkeypatch, capsys, tmp_path):
         (tmp_path / "a.jsonl").write_text("before")

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
@@ -126,7 +126,7 @@ class Trainer:
             batch = self.batch(self.iteration)
             mx.random.seed(self.options.seed * 1_000_003 + self.iteration)  # for dropout
             (_, found), gradient = value_and_grad(self.model, batch)
-            self.gradients = gradient if self.gradients is None else tree_map(mx.add, self.gradients, gradient)
+            self.gradients = self._accumulated(gradient)
             self.iteration += 1
             if self.iteration % options.grad_accumulation_steps == 0 or self.iteration == options.iters:
                 self._update(self.gradients)
@@ -152,6 +152,12 @@ class Trainer:
     def _loss(self, model: DiffusionGemma, batch: Batch) -> tuple[mx.array, Losses]:
         found = losses(model, batch, self.objective, self.options.grad_checkpoint)
         return found.total(self.objective), found
+
+    def _accumulated(self, gradient: Any) -> Any:
+        if self.gradients is None:
+            return gradient
+        held = dict(tree_flatten(self.gradients))  # those of a checkpoint have no branches without an array
+        return tree_map_with_path(lambda name, g: held[name] + g, gradient)
 
     def _update(self, gradients: Any) -> None:
         count = self.options.grad_accumulation_steps

@@ -110,6 +110,10 @@ class TestTrajectories:
         for asked, seed in ((prompts[1:], 4), (prompts, 5)):
             with pytest.raises(UserError, match="other prompts or options"):
                 roll_out(model, asked, folder, policy_of(model), 128, seed, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr("drafter.trajectories.fingerprint", lambda _: "the same base with an adapter")
+            with pytest.raises(UserError, match="log of another model"):
+                roll_out(model, prompts, folder, policy_of(model), 128, 4, 2)
         whole = (folder / "trajectories-00001.safetensors").read_bytes()
         (tmp_path / "trajectories-00001.safetensors").write_bytes(whole[:-100])
         with pytest.raises(UserError, match="damaged or cut off"):
@@ -125,6 +129,17 @@ def trainer_of(model, log, iters, **options):
 
 
 class TestTraining:
+    def test_only_the_same_run_goes_on(self, log, nano_pair, tmp_path):
+        first = trainer_of(nano_pair[0], log, 10)
+        first.save(tmp_path / "state.safetensors")
+        trainer_of(nano_pair[0], log, 10).restore(tmp_path / "state.safetensors")
+        other = trainer_of(nano_pair[0], log, 10)
+        other.train = [*other.train[1:], other.train[0]]  # as many, in another order
+        with pytest.raises(UserError, match=r"other options .data"):
+            other.restore(tmp_path / "state.safetensors")
+        with pytest.raises(UserError, match=r"learning_rate was 0.\d+, is 1.0"):
+            trainer_of(nano_pair[0], log, 10, learning_rate=1.0).restore(tmp_path / "state.safetensors")
+
     @pytest.mark.slow
     def test_it_learns(self, log, nano_pair):
         trainer = trainer_of(nano_pair[0], log, 40, learning_rate=5e-3)
