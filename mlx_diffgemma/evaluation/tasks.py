@@ -24,10 +24,10 @@ from typing import Any
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation import sudoku
+from mlx_diffgemma.files import expand_path, read_lines
 from mlx_diffgemma.grammar.budget import MAX_SECONDS, limited
 from mlx_diffgemma.grammar.checker import Checker, TooMuchWorkError
 from mlx_diffgemma.images import MISSING as IMAGES_MISSING
-from mlx_diffgemma.jsonl import read_lines
 from mlx_diffgemma.nano.tasks import TASKS as NANO
 from mlx_diffgemma.nano.tasks import held_out_examples
 from mlx_diffgemma.prompt import Medium
@@ -134,6 +134,7 @@ def tasks_named(names: str) -> list[Task]:
 def tasks_of_file(path: Path) -> list[Task]:
     """One task for each way of scoring that the file uses.  Errors: UserError naming file and line."""
     found: dict[str, list[Question]] = {}
+    path = expand_path(path)
     for kind, question in read_lines(path, partial(_question, folder=path.parent)):
         found.setdefault(kind, []).append(question)
     if not found:
@@ -190,10 +191,11 @@ def _images(names: Any, folder: Path) -> tuple[Medium, ...]:
         return ()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("'images' must be a list of file names.")
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"there is no image {folder / name}.")
-    return tuple(folder / name for name in names)
+    paths = tuple(folder / expand_path(name) for name in names)
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no image {path}.")
+    return paths
 
 
 def _same(text: str, right: str) -> Mark:

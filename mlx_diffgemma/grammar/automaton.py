@@ -17,7 +17,7 @@ import numpy as np
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import budget
 from mlx_diffgemma.grammar.budget import MAX_SECONDS
-from mlx_diffgemma.grammar.language import Chars, Choice, Concat, Language, Repeat
+from mlx_diffgemma.grammar.language import LAST, Chars, Choice, Concat, Language, Repeat
 
 MAX_STATES = 20_000
 MAX_POSITIONS = 400_000  # of the automaton with several ways, before it has a single one
@@ -155,6 +155,9 @@ class _Ways:
 def utf8(first: int, last: int) -> Iterator[list[tuple[int, int]]]:
     """Ranges of bytes, one a place, that together are the UTF-8 of the characters from ``first`` to ``last``."""
     if first > last:
+        return
+    if first > LAST:  # no text in UTF-8 holds this byte
+        yield [(0xFF, 0xFF)]
         return
     for bound in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF):
         if first <= bound < last:

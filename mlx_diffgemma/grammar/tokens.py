@@ -19,7 +19,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import budget
 from mlx_diffgemma.grammar.automaton import NEVER, Automaton, distances
 from mlx_diffgemma.grammar.budget import MAX_SECONDS
-from mlx_diffgemma.tokenizer import MARKERS
+from mlx_diffgemma.tokenizer import MARKERS, QUOTE
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 AT_ONCE = 16  # states whose tokens are looked up together
@@ -103,7 +103,11 @@ def token_bytes(tokenizer: TokenizerWrapper, size: int) -> dict[int, bytes]:
             for old, new in replaced:
                 text = text.replace(old, new)
             found[token] = text.encode("utf-8", "surrogatepass")
-    return {token: text for token, text in found.items() if text}
+    found = {token: text for token, text in found.items() if text and 0xFF not in text}
+    quote = tokenizer.get_vocab().get(QUOTE)
+    if quote is not None and quote < size:
+        found[quote] = b"\xff"  # in no text; see grammar.calls
+    return found
 
 
 def _decoding(decoder: dict[str, Any] | None) -> tuple[list[tuple[str, str]], dict[str, int]]:

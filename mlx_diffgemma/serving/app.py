@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import hashlib
 import logging
@@ -54,7 +55,7 @@ from mlx_diffgemma.serving.jobs import (
     Piece,
     Usage,
 )
-from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Paths, key_of
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Paths, Strictness, key_of
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.preparation import Preparation
 from mlx_diffgemma.serving.protocol import (
@@ -66,7 +67,7 @@ from mlx_diffgemma.serving.protocol import (
     Sampling,
 )
 from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, usage_body, warned
-from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 from mlx_diffgemma.trace import PAGE, Tracer
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,9 @@ class Settings:
     """``model``: the name it is served under.  ``defaults``: options of generations that a request may override.  ``api_key``: what
     requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
     server may be called, any if empty or one of them is ``*``.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether
-    images may be paths on this machine, and remote.  ``compile_seconds``: that one constraint may take."""
+    images may be paths on this machine, and remote.  ``compile_seconds``: that one constraint may take.  ``strict``: fields that
+    are not known or have no effect are refused.  ``aliases``: further names of the model; ``any_model``: it answers to every
+    name."""
 
     model: str
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +101,10 @@ class Settings:
     allow_urls: bool = False
     draft: DraftModel | None = None
     compile_seconds: float = MAX_SECONDS
+    allow_control_tokens: bool = False  # read what looks like a control token in what users write as one
+    strict: bool = False
+    aliases: Sequence[str] = ()
+    any_model: bool = False
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -107,6 +114,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
                   redirect_slashes=False)
     app.state.close = server.close
     app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]
+    app.add_middleware(Strictness, strict=settings.strict)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
@@ -166,7 +174,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.model]}
+        return {"object": "list", "data": server.models}
 
     @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
     async def model(name: str) -> dict[str, Any]:
@@ -252,6 +260,9 @@ class _Server:
         config = engine.model.config
         self.model = model_body(settings.model, int(time.time()), context_length=config.text.max_position_embeddings,
                                 canvas_length=config.canvas_length, vision=config.vision is not None)
+        served = settings.model
+        self.models = [self.model, *(self.model | {"id": name} for name in settings.aliases)]
+        self._names = set(map(_plain, (served, served.rstrip("/").rsplit("/", 1)[-1], "default", *settings.aliases)))
         # Templates, tokens, images and constraints of requests; the engine's own thread is for the model.
         self._preparation = Preparation(settings.compile_seconds)
         self._preparing = Counter[str]()  # requests by client, those in the patient lane not counted
@@ -269,7 +280,9 @@ class _Server:
         """The body of a request.  Errors: as of ``bodies.read``."""
 
         async def off_loop(task: Callable[[], B]) -> B:
-            return await self._preparation.run(_client(http), lambda: False, task)
+            # With what is set for this request, see Strictness.
+            run = functools.partial(contextvars.copy_context().run, task)
+            return await self._preparation.run(_client(http), lambda: False, run)
 
         return await bodies.read(http, kind, self.settings.max_body, cast(bodies.OffLoop, off_loop))
 
@@ -293,8 +306,9 @@ class _Server:
         return hashlib.sha256(told).digest()
 
     def check_model(self, name: str) -> None:
-        if name not in (self.settings.model, self.settings.model.rstrip("/").rsplit("/", 1)[-1], "default"):
-            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is.")
+        if not self.settings.any_model and _plain(name) not in self._names:
+            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is. Call it so, or start the "
+                                     "server with --alias and this name, or with --any-model.")
 
     async def _prepared(self, http: HTTPRequest, is_heavy: bool, prepare: Callable[..., T], *given: Any) -> T:
         """What becomes of a request before it is submitted; one that ``is_heavy`` waits where few run at once.
@@ -356,7 +370,8 @@ class _Server:
         template = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
         check_variables(tokenizer, template)
         try:
-            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None,
+                           allow_control_tokens=self.settings.allow_control_tokens, **template)
         except (TypeError, AttributeError) as error:
             if not template:
                 raise
@@ -373,17 +388,23 @@ class _Server:
         if body.suffix:
             return await self._infill(body, http, box, envelope)
         heavy = await self._is_heavy(http, body.prompt)
-        prepare = functools.partial(self._choices, body, body.prompt, (), None, Choice, body.logprobs is not None,
-                                    body.logprobs or 0)
-        choices = await self._prepared(http, heavy, prepare)
+        choices = await self._prepared(http, heavy, lambda: self._choices(body, self._prompt(body), (), None, Choice,
+                                                                          body.logprobs is not None, body.logprobs or 0))
         echo = (body.prompt if isinstance(body.prompt, str) else self.engine.tokenizer.decode(body.prompt)) if body.echo else ""
         return await self._answer(body, http, box, choices, envelope, echo)
+
+    def _prompt(self, body: CompletionRequest) -> str | Sequence[int]:
+        """The ids of a prompt, in whose text nothing is a control token unless the server allows it; one without text stays."""
+        if isinstance(body.prompt, str) and body.prompt.strip():
+            return encode_prompt(self.engine.tokenizer, body.prompt, literal=not self.settings.allow_control_tokens)
+        return body.prompt
 
     async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
         heavy = await self._is_heavy(http, [body.prompt, body.suffix, body.instruction])
         filling = await self._prepared(http, heavy, self._filling, body)
         job = InfillJob(filling, box.put)
         job.client, job.scope = _client(http), self._scope(body, http)
+        job.warnings += body.notes
         began = time.perf_counter()
         await self._run(job, http, box)
         self._count(job.usage, began)
@@ -420,7 +441,8 @@ class _Server:
         engine = self.engine
         given = self.settings.defaults | body.options()
         options = GenerationOptions.from_keywords(given)
-        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images)
+        clamp = not self.settings.strict
+        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images, clamp=clamp)
         self._check_prompt(len(asked.ids))
         check_room(engine.model, [len(asked.ids)], 1, asked.patches)
         policy: Policy = options.policy(engine.model)
@@ -430,12 +452,17 @@ class _Server:
         for index in range(body.n or 1):
             request = asked
             if index:
-                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images)
+                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images,
+                                          clamp=clamp)
             if kind is Call:
                 assert functions is not None
                 request = functions.request(engine.model, engine.tokenizer, request)
             found.append(kind(index, request, policy, tracer, engine.tokenizer, functions, body.stops, logprobs, top_logprobs,
                               one_call=isinstance(body, ChatRequest) and body.parallel_tool_calls is False))
+        found[0].warnings += body.notes
+        if options.max_tokens is not None and options.max_tokens > asked.limit:
+            found[0].warnings.append(f"max_tokens: {options.max_tokens:,} exceed the context behind this prompt; the limit is "
+                                     f"{asked.limit:,}.")
         return found
 
     def _check_prompt(self, length: int) -> None:
@@ -554,7 +581,7 @@ class _Server:
         self._count(job.usage, began)
         envelope = Envelope("decisions", body.model)
         return JSONResponse(envelope.whole(job.usage, decisions=[decision_body(own) for own in job.decisions],
-                                           **warned(filter(None, map(unlikely, job.decisions)))))
+                                           **warned([*body.notes, *filter(None, map(unlikely, job.decisions))])))
 
     def _decision(self, body: DecisionRequest, box: _Mailbox) -> DecisionJob:
         model, tokenizer = self.engine.model, self.engine.tokenizer
@@ -563,7 +590,8 @@ class _Server:
         labels = [label_ids(tokenizer, question) for question in questions]
         lengths = [canvas_for(model, own, body.canvas_length) for own in labels]
         media = prepare_media(images, model.config, body.image_tokens)
-        ids, placed = place(chat_ids(tokenizer, messages), media, model.config.image_tokens, tokenizer)
+        ids, placed = place(chat_ids(tokenizer, messages, allow_control_tokens=self.settings.allow_control_tokens), media,
+                            model.config.image_tokens, tokenizer)
         token_limit(len(ids), None, max(lengths), model.config.text.max_position_embeddings)
         self._check_prompt(len(ids))
         check_room(model, [len(ids)])
@@ -618,6 +646,11 @@ async def _disconnected(http: HTTPRequest) -> None:
 def _usage(jobs: Sequence[AnswerJob]) -> Usage:
     """Of an answer, with the calls that were made again for it."""
     return functools.reduce(operator.add, (job.usage for job in jobs))
+
+
+def _plain(name: str) -> str:
+    """The name of a model as Ollama's clients and others would write it too: in any case, and with the tag ``latest``."""
+    return name.casefold().removesuffix(":latest")
 
 
 def _question(asked: DecisionQuestion) -> Question:

@@ -69,8 +69,15 @@ def serve_command(
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 32 * 2**20,
     allow_image_files: Annotated[bool, typer.Option("--allow-image-files", help="Requests may name images by their path on this "
                                                     "machine.")] = False,
+    allow_control_tokens: Annotated[bool, typer.Option("--allow-control-tokens", help="Read what looks like a control token in "
+                                                       "messages and prompts as one; without it, it is plain text.")] = False,
     allow_image_urls: Annotated[bool, typer.Option("--allow-image-urls", help="Requests may name images elsewhere, which are then "
                                                    "fetched.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a request whose fields are not known here, or have no effect. "
+                                         "Default: the answer names them in its warnings.")] = False,
+    aliases: Annotated[list[str], typer.Option("--alias", help="A further name of the model in requests; may be given "
+                                               "again.")] = [],  # noqa: B006
+    any_model: Annotated[bool, typer.Option("--any-model", help="Answer requests for a model of any name.")] = False,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers have to finish when the server is told to "
                                        "stop.")] = 10,
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}.")] = "info",
@@ -109,7 +116,8 @@ def serve_command(
     def serve() -> None:
         try:
             settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
-                                allow_image_urls, drafter[0], max_compile_seconds)
+                                allow_image_urls, drafter[0], max_compile_seconds, allow_control_tokens, strict, aliases,
+                                any_model)
             app = create_app(engine, settings)
             server = uvicorn.Server(uvicorn.Config(app, log_level=log_level, server_header=False, http=protocol(connections),
                                                    timeout_graceful_shutdown=LAST_WORDS))

@@ -33,6 +33,7 @@ from mlx_diffgemma.serving.prefixes import Prefixes
 from mlx_diffgemma.session import CanvasStep, Loop, Session, encode_chunk
 
 log = logging.getLogger(__name__)
+CLIENTS = 1000  # of which it is known when they were served last
 
 
 class BusyError(RuntimeError):
@@ -105,6 +106,7 @@ class Figures:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    admitted: int = 0  # rows that were given
     seconds: float = 0.0  # from begin to end, of finished jobs
 
 
@@ -131,6 +133,7 @@ class Engine:
         self._rows: dict[int, _Row] = {}  # by id of the session
         self._closing, self._deadline = False, float("inf")
         self._longest_turn = 0.0  # seconds, of late
+        self._served: dict[str, int] = {}  # when clients got their last rows, the latest CLIENTS of them
         self._thread: threading.Thread | None = None
         self._running = False
 
@@ -310,6 +313,7 @@ class Engine:
                 break  # until others have left
             if run.todo:
                 self._enqueue(run)
+            self._note_served(run.job.client)
             self._place(row)
         for run in worked:
             self._enqueue(run)
@@ -317,11 +321,17 @@ class Engine:
             self.figures.waiting = self._waiting()
 
     def _next_run(self) -> _Run:
-        """The first of the queue, of the client that has the fewest rows."""
+        """The first of the queue, of the client that has the fewest rows; of several such, the one that got its last row first."""
         held = Counter(row.run.job.client for row in self._rows.values())
-        run = min(self._queue, key=lambda one: held[one.job.client])
+        run = min(self._queue, key=lambda one: (held[one.job.client], self._served.get(one.job.client, 0)))
         self._queue.remove(run)
         return run
+
+    def _note_served(self, client: str) -> None:
+        self._served.pop(client, None)
+        self._served[client] = self.figures.admitted = self.figures.admitted + 1
+        while len(self._served) > CLIENTS:
+            self._served.pop(next(iter(self._served)))
 
     def _fits(self, row: _Row) -> bool:
         """Whether memory holds it beside the others; prefixes make room."""
@@ -392,7 +402,7 @@ class Engine:
         self.figures.encoded += sum(sizes)
         for row in taken:
             session = row.session
-            if row.fresh and (not session.pending.size or session.cache.length == row.border):
+            if row.fresh and (not session.pending.size or session.cache.length in (row.border, session.repeated)):
                 self.prefixes.keep(keyed(session.ids, session.images), session.cache, row.run.job.scope)
             if session.pending.size:
                 self._reading.append(row)
@@ -400,12 +410,18 @@ class Engine:
                 self._read(row)
 
     def _chunk(self, row: _Row) -> int:
-        """How many positions of a prompt are encoded next: up to its border first."""
+        """How many positions of a prompt are encoded next: up to its border, and to where the next turn goes on, first."""
         session = row.session
         size = next_chunk(session.pending.size, session.cache.length, session.images, self.prefill_step_size)
-        ahead = row.border - session.cache.length
-        split = any(image.start < row.border < image.stop for image in session.images)
-        return ahead if 1 < ahead < size and not split else size
+        borders = [row.border]
+        if row.fresh and self.prefixes.budget:
+            borders.append(session.repeated)
+        for border in sorted(borders):
+            ahead = border - session.cache.length
+            split = any(image.start < border < image.stop for image in session.images)
+            if 1 < ahead < size and not split:
+                return ahead
+        return size
 
     def _read(self, row: _Row) -> None:
         """Its prompt is in the cache."""

@@ -5,7 +5,6 @@ A job is made on a thread of the server, where everything that can be refused is
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from mlx_diffgemma.prompt import PlacedImage
 from mlx_diffgemma.request import GenerationResponse, Request, malformed_warning, token_limit
 from mlx_diffgemma.serving.engine import Job
 from mlx_diffgemma.session import Canvas, CanvasStep, Session
-from mlx_diffgemma.tokenizer import TOOL_END, TOOL_START, ResponseParser
+from mlx_diffgemma.tokenizer import TOOL_END, TOOL_START, ResponseParser, calls_as_json
 from mlx_diffgemma.trace import Tracer
 
 CALL = "call:"  # what stands before a function's name
@@ -105,10 +104,11 @@ class Stops:
         if self.found:
             return ""
         self._held += text
-        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        # The one that is whole first ends the text, so that it does not matter in which pieces this comes.
+        ends = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
+        if ends:
             self.found = True
-            return self._held[: min(places)]
+            return self._held[: min(ends)[1]]
         # A stop may be as long as a body, and what is held is as short as a canvas.
         keep = 0 if last else max((size for stop in self.stops for size in range(1, min(len(stop), len(self._held) + 1))
                                    if self._held.endswith(stop[:size])), default=0)
@@ -223,11 +223,12 @@ class Call(Choice):
         response = self.request.add_canvas(session.canvases[-1], session.finished)
         if not session.finished:
             return Piece(self.index)
-        text = "".join(self.tracer.pieces([token for token in self.tokens if token not in self.request.eos_ids]))
-        name, brace, arguments = text.removeprefix(CALL).partition("{")
         assert response.finish_reason != "length", "a constrained answer ends within the limit"
-        return Piece(self.index, calls=({"name": name, "arguments": json.loads(brace + arguments)},),
-                     finish_reason=self.finish_reason)
+        begin, end = Functions.markers(self._tokenizer)
+        written = [token for token in self.tokens if token != end]
+        calls = ResponseParser(self._tokenizer).feed([begin, *written, end]).tool_calls
+        assert len(calls) == 1, "a constrained answer is a call"
+        return Piece(self.index, calls=calls, finish_reason=self.finish_reason)
 
 
 class Functions:
@@ -268,7 +269,7 @@ class Functions:
 
     def request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request) -> Request:
         """As ``asked``, but for a ``Call`` of one of them.  Errors: UserError for parameters that cannot be guaranteed."""
-        begin, _ = self._markers(tokenizer)
+        begin, _ = self.markers(tokenizer)
         return self._request(model, tokenizer, asked, [begin], list(self.parameters))
 
     def broken(self, tokens: Sequence[int], tokenizer: TokenizerWrapper) -> list[int]:
@@ -298,15 +299,16 @@ class Functions:
     def _request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request, before: Sequence[int],
                  names: Sequence[str]) -> Request:
         """For a call of one of ``names`` behind the prompt and ``before``."""
-        _, end = self._markers(tokenizer)
-        constraint = compile_named(tokenizer, model.config, {CALL + name: self.parameters[name] for name in names}, end)
+        _, end = self.markers(tokenizer)
+        constraint = compile_named(tokenizer, model.config, {CALL + name: self.parameters[name] for name in names}, end,
+                                   as_json=calls_as_json(tokenizer))
         ids, text = [*asked.ids, *before], model.config.text
         limit = min(asked.limit, token_limit(len(ids), None, model.config.canvas_length, text.max_position_embeddings))
         return Request(ids, limit, asked.seed, ResponseParser(tokenizer), (end,), asked.opened, asked.images, asked.patches,
                        Demands((end,), limit, stretches=[Stretch(constraint)]))
 
     @staticmethod
-    def _markers(tokenizer: TokenizerWrapper) -> tuple[int, int]:
+    def markers(tokenizer: TokenizerWrapper) -> tuple[int, int]:
         begin, end = (tokenizer.get_vocab().get(marker) for marker in (TOOL_START, TOOL_END))
         if begin is None or end is None:
             raise UserError("This model has no tokens for calls of tools; leave the tools out.")
@@ -324,7 +326,8 @@ class AnswerJob(Job):
     def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:
         first, cache = self.choices[0], None
         if len(self.choices) > 1 and not first.policy.drafter:  # the prompt is read once for all
-            reader = Session.reading(model, first.request.ids, images=first.request.images)
+            reader = Session.reading(model, first.request.ids, images=first.request.images,
+                                     repeated=first.request.repeated)
             yield [reader]
             cache, self.reused = reader.cache, reader.reused
         self._by_session = {id(choice.begin(model, cache and cache.copy())): choice for choice in self.choices}

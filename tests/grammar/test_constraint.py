@@ -163,6 +163,21 @@ class TestDraw:
         own = members(wide, 8)
         assert set(drawn.tolist()) == set(own[np.argsort(-given[0, own])[:3]].tolist())
 
+    @pytest.mark.parametrize("column", [8, 9])
+    def test_top_p_within_the_column(self, wide, column):
+        """Stratified, as the softmax of what holds that share of the column's mass."""
+        given, count = logits(6)[:1], 2000
+        own = members(wide, column)
+        shares = np.exp((given[0, own].astype(np.float64) - given[0, own].max()) / 5.0)
+        shares /= shares.sum()
+        rising = np.sort(shares)
+        shares[shares < rising[(np.cumsum(rising) - rising <= 0.05).sum() - 1]] = 0
+        u = (np.arange(count) + 0.5) / count
+        drawn, _ = drawn_of(wide, np.repeat(given, count, axis=0), np.full(count, column), u, numbers(5.0, top_p=mx.array([0.95])))
+        often = np.bincount(drawn, minlength=VOCABULARY)[own]
+        assert (often > 0).sum() > 5
+        np.testing.assert_allclose(often, shares / shares.sum() * count, atol=1.1)
+
 
 class TestCompile:
     def compiled(self, nano_pair, **options):
