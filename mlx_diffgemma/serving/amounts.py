@@ -60,7 +60,7 @@ def has_images(messages: Iterable[Message]) -> bool:
 
 def _images(message: Message) -> list[str]:
     parts = message.content if isinstance(message.content, list) else []
-    return [part.image_url.url for part in parts if getattr(part, "image_url", None) is not None]
+    return [image.url for part in parts if (image := getattr(part, "image_url", None)) is not None]
 
 
 def check_pixels(messages: Iterable[Message]) -> int:

@@ -76,7 +76,11 @@ B = TypeVar("B", bound=BaseModel)
 PATIENCE = 15.0  # seconds of silence after which a stream says that it is still there
 LOCAL = ("127.0.0.1", "localhost", "::1", "host.docker.internal")  # the last is this machine as containers on it know it
 TOLD = 300  # characters of a message in the log
-BODIES = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/v1/decisions": DecisionRequest}
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/decisions": DecisionRequest,
+}
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
           "form-action 'none'; frame-ancestors 'none'")
 
