@@ -159,6 +159,23 @@ def open_image(source: ImageSource, allow_files: bool = True, allow_urls: bool =
             raise UserError(f"{name} is damaged or cut off ({_line(error)}).") from None
 
 
+def header_pixels(source: ImageSource) -> int:
+    """How many pixels an image has by its header, which nothing is unpacked for.  Errors: as of ``open_image``."""
+    try:
+        from PIL import Image as pillow
+    except ImportError:
+        raise UserError(MISSING) from None
+    if isinstance(source, pillow.Image):
+        return source.width * source.height
+    file, name = _content(source, allow_files=False, allow_urls=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+        opened = _identify(file, name)
+    _check_size(opened, name)
+    return opened.width * opened.height
+
+
 def open_file(path: str | Path, what: str) -> BinaryIO:
     """A file of the user's, for ``what`` it should be.  Errors: UserError where there is none."""
     file = expand_path(path)

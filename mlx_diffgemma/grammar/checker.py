@@ -8,6 +8,7 @@ the work at each level.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ def _short(message: str) -> str:
     return message if len(message) <= 200 else f"{message[:120]} … {message[-60:]}"
 
 
+@functools.cache
 def _meta_schema() -> Any:
     functions = {
         name: _counted(function, budget.check)

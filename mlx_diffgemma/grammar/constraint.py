@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -38,6 +39,7 @@ ALONE = 128  # pieces from which a column is reduced for itself, others beside t
 AT_ONCE = {mx.DeviceType.cpu: 4, mx.DeviceType.gpu: 64}
 HOPELESS = -1e30  # in place of the minus infinity of a column without tokens
 REMEMBERED = 32  # compiled constraints that are kept, the latest used
+REMEMBERED_BYTES = 256 * 2**20  # of them together
 
 
 class Masses(NamedTuple):
@@ -312,7 +314,7 @@ def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, la
         vocabulary = _vocabularies.get(tokenizer)
         if vocabulary is None:
             vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer, config.text.vocab_size)
-        key = id(vocabulary), json.dumps(asked)
+        key = id(vocabulary), hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest()
         if key in _compiled:
             _compiled.move_to_end(key)
             return _compiled[key][1]
@@ -323,7 +325,7 @@ def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, la
     constraint = Constraint(tokens, eos_ids, time.monotonic() - began, automaton.states)
     with _lock:
         _compiled[key] = vocabulary, constraint
-        if len(_compiled) > REMEMBERED:
+        while len(_compiled) > REMEMBERED or sum(own.nbytes for _, own in _compiled.values()) > REMEMBERED_BYTES:
             _compiled.popitem(last=False)
     return constraint
 
@@ -345,5 +347,6 @@ def check_constraint(json_schema: Any = None, regex: str | None = None, choices:
     if not choices or not all(choices):
         raise UserError("choices must be at least one text, none of them empty.")
     if len(set(choices)) != len(choices):
-        twice = next(one for one in choices if list(choices).count(one) > 1)
+        seen = set[str]()
+        twice = next(one for one in choices if one in seen or seen.add(one))  # type: ignore[func-returns-value]
         raise UserError(f"The choice {twice!r} is given twice; leave one of them out.")

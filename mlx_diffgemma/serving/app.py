@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
+import hashlib
 import logging
 import operator
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
 
 from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import ContextError, UserError
-from mlx_diffgemma.grammar.budget import MAX_SECONDS
+from mlx_diffgemma.grammar.budget import MAX_SECONDS, AbandonedError
 from mlx_diffgemma.infill import LENGTHS, Filling, Hole, check_options
 from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import place, prepare_media
 from mlx_diffgemma.request import Request, check_room, fresh_seed, token_limit
+from mlx_diffgemma.serving import amounts, bodies
 from mlx_diffgemma.serving.conversation import check_variables, template_messages
 from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
 from mlx_diffgemma.serving.jobs import (
@@ -49,18 +55,32 @@ from mlx_diffgemma.serving.jobs import (
     Piece,
     Usage,
 )
-from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Strictness
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Paths, Strictness, key_of
 from mlx_diffgemma.serving.metrics import Metrics
 from mlx_diffgemma.serving.preparation import Preparation
-from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
+from mlx_diffgemma.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DecisionQuestion,
+    DecisionRequest,
+    Message,
+    Sampling,
+)
 from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, usage_body, warned
 from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 from mlx_diffgemma.trace import PAGE, Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
 PATIENCE = 15.0  # seconds of silence after which a stream says that it is still there
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "::1", "host.docker.internal")  # the last is this machine as containers on it know it
+TOLD = 300  # characters of a message in the log
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/decisions": DecisionRequest,
+}
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
           "form-action 'none'; frame-ancestors 'none'")
 
@@ -94,33 +114,43 @@ class Settings:
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The application in front of an ``engine`` that has been started."""
     server = _Server(engine, settings)
-    app = FastAPI(title="mlx-diffgemma", description="DiffusionGemma over OpenAI's protocol.", docs_url=None, redoc_url=None)
+    app = FastAPI(title="mlx-diffgemma", description="DiffusionGemma over OpenAI's protocol.", docs_url=None, redoc_url=None,
+                  redirect_slashes=False)
+    app.state.close = server.close
+    app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]
     app.add_middleware(Strictness, strict=settings.strict)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "HEAD", "POST"],
-                           allow_headers=["*"], expose_headers=["Retry-After"])
+                           allow_headers=["*"], expose_headers=["Retry-After"], allow_private_network=True)
     if settings.allowed_hosts and "*" not in settings.allowed_hosts:
         app.add_middleware(HostCheck, names=settings.allowed_hosts)
     app.add_middleware(Counted, count=lambda route, status: server.metrics.requests.labels(route, str(status)).inc())
+    app.add_middleware(Paths)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
-        return JSONResponse(_invalid_body(error), 400)
+    async def invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResponse:
+        body = _invalid_body(error)
+        _log_refusal(http, 400, body)
+        return JSONResponse(body, 400)
 
     @app.exception_handler(HTTPException)
     async def refused(http: HTTPRequest, error: HTTPException) -> JSONResponse:
         message = {404: f"There is nothing at {http.url.path}.", 400: "The body is no JSON in UTF-8, or nested too deeply.",
                    405: f"{http.url.path} is not for {http.method}."}.get(error.status_code, error.detail)
-        return JSONResponse(error_body(str(message)), error.status_code, error.headers)
+        body = error_body(str(message))
+        _log_refusal(http, error.status_code, body)
+        return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(UserError)
-    async def user_error(http: HTTPRequest, error: UserError) -> JSONResponse:  # noqa: ARG001
-        return JSONResponse(_error_body(error), _status(error), _headers(error))
+    async def user_error(http: HTTPRequest, error: UserError) -> JSONResponse:
+        body = _error_body(error)
+        _log_refusal(http, _status(error), body)
+        return JSONResponse(body, _status(error), _headers(error))
 
-    for kind in (BusyError, ClosedError, _GoneError, _UnknownModelError):
+    for kind in (BusyError, ClosedError, AbandonedError, _GoneError, _UnknownModelError):
         app.exception_handler(kind)(user_error)
 
     @app.exception_handler(Exception)
@@ -131,19 +161,19 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     shape = {"application/json": {"schema": ERROR_SCHEMA}}
     errors: dict[int | str, dict[str, Any]] = {status: {"description": text, "content": shape} for status, text in (
         (400, "What cannot be honoured, named"), (401, "No valid key"), (404, "Unknown model"), (413, "Body too large"),
-        (429, "The queue is full"), (500, "The model failed"), (503, "Shutting down"))}
+        (408, "The body did not come"), (429, "The queue is full"), (500, "The model failed"), (503, "Shutting down"))}
 
-    @app.post("/v1/chat/completions", responses=errors, response_model=None)
-    async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
-        return await server.chat(body, http)
+    @app.post("/v1/chat/completions", responses=errors, response_model=None, openapi_extra=_told(ChatRequest))
+    async def chat_completions(http: HTTPRequest) -> Response:
+        return await server.chat(await server.read(ChatRequest, http), http)
 
-    @app.post("/v1/completions", responses=errors, response_model=None)
-    async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
-        return await server.complete(body, http)
+    @app.post("/v1/completions", responses=errors, response_model=None, openapi_extra=_told(CompletionRequest))
+    async def completions(http: HTTPRequest) -> Response:
+        return await server.complete(await server.read(CompletionRequest, http), http)
 
-    @app.post("/v1/decisions", responses=errors, response_model=None)
-    async def decisions(body: DecisionRequest, http: HTTPRequest) -> Response:
-        return await server.decide(body, http)
+    @app.post("/v1/decisions", responses=errors, response_model=None, openapi_extra=_told(DecisionRequest))
+    async def decisions(http: HTTPRequest) -> Response:
+        return await server.decide(await server.read(DecisionRequest, http), http)
 
     @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: errors[401]})
@@ -166,6 +196,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204, headers={"Cache-Control": "max-age=86400"})
+
     @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -174,6 +208,37 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     app.mount("/page", StaticFiles(directory=PAGE))
     return app
+
+
+def _told(kind: type[BaseModel]) -> dict[str, Any]:
+    """What the document says of a route's body, which is read by ``bodies``."""
+    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, made once."""
+    if not app.openapi_schema:
+        made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = made.setdefault("components", {}).setdefault("schemas", {})
+        for kind in BODIES.values():
+            own = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= own.pop("$defs", {})
+            schemas[kind.__name__] = own
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
+def _log_refusal(http: HTTPRequest, status: int, body: dict[str, Any]) -> None:
+    """One line, whatever the message holds."""
+    error = body["error"]
+    param = f" param {_line(error['param'])!r}:" if error["param"] else ""
+    log.warning("%s %s: %d%s %s", http.method, _line(http.url.path), status, param, _line(error["message"], TOLD))
+
+
+def _line(text: str, most: int = 100) -> str:
+    """So many characters of what a client may have sent, none of which begins a line."""
+    return ascii(text)[1:-1][:most]
 
 
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {
@@ -204,22 +269,61 @@ class _Server:
         self._names = set(map(_plain, (served, served.rstrip("/").rsplit("/", 1)[-1], "default", *settings.aliases)))
         # Templates, tokens, images and constraints of requests; the engine's own thread is for the model.
         self._preparation = Preparation(settings.compile_seconds)
-        self._preparing = 0  # requests, those in the patient lane not counted
+        self._preparing = Counter[str]()  # requests by client, those in the patient lane not counted
+        self._most_tokens = settings.max_prompt_tokens or config.text.max_position_embeddings
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return amounts.longest_token(self.engine.tokenizer)
+
+    def close(self) -> None:
+        """Give up what is being prepared; from any thread."""
+        self._preparation.close()
+
+    async def read(self, kind: type[B], http: HTTPRequest) -> B:
+        """The body of a request.  Errors: as of ``bodies.read``."""
+
+        async def off_loop(task: Callable[[], B]) -> B:
+            # With what is set for this request, see Strictness.
+            run = functools.partial(contextvars.copy_context().run, task)
+            return await self._preparation.run(_client(http), lambda: False, run)
+
+        return await bodies.read(http, kind, self.settings.max_body, cast(bodies.OffLoop, off_loop))
+
+    async def _is_heavy(self, http: HTTPRequest, texts: Any, messages: Sequence[Message] = ()) -> bool:
+        """Whether a prompt of these ``texts``, with the images of ``messages``, takes much memory.
+
+        Errors: ContextError for more text than fits, UserError for more pixels than a request may bring.
+        """
+        count = amounts.characters([texts, messages])
+        amounts.check_text(count, self._most_tokens, self._longest_token)
+        pixels = 0
+        if amounts.has_images(messages):
+            task = functools.partial(amounts.check_pixels, messages)
+            pixels = await self._preparation.run(_client(http), lambda: False, task)
+        return count > amounts.HEAVY_CHARACTERS or pixels > amounts.HEAVY_PIXELS
+
+    def _scope(self, body: Sampling | DecisionRequest, http: HTTPRequest) -> bytes:
+        """Whose prefixes a request may find: those with the same key, and the same salt where there is one."""
+        salts = [getattr(body, name, None) or "" for name in ("cache_salt", "prompt_cache_key")]
+        told = repr((key_of(http.scope), *salts)).encode("utf-8", "surrogatepass")
+        return hashlib.sha256(told).digest()
 
     def check_model(self, name: str) -> None:
         if not self.settings.any_model and _plain(name) not in self._names:
             raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is. Call it so, or start the "
                                      "server with --alias and this name, or with --any-model.")
 
-    async def _prepared(self, http: HTTPRequest, prepare: Callable[..., T], *given: Any) -> T:
-        """What becomes of a request before it is submitted.
+    async def _prepared(self, http: HTTPRequest, is_heavy: bool, prepare: Callable[..., T], *given: Any) -> T:
+        """What becomes of a request before it is submitted; one that ``is_heavy`` waits where few run at once.
 
         Errors: BusyError where the queue has no place for it, _GoneError where the client hangs up meanwhile.
         """
-        self.engine.check_queue(self._preparing)
+        client = _client(http)
+        self.engine.check_queue(self._preparing.total(), client, self._preparing[client])
         gone = threading.Event()
         task = functools.partial(prepare, *given)
-        work = asyncio.ensure_future(self._counted(_client(http), gone.is_set, task))
+        work = asyncio.ensure_future(self._counted(client, gone.is_set, task, is_heavy))
         watching = asyncio.ensure_future(_disconnected(http))
         try:
             await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -231,22 +335,24 @@ class _Server:
             work.cancel()
             watching.cancel()
 
-    async def _counted(self, client: str, abandoned: Callable[[], bool], task: Callable[[], T]) -> T:
-        """Among those that are being prepared; whose constraint takes long holds no place of the queue meanwhile."""
+    async def _counted(self, client: str, abandoned: Callable[[], bool], task: Callable[[], T], is_heavy: bool) -> T:
+        """Among those that are being prepared; what takes long holds no place of the queue meanwhile."""
         counted = True
 
         def leave() -> None:
             nonlocal counted
-            self._preparing -= counted
+            self._preparing[client] -= counted
+            if not self._preparing[client]:
+                del self._preparing[client]
             counted = False
 
         def wait_longer() -> None:
             leave()
             self.engine.check_patience(len(self._preparation.patient.turns))
 
-        self._preparing += 1
+        self._preparing[client] += 1
         try:
-            return await self._preparation.run(client, abandoned, task, wait_longer)
+            return await self._preparation.run(client, abandoned, task, wait_longer, is_heavy)
         finally:
             leave()
 
@@ -255,7 +361,9 @@ class _Server:
     async def chat(self, body: ChatRequest, http: HTTPRequest) -> Response:
         self.check_model(body.model)
         box = _Mailbox()
-        choices = await self._prepared(http, self._chat_choices, body)
+        amounts.check_tools(body.tools or ())
+        heavy = await self._is_heavy(http, (), body.messages)
+        choices = await self._prepared(http, heavy, self._chat_choices, body)
         envelope = Envelope("chat.completion", body.model)
         return await self._answer(body, http, box, choices, envelope)
 
@@ -283,8 +391,9 @@ class _Server:
         box, envelope = _Mailbox(), Envelope("text_completion", body.model)
         if body.suffix:
             return await self._infill(body, http, box, envelope)
-        choices = await self._prepared(http, lambda: self._choices(body, self._prompt(body), (), None, Choice,
-                                                                   body.logprobs is not None, body.logprobs or 0))
+        heavy = await self._is_heavy(http, body.prompt)
+        choices = await self._prepared(http, heavy, lambda: self._choices(body, self._prompt(body), (), None, Choice,
+                                                                          body.logprobs is not None, body.logprobs or 0))
         echo = (body.prompt if isinstance(body.prompt, str) else self.engine.tokenizer.decode(body.prompt)) if body.echo else ""
         return await self._answer(body, http, box, choices, envelope, echo)
 
@@ -295,8 +404,10 @@ class _Server:
         return body.prompt
 
     async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
-        filling = await self._prepared(http, self._filling, body)
+        heavy = await self._is_heavy(http, [body.prompt, body.suffix, body.instruction])
+        filling = await self._prepared(http, heavy, self._filling, body)
         job = InfillJob(filling, box.put)
+        job.client, job.scope = _client(http), self._scope(body, http)
         job.warnings += body.notes
         began = time.perf_counter()
         await self._run(job, http, box)
@@ -367,6 +478,7 @@ class _Server:
                       echo: str = "") -> Response:
         options = body.stream_options
         jobs = [AnswerJob(choices, box.put, drafts=bool(options and options.include_drafts))]
+        jobs[0].client, jobs[0].scope = _client(http), self._scope(body, http)
         self.engine.submit(jobs[0])  # a full queue is told before a stream begins
         if body.stream:
             return StreamingResponse(self._stream(body, _client(http), jobs, box, envelope, echo), media_type="text/event-stream",
@@ -437,6 +549,7 @@ class _Server:
                     continue
                 choice.called = True
                 jobs.append(AnswerJob([again], box.put))
+                jobs[-1].client, jobs[-1].scope = jobs[0].client, jobs[0].scope
                 self.engine.submit(jobs[-1], again=True)
                 async for one in box.events():
                     yield one
@@ -464,7 +577,9 @@ class _Server:
     async def decide(self, body: DecisionRequest, http: HTTPRequest) -> Response:
         self.check_model(body.model)
         box = _Mailbox()
-        job = await self._prepared(http, self._decision, body, box)
+        heavy = await self._is_heavy(http, (), body.messages)
+        job = await self._prepared(http, heavy, self._decision, body, box)
+        job.client, job.scope = _client(http), self._scope(body, http)
         began = time.perf_counter()
         await self._run(job, http, box)
         self._count(job.usage, began)
@@ -551,7 +666,8 @@ def _question(asked: DecisionQuestion) -> Question:
 
 
 def _status(error: Exception) -> int:
-    known = ((UserError, 400), (_UnknownModelError, 404), (BusyError, 429), (_GoneError, 499), (ClosedError, 503))
+    known = ((UserError, 400), (_UnknownModelError, 404), (BusyError, 429), (_GoneError, 499), (ClosedError, 503),
+             (AbandonedError, 503))
     return next((status for kind, status in known if isinstance(error, kind)), 500)
 
 

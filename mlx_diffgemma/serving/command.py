@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,7 +48,7 @@ def serve_command(
     allowed_origins: Annotated[list[str], typer.Option("--allowed-origin", help="A web page's origin that may ask from a browser; "
                                                        "may be given again. Default: none but the page served here.")] = [],  # noqa: B006
     allowed_hosts: Annotated[list[str], typer.Option("--allowed-host", help="A further name under which the server may be called, "
-                                                     "such as host.docker.internal; may be given again; * is any. Default: those "
+                                                     "such as that of a proxy; may be given again; * is any. Default: those "
                                                      "of this machine, and any with a --host that others reach.")] = [],  # noqa: B006
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Of an answer whose request does not say. Default: "
                                                    "until it ends, at most 4,096 or the context.")] = None,
@@ -88,6 +90,7 @@ def serve_command(
         import uvicorn
 
         from mlx_diffgemma.serving.app import LOCAL, Settings, create_app
+        from mlx_diffgemma.serving.connections import allowed_connections, protocol
         from mlx_diffgemma.serving.engine import Engine
     except ImportError:
         raise UserError(MISSING) from None
@@ -119,9 +122,11 @@ def serve_command(
             settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
                                 allow_image_urls, drafter[0], max_compile_seconds, allow_control_tokens, strict, aliases,
                                 any_model)
-            server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
+            app = create_app(engine, settings)
+            server = uvicorn.Server(uvicorn.Config(app, log_level=log_level, server_header=False, http=protocol(connections),
                                                    timeout_graceful_shutdown=LAST_WORDS))
             servers.append(server)
+            closing.append(app.state.close)
             print(f"{model} is at http://{shown}:{listening.getsockname()[1]}: a page to watch it, and OpenAI's protocol under /v1",
                   flush=True)
             server.run(sockets=[listening])
@@ -129,12 +134,17 @@ def serve_command(
             engine.close()
 
     servers: list[uvicorn.Server] = []
+    closing: list[Callable[[], None]] = []
+    connections = allowed_connections()
     # MLX works on this thread: what it keeps for a thread it gives back when that ends, with Python's help, which may be over then.
     http = threading.Thread(target=serve, name="http", daemon=True)
     told = list[int]()
 
     def stop(number: int, _: object) -> None:
-        engine.close(0 if told else grace)  # told twice, it waits for nothing
+        # Told twice, it waits for nothing.  Of the seconds given some are for what is still to be sent.
+        engine.close(0 if told else max(0.0, grace - LAST_WORDS))
+        for close in closing:
+            close()
         told.append(number)
 
     def ready() -> None:
@@ -142,6 +152,7 @@ def serve_command(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
 
+    logging.getLogger("mlx_diffgemma").setLevel(log_level.upper())
     sys.setswitchinterval(SWITCH_SECONDS)
     engine.run(ready)
     # Only now that nothing runs any longer: until here clients were told what became of their requests, new ones that it closes.

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from mlx_diffgemma.serving.prefixes import Prefixes
 from mlx_diffgemma.session import CanvasStep, Loop, Session, encode_chunk
 
 log = logging.getLogger(__name__)
+CLIENTS = 1000  # of which it is known when they were served last
 
 
 class BusyError(RuntimeError):
@@ -52,6 +53,8 @@ class Job(ABC):
     """What one request asks of the model.  Everything but ``cancel`` is called on the engine's thread."""
 
     cancelled = False
+    client = ""  # who asks, as far as shares of the rows are concerned
+    scope = b""  # of the prefixes that it may find and leaves, see ``Prefixes``
 
     def cancel(self) -> None:
         """Nobody waits for it any longer.  May be called from any thread, and more than once."""
@@ -79,6 +82,7 @@ class _Run:
     todo: deque[Session] = field(default_factory=deque)
     open: int = 0
     began: float = 0.0
+    fresh: set[int] = field(default_factory=set)  # ids of parked sessions whose caches may be kept for others
 
 
 @dataclass(eq=False)
@@ -103,6 +107,7 @@ class Figures:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    admitted: int = 0  # rows that were given
     seconds: float = 0.0  # from begin to end, of finished jobs
 
 
@@ -128,6 +133,8 @@ class Engine:
         self._reading: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}  # by id of the session
         self._closing, self._deadline = False, float("inf")
+        self._longest_turn = 0.0  # seconds, of late
+        self._served: dict[str, int] = {}  # when clients got their last rows, the latest CLIENTS of them
         self._thread: threading.Thread | None = None
         self._running = False
 
@@ -167,18 +174,41 @@ class Engine:
         ClosedError behind ``close``."""
         with self._changed:
             self._check_open()
+            displaced = None
             if not again and self._waiting() >= self.max_queue:
-                raise BusyError(self._retry_after())
+                displaced = self._displaced(job.client)
+                if displaced is None:
+                    raise BusyError(self._retry_after())
+                self._queue.remove(displaced)
+                self.figures.failed += 1
             self._queue.append(_Run(job))
             self.figures.waiting = self._waiting()
             self._changed.notify()
+        if displaced is not None:
+            self._tell(displaced, BusyError(self._retry_after()))
 
-    def check_queue(self, more: int) -> None:
-        """Errors: BusyError where a job behind ``more`` than wait already would find no place, ClosedError behind ``close``."""
+    def check_queue(self, more: int, client: str = "", own: int = 0) -> None:
+        """Whether a job of ``client`` would find a place behind those that wait, and ``more`` to come, ``own`` of them its own.
+
+        Where the queue is full, a client with less than half of it finds one all the same.  Errors: BusyError, and ClosedError
+        behind ``close``.
+        """
         with self._changed:
             self._check_open()
-            if self._waiting() + more >= self.max_queue:
+            own += sum(run.rounds is None and run.job.client == client for run in self._queue)
+            waiting = self._waiting() + more
+            if waiting >= self.max_queue and (own == waiting or 2 * own >= self.max_queue):
                 raise BusyError(self._retry_after())
+
+    def _displaced(self, client: str) -> _Run | None:
+        """The job that gives its place in a full queue to one of ``client``: the latest of the client with most, where that has
+        more than one more than this one."""
+        waiting = [run for run in self._queue if run.rounds is None]
+        counts = Counter(run.job.client for run in waiting)
+        most = max(counts, key=counts.__getitem__, default=client)
+        if counts[most] <= counts[client] + 1:
+            return None
+        return next(run for run in reversed(waiting) if run.job.client == most)
 
     def check_patience(self, waiting: int) -> None:
         """Errors: BusyError where so many ``waiting`` for a constraint to be compiled are as many as may wait, ClosedError behind
@@ -193,7 +223,7 @@ class Engine:
             raise ClosedError("The server is shutting down.")
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more jobs, give those that run or wait ``grace`` seconds to finish, less if told again, and stop."""
+        """Take no more jobs, tell those that wait, give those that run ``grace`` seconds, less if told again, and stop."""
         with self._changed:
             self._closing, self._deadline = True, min(self._deadline, time.monotonic() + grace)
             self._changed.notify()
@@ -220,24 +250,30 @@ class Engine:
                 self._changed.wait()
             if not self._closing:
                 return True
+            waiting = [run for run in self._queue if run.rounds is None]
+        for run in waiting:
+            self._finish(run, ClosedError("The server is shutting down."))
         if not (self._queue or self._rows):
             return False
-        if time.monotonic() > self._deadline:
+        if time.monotonic() + self._longest_turn > self._deadline:  # a further turn might not end in time
             self._drop_all(ClosedError("The server is shutting down."))
             return False
         return True
 
     def _turn(self) -> None:
+        began = time.monotonic()
         try:
             self._drop_cancelled()
             self._admit()
             self._encode()
             for session, step in self._advance():
                 self._deliver(session, step)
+            self._share()
         except Exception as error:  # a bug or a device out of memory: those that run are lost, the server goes on
             log.exception("A turn of the engine failed; what ran is given up.")
             self._drop_all(error, running=True)
             mx.clear_cache()
+        self._longest_turn = max(time.monotonic() - began, 0.9 * self._longest_turn)
         self.figures.turns += 1
         self.figures.rows = len(self._rows)
 
@@ -264,7 +300,7 @@ class Engine:
             with self._changed:
                 if not self._queue:
                     break
-                run = self._queue.popleft()
+                run = self._next_run()
             if not run.todo:
                 if not self._begin(run):
                     continue
@@ -278,15 +314,30 @@ class Engine:
                 break  # until others have left
             if run.todo:
                 self._enqueue(run)
+            self._note_served(run.job.client)
             self._place(row)
         for run in worked:
             self._enqueue(run)
         with self._changed:
             self.figures.waiting = self._waiting()
 
+    def _next_run(self) -> _Run:
+        """The first of the queue, of the client that has the fewest rows; of several such, the one that got its last row first."""
+        held = Counter(row.run.job.client for row in self._rows.values())
+        run = min(self._queue, key=lambda one: (held[one.job.client], self._served.get(one.job.client, 0)))
+        self._queue.remove(run)
+        return run
+
+    def _note_served(self, client: str) -> None:
+        self._served.pop(client, None)
+        self._served[client] = self.figures.admitted = self.figures.admitted + 1
+        while len(self._served) > CLIENTS:
+            self._served.pop(next(iter(self._served)))
+
     def _fits(self, row: _Row) -> bool:
         """Whether memory holds it beside the others; prefixes make room."""
         needed = row.nbytes + sum(other.nbytes for other in self._rows.values())
+        needed += sum(session.cache.nbytes for run in [row.run, *self._queue] for session in run.todo)  # those that were parked
         self.prefixes.shrink(max(0, self._room - needed))
         return not self._rows or needed <= self._room
 
@@ -319,9 +370,14 @@ class Engine:
     def _place(self, row: _Row) -> None:
         session = row.session
         self._rows[id(session)] = row
+        if session.canvases:  # it was parked; what it committed last is encoded with its next step, as if it had not been
+            row.fresh = id(session) in row.run.fresh
+            self._read(row)
+            return
         if not session.cache.length and not session.policy.drafter:
             row.fresh = True
-            cache, row.border = self.prefixes.begin(keyed(session.ids, session.images), whole=not session.wants_next)
+            cache, row.border = self.prefixes.begin(keyed(session.ids, session.images), whole=not session.wants_next,
+                                                     scope=row.run.job.scope)
             session.go_on(cache)
             self.figures.reused += cache.length
         if session.pending.size:
@@ -348,7 +404,7 @@ class Engine:
         for row in taken:
             session = row.session
             if row.fresh and (not session.pending.size or session.cache.length in (row.border, session.repeated)):
-                self.prefixes.keep(keyed(session.ids, session.images), session.cache)
+                self.prefixes.keep(keyed(session.ids, session.images), session.cache, row.run.job.scope)
             if session.pending.size:
                 self._reading.append(row)
             else:
@@ -399,8 +455,37 @@ class Engine:
             return
         if session.finished:
             if row.fresh:
-                self.prefixes.keep(keyed(session.ids, session.images), session.cache)
+                self.prefixes.keep(keyed(session.ids, session.images), session.cache, row.run.job.scope)
             self._leave(row)
+
+    def _share(self) -> None:
+        """Where others wait for a row and none is free, a client with more than its share gives up those whose canvas was just
+        committed; they go on when their turn comes."""
+        with self._changed:
+            waiting = {run.job.client for run in self._queue}
+        if not waiting or len(self._rows) < self.max_batch:
+            return
+        held = Counter(row.run.job.client for row in self._rows.values())
+        share = max(1, self.max_batch // len(waiting | held.keys()))
+        wanted = sum(held[client] < share for client in waiting)
+        between = {id(session) for session in self._loop.sessions if session.canvas is None and session.canvases}
+        for row in list(self._rows.values()):
+            client = row.run.job.client
+            if wanted and held[client] > share and id(row.session) in between:
+                self._park(row)
+                held[client] -= 1
+                wanted -= 1
+
+    def _park(self, row: _Row) -> None:
+        """Its session waits as one that has not begun, with what it has in its cache."""
+        del self._rows[id(row.session)]
+        self._loop.sessions = [session for session in self._loop.sessions if session is not row.session]
+        row.run.todo.append(row.session)
+        if row.fresh:
+            row.run.fresh.add(id(row.session))
+        with self._changed:
+            if row.run not in self._queue:
+                self._queue.append(row.run)
 
     def _leave(self, row: _Row) -> None:
         """A session is finished; with the last of its round the job goes on."""
@@ -429,6 +514,10 @@ class Engine:
         else:
             self.figures.failed += 1
             log.warning("A request failed: %s", error)
+        self._tell(run, error)
+
+    @staticmethod
+    def _tell(run: _Run, error: Exception | None) -> None:
         try:
             run.job.done(error)
         except Exception:  # whoever waited for it has gone

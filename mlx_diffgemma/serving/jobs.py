@@ -109,8 +109,9 @@ class Stops:
         if ends:
             self.found = True
             return self._held[: min(ends)[1]]
-        keep = 0 if last else max((size for stop in self.stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
-                                  default=0)
+        # A stop may be as long as a body, and what is held is as short as a canvas.
+        keep = 0 if last else max((size for stop in self.stops for size in range(1, min(len(stop), len(self._held) + 1))
+                                   if self._held.endswith(stop[:size])), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
 

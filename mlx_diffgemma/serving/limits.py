@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -16,14 +17,37 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-OPEN = ("/", "/health")  # and what is under /page: what they show is no secret, and the page asks for the key
+OPEN = ("/", "/health", "/favicon.ico")  # and what is under /page: what they show is no secret, and the page asks for the key
+
+
+BODY_SECONDS = 30.0  # for a body to come, and more for
+SLOWEST = 16_384  # bytes a second of it
+SHORT = ("/models", "/chat/completions", "/completions", "/decisions")  # also found without /v1
+
+
+class Paths:
+    """Finds the routes of /v1 without it, too, and all of them with a slash at the end, as some clients call them."""
+
+    def __init__(self, app: Application) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "http" and not path.startswith("/page"):
+            path = path.rstrip("/") or "/"
+            if any(path == short or path.startswith(f"{short}/") for short in SHORT):
+                path = f"/v1{path}"
+            if path != scope["path"]:
+                scope = {**scope, "path": path, "raw_path": path.encode()}
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:
-    """Refuses bodies of more than ``limit`` bytes, by what they say of themselves or as soon as more has come."""
+    """Refuses bodies of more than ``limit`` bytes, by what they say of themselves or as soon as more has come, and those that take
+    longer than ``seconds``, and a second more for each SLOWEST bytes."""
 
-    def __init__(self, app: Application, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: Application, limit: int, seconds: float = BODY_SECONDS) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,12 +57,21 @@ class BodyLimit:
         if told.isdigit() and int(told) > self.limit:
             await respond(send, 413, error_body(self._message))
             return
-        came = 0
+        came, whole = 0, False
+        began = asyncio.get_running_loop().time()
 
         async def counted() -> Scope:
-            nonlocal came
-            message = await receive()
+            nonlocal came, whole
+            if whole:  # what is waited for now is that the client hangs up
+                return await receive()
+            left = began + self.seconds + came / SLOWEST - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), max(left, 0.001))
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"The body did not come within {self.seconds:g} seconds; send it at once.",
+                                    {"Connection": "close"}) from None
             came += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if came > self.limit:
                 raise HTTPException(413, self._message)
             return message
@@ -51,7 +84,7 @@ class BodyLimit:
 
 
 class KeyCheck:
-    """Asks for ``Authorization: Bearer`` with the ``key``, compared in constant time."""
+    """Asks for the ``key``, as ``Authorization: Bearer`` or ``x-api-key``, compared in constant time."""
 
     def __init__(self, app: Application, key: str) -> None:
         self.app, self.wanted = app, key.encode()
@@ -59,15 +92,19 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         known = scope["type"] != "http" or scope["method"] == "OPTIONS" or path in OPEN or path.startswith("/page/")
-        if known or self._right(dict(scope["headers"]).get(b"authorization", b"")):
+        if known or hmac.compare_digest(key_of(scope), self.wanted):
             await self.app(scope, receive, send)
             return
-        await respond(send, 401, error_body("The API key is missing or wrong; send 'Authorization: Bearer KEY'.",
+        await respond(send, 401, error_body("The API key is missing or wrong; send 'Authorization: Bearer KEY' or "
+                                            "'x-api-key: KEY'.",
                                             "authentication_error", code="invalid_api_key"), [(b"www-authenticate", b"Bearer")])
 
-    def _right(self, told: bytes) -> bool:
-        scheme, _, key = told.partition(b" ")
-        return hmac.compare_digest(key.strip(), self.wanted) and scheme.lower() == b"bearer"
+
+def key_of(scope: Scope) -> bytes:
+    """The API key that a request brings; none: nothing."""
+    headers = dict(scope["headers"])
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
 
 
 class HostCheck:

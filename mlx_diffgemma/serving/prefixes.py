@@ -24,6 +24,9 @@ COMPARED = 64  # prompts, the latest, with which a new one is compared
 class Prefixes:
     """Copies of caches by the ids they hold (``prompt.keyed``), at most ``budget`` bytes of them; those used longest ago go first.
 
+    Of each ``scope`` apart: what one has left is never found, and changes nothing, in another.  Else the tokens that a prompt was
+    spared would tell what others have asked.
+
     Arrays that copies share are counted once for each, so that less is used than is counted, never more.
     """
 
@@ -31,12 +34,12 @@ class Prefixes:
         self.empty, self.budget, self.nbytes = empty, budget, 0
         self._kept: OrderedDict[bytes, Cache] = OrderedDict()
         self._lengths: Counter[int] = Counter()
-        self._prompts: deque[np.ndarray] = deque(maxlen=COMPARED)
+        self._prompts: deque[tuple[bytes, np.ndarray]] = deque(maxlen=COMPARED)
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def begin(self, ids: Sequence[int], whole: bool = True) -> tuple[Cache, int]:
+    def begin(self, ids: Sequence[int], whole: bool = True, scope: bytes = b"") -> tuple[Cache, int]:
         """(A cache with the longest beginning of ``ids`` that is kept, all of them only where ``whole``; where reading should pause
         to ``keep`` what many share, 0 for nowhere).
 
@@ -45,19 +48,19 @@ class Prefixes:
         own = np.array(ids, dtype=np.int64)
         cache = self.empty.copy()
         for length in sorted(self._lengths, reverse=True):
-            key = own[:length].tobytes()
+            key = scope + own[:length].tobytes()
             if (length <= own.size - 2 or (whole and length == own.size)) and key in self._kept:
                 self._kept.move_to_end(key)
                 cache = self._kept[key].copy()
                 break
-        shared = max((_common(own, other) for other in self._prompts), default=0)
-        self._prompts.append(own)
+        shared = max((_common(own, other) for whose, other in self._prompts if whose == scope), default=0)
+        self._prompts.append((scope, own))
         shared = min(shared, own.size - 2)
         return cache, shared if self.budget and shared >= max(LEAST, cache.length + 2) else 0
 
-    def keep(self, ids: Sequence[int], cache: Cache) -> None:
+    def keep(self, ids: Sequence[int], cache: Cache, scope: bytes = b"") -> None:
         """``cache`` holds as many of ``ids`` as it is long."""
-        key = np.array(ids[: cache.length], dtype=np.int64).tobytes()
+        key = scope + np.array(ids[: cache.length], dtype=np.int64).tobytes()
         if key in self._kept:
             self._kept.move_to_end(key)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,6 +113,11 @@ class Preparation:
     def __init__(self, seconds: float = MAX_SECONDS) -> None:
         self.quick = Lane("prepare", QUICK_THREADS, QUICK_THREADS - 1, min(QUICK_SECONDS, seconds))
         self.patient = Lane("compile", PATIENT_THREADS, PATIENT_THREADS - 1, seconds)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Give up all that is being prepared; from any thread."""
+        self._closed.set()
 
     async def run(
         self,
@@ -119,14 +125,19 @@ class Preparation:
         abandoned: Callable[[], bool],
         task: Callable[[], T],
         patiently: Callable[[], None] | None = None,
+        is_heavy: bool = False,
     ) -> T:
         """What ``task`` returns, which may be begun twice; ``patiently`` is called before it begins in the patient lane.
 
-        Errors: as ``Lane.run``, and those of ``patiently``.
+        A task that ``is_heavy``, in memory, begins there.  Errors: as ``Lane.run``, and those of ``patiently``.
         """
-        try:
-            return await self.quick.run(client, abandoned, task)
-        except TooLongError:
-            if patiently is not None:
-                patiently()
-        return await self.patient.run(client, abandoned, task)
+
+        def given_up() -> bool:
+            return abandoned() or self._closed.is_set()
+
+        if not is_heavy:
+            with contextlib.suppress(TooLongError):
+                return await self.quick.run(client, given_up, task)
+        if patiently is not None:
+            patiently()
+        return await self.patient.run(client, given_up, task)

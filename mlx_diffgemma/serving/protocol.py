@@ -183,7 +183,7 @@ class Sampling(Body):
 
     NEUTRAL = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
-        "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any", "prompt_cache_key": "any",
+        "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any",
         "prompt_cache_retention": "any", "service_tier": "any", "best_of": (1,), **OF_OTHERS,
     }
     RENAMED = {"repeat_penalty": "repetition_penalty", "guided_regex": "regex", "guided_choice": "choices"}
@@ -196,6 +196,9 @@ class Sampling(Body):
     n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
     max_tokens: Limit | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    cache_salt: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="Beginnings of prompts are shared among requests with the same salt, and the same key, alone.")
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = Field(None, description="As cache_salt, under OpenAI's name.")
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     max_denoising_steps: Whole | None = None

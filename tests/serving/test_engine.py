@@ -1,6 +1,7 @@
 import itertools
 import threading
 import time
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -66,6 +67,23 @@ def begin(tiny_folder):
         assert not engine.alive
 
 
+@contextmanager
+def hold(engine):
+    """The engine's thread does nothing meanwhile."""
+    ready, end = threading.Event(), threading.Event()
+
+    class Wait(Answer):
+        def rounds(self, model):
+            ready.set()
+            end.wait(60)
+            yield from ()
+
+    engine.submit(Wait())
+    ready.wait(60)
+    yield
+    end.set()
+
+
 def alone(begin, **asked):
     job = Answer(**asked)
     begin().submit(job)
@@ -118,6 +136,36 @@ class TestAnswers:
         many.wait()
         one.wait()
         assert order.index(one.made[0]) < order.index(many.made[-1])
+
+    def test_a_client_with_all_rows_gives_some_to_another(self, begin):
+        """At its next canvas borders, and goes on later as if it had not."""
+        engine, order = begin(max_batch=4), []
+        many, one = Answer(seed=1, sessions=8, limit=24 * 4), Answer(seed=2, limit=24 * 2)
+        many.client, one.client = "a", "b"
+        many.on_step = lambda session, step: order.append("a")
+        one.on_step = lambda session, step: order.append("b")
+        engine.submit(many)
+        while len(order) < 4:
+            time.sleep(0.001)
+        engine.submit(one)
+        found = one.wait(), many.wait()
+        # Had it waited for whole answers, three more canvases of each row of the first four had come before.
+        assert order.index("b") < 4 * STEPS * 3
+        assert found == (alone(begin, seed=2, limit=24 * 2), alone(begin, seed=1, sessions=8, limit=24 * 4))
+
+    def test_clients_take_turns(self, begin):
+        """The queue of one does not come before another that has no row."""
+        engine, order = begin(max_batch=1), []
+        jobs = [Answer(seed=seed) for seed in range(5)]
+        for job, client in zip(jobs, "aaaab"):
+            job.client = client
+            job.on_step = lambda session, step, job=job: order.append(job)
+        with hold(engine):
+            for job in jobs:
+                engine.submit(job)
+        for job in jobs:
+            job.wait()
+        assert list(dict.fromkeys(order)).index(jobs[4]) <= 1
 
     def test_a_session_may_be_ended_by_its_job(self, begin):
         job = Answer(limit=24 * 6)
@@ -366,6 +414,39 @@ class TestEnds:
         engine.submit(job := Answer(seed=3))
         job.wait()
 
+    def test_a_full_queue_has_a_place_for_a_client_with_less(self, begin):
+        """In that of the latest job of the client with most."""
+        engine = begin(max_batch=1, max_queue=3)
+        with hold(engine):
+            many = [Answer(seed=seed) for seed in range(3)]
+            for job in many:
+                job.client = "a"
+                engine.submit(job)
+            engine.check_queue(0, "b")
+            with pytest.raises(BusyError):
+                engine.check_queue(0, "a")
+            others = [Answer(seed=seed) for seed in (4, 5)]
+            for job in others:
+                job.client = "b"
+            engine.submit(others[0])
+            with pytest.raises(BusyError):
+                many[2].wait()
+            with pytest.raises(BusyError):
+                engine.submit(others[1])
+        for job in (*many[:2], others[0]):
+            job.wait()
+
+    def test_scopes_share_no_prompts(self, begin):
+        engine, ids = begin(), np.random.default_rng(0).integers(0, 300, 90).tolist()
+        reused = []
+        for scope in (b"a", b"b", b"a"):
+            job = Answer(ids=ids)
+            job.scope = scope
+            engine.submit(job)
+            job.wait()
+            reused.append(job.made[0].reused)
+        assert reused == [0, 0, 90]
+
     def test_jobs_that_do_not_fit_together_run_one_after_the_other(self, begin):
         engine, seen = begin(), []
         engine._room = 1  # of bytes: one always runs
@@ -378,10 +459,13 @@ class TestEnds:
         assert set(seen) == {1}
 
     def test_closing_lets_finish_what_runs(self, begin):
-        engine = begin(max_batch=1)
+        engine, begun = begin(), [threading.Event() for _ in range(3)]
         jobs = [Answer(seed=seed) for seed in range(3)]
-        for job in jobs:
+        for job, event in zip(jobs, begun):
+            job.on_step = lambda session, step, event=event: event.set()
             engine.submit(job)
+        for event in begun:
+            assert event.wait(60)
         engine.close(grace=60)
         for job in jobs:
             job.wait()
@@ -396,6 +480,30 @@ class TestEnds:
         engine.submit(job)
         began.wait(60)
         return engine, job
+
+    def test_it_tells_those_that_wait_at_once(self, begin):
+        """And lets finish what runs."""
+        engine = begin(max_batch=1)
+        runs, waits = Answer(seed=1, limit=24 * 4), Answer(seed=2)
+        steps = threading.Semaphore(0)
+        runs.on_step = lambda session, step: steps.release()
+        engine.submit(runs)
+        steps.acquire()
+        engine.submit(waits)
+        closing = threading.Thread(target=engine.close, args=(60,))
+        closing.start()
+        with pytest.raises(ClosedError):
+            waits.wait()
+        assert not runs.ended.is_set()
+        runs.wait()
+        closing.join()
+
+    def test_it_begins_no_turn_that_would_end_too_late(self, running):
+        engine, job = running
+        engine._longest_turn = 1e6  # seconds
+        engine.close(grace=1000)
+        with pytest.raises(ClosedError):
+            job.wait()
 
     def test_but_not_for_ever(self, running):
         engine, job = running

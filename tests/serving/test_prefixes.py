@@ -48,6 +48,15 @@ class TestBegin:
         read(ids, found)
         assert prefixes.begin(ids)[0].length == 20
 
+    def test_scopes_know_nothing_of_each_other(self, made):
+        """Neither what is kept, nor where prompts part, nor what is used is changed by another's."""
+        prefixes, read = made
+        ids = ids_of(0, LEAST + 60)
+        prefixes.keep(ids, read(ids[: LEAST + 40]), scope=b"a")
+        assert [prefixes.begin(ids, scope=scope)[0].length for scope in (b"a", b"b", b"")] == [LEAST + 40, 0, 0]
+        assert prefixes.begin(ids, scope=b"c")[1] == 0
+        assert prefixes.begin(ids, scope=b"c")[1] > 0
+
     def test_never_all_but_one(self, made):
         prefixes, read = made
         ids = ids_of(0, 60)

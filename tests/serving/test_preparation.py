@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -139,7 +140,7 @@ class TestPreparation:
 class FakeEngine:
     """A queue of two, and nothing behind it."""
 
-    def check_queue(self, more):
+    def check_queue(self, more, client, own):
         if more >= 2:
             raise BusyError(1)
 
@@ -163,7 +164,7 @@ class FakeRequest:
 def server(monkeypatch):
     monkeypatch.setattr(preparation, "QUICK_SECONDS", 0.05)
     server = object.__new__(_Server)
-    server.engine, server._preparing, server._preparation = FakeEngine(), 0, Preparation(seconds=20)
+    server.engine, server._preparing, server._preparation = FakeEngine(), Counter(), Preparation(seconds=20)
     return server
 
 
@@ -179,9 +180,9 @@ def test_work_of_a_client_that_left_is_given_up(server):
 
     async def run():
         http = FakeRequest()
-        work = asyncio.ensure_future(server._prepared(http, task))
+        work = asyncio.ensure_future(server._prepared(http, False, task))
         await asyncio.sleep(0.15)  # it is in the patient lane
-        assert server._preparing == 0
+        assert server._preparing.total() == 0
         http.gone.set()
         with pytest.raises(_GoneError):
             await asyncio.wait_for(work, 5)
@@ -196,13 +197,13 @@ def test_what_waits_in_the_patient_lane_is_bounded_and_holds_no_place_of_the_que
         https = [FakeRequest() for _ in range(5)]
         works = []
         for http in https:
-            works.append(asyncio.ensure_future(server._prepared(http, spin)))
+            works.append(asyncio.ensure_future(server._prepared(http, False, spin)))
             await asyncio.sleep(0.2)
         refused = [work for work in works if work.done()]
         assert len(refused) == 2  # one runs, two wait
         for work in refused:
             assert isinstance(work.exception(), BusyError)
-        assert await server._prepared(FakeRequest(), lambda: 7) == 7
+        assert await server._prepared(FakeRequest(), False, lambda: 7) == 7
         for http in https:
             http.gone.set()
         await asyncio.gather(*works, return_exceptions=True)

@@ -4,10 +4,12 @@ import contextlib
 import random
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hostile
 import httpx
 import pytest
 
@@ -99,3 +101,24 @@ def test_requests_made_from_the_document():
                              capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
         assert httpx.get(f"{url}/health").json()["status"] == "ok"
+
+
+def test_answers_keep_coming_under_attack(server, monkeypatch):
+    """A sample of bench/hostile.py: each kind of hostile request twice, beside a normal client."""
+    port = httpx.URL(server).port
+    monkeypatch.setattr(hostile, "PATIENCE", 1.0)
+    over, times = threading.Event(), []
+    normal = threading.Thread(target=lambda: times.extend(hostile.normal_times(port, 100, over)))
+    normal.start()
+    try:
+        seen = hostile.attack(port, 26, seed=0)
+    finally:
+        over.set()
+        normal.join()
+    assert len(times) >= 3
+    assert max(times) < 20
+    statuses = Counter(kind.rpartition(": ")[2] for kind in seen.elements())
+    assert "500" not in statuses
+    assert {kind.partition(":")[0] for kind in seen} == {*hostile.bodies(), "slow body", "idle connections"}
+    with httpx.Client() as http:
+        until(lambda: http.get(f"{server}/health").json()["waiting"] == 0)
