@@ -26,10 +26,8 @@ from mlx_diffgemma.errors import UserError
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no standard gives a meaning to
 ESCAPE = "\\U000f"  # with which Python writes each of them in a list
-FIELDS = (
-    "role",
-    "type",
-)  # of messages and their parts: names of the protocol, which no user writes
+# Fields of messages and of their parts whose values are names of the protocol.
+FIELDS = ("role", "type")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A template comes with a checkpoint from anywhere. It runs in Jinja's sandbox; be
 loop, call, filter and operator counts against a ``Budget``, and what would make a text or a list
 too large is refused before it is made.
 
-    >>> render(template, {"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": True})
+    >>> render(template, {"messages": [{"role": "user", "content": "Hello"}], "tools": None})
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LARGEST_NUMBER = 10**6  # in the arguments of calls and filters
 BITS = 4096  # of the product of two whole numbers
 MAPPED = re.compile(r"%\(")
 WIDE = re.compile(r"\d{4,}|\*")  # a width or precision in a format
-# Their work or their result does not follow from the size of what they are given, and no chat template needs them.
+# Their work does not follow from the size of what they are given, and no chat template needs them.
 DROPPED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 DROPPED_METHODS = ("format_map", "maketrans", "translate")
 FAILURES = (
@@ -69,7 +69,7 @@ class Budget:
         self.until = time.thread_time() + SECONDS
 
     def step(self) -> None:
-        """Errors: TemplateLimitError when the rendering has taken too many steps or too much time."""
+        """Errors: TemplateLimitError when the rendering has taken too many steps or too long."""
         self.steps -= 1
         if self.steps < 0:
             raise TemplateLimitError(f"it takes more than {STEPS:,} steps")
@@ -471,7 +471,8 @@ def compiled(source: str) -> jinja2.Template:
     """Errors: UserError for a template that cannot be read, in one sentence."""
     if len(source) > LARGEST_SOURCE:
         raise UserError(
-            f"The chat template has {len(source):,} characters, and at most {LARGEST_SOURCE:,} are read; "
+            f"The chat template has {len(source):,} characters, and at most {LARGEST_SOURCE:,} are "
+            "read; "
             "take the model's own template."
         )
     try:
