@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,9 +54,9 @@ def load_tokenizer(folder: Path, eos_ids: Iterable[int]) -> TokenizerWrapper:
         raise UserError(f"{folder} has no tokenizer.json; copy the tokenizer files of the original checkpoint into it.")
     try:
         tokenizer = load(folder, eos_token_ids=list(eos_ids))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"The tokenizer in {folder} cannot be read ({reason}); download its files again.") from None
+    except Exception as error:  # transformers and tokenizers raise of every kind for a damaged file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The tokenizer in {folder} cannot be read ({reason}); download its files again.") from error
     tokenizer.eos_token_ids = set(eos_ids)
     return tokenizer
 

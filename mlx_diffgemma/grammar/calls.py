@@ -72,7 +72,7 @@ class _Translator(schema._Translator):
     def _string(self, schema_: Mapping[str, Any], where: str) -> Language:
         super()._string(schema_, where)  # for what it refuses
         if "pattern" in schema_:
-            inner = regex.parse(schema._whole(schema_["pattern"]))
+            inner = regex.parse(schema_["pattern"], search=True)
         elif "format" in schema_:
             inner = regex.parse(schema.FORMATS[schema_["format"]])
         else:

@@ -24,7 +24,8 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import calls
 from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
-from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
+from mlx_diffgemma.grammar.automaton import compile_language
+from mlx_diffgemma.grammar.budget import MAX_SECONDS, limited
 from mlx_diffgemma.grammar.language import Language, choice, concat, text
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Chain, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
@@ -214,7 +215,7 @@ class Constraint:
         column."""
         (places, some), target = self.pieces.of(columns), mx.array(u.astype(np.float32))
         best, temperature = _at(masses.best, mx.array(columns))[:, None], mx.array([[masses.temperature]])
-        if numbers.top_k is None and numbers.top_p is None:
+        if numbers.top_k is None and numbers.top_p is None and numbers.min_p is None:
             sums = mx.where(some, mx.take_along_axis(masses.sums, places, axis=-1), 0.0)
             target = target * sums.sum(axis=-1)
             piece, before = passing(sums, target)
@@ -257,7 +258,9 @@ class Constraint:
         drawn, weight = self.draw(logits, masses, solution.drawn, solution.rest, numbers)
         logprob, probability = mx.array(of_path.astype(np.float32)), weight * mx.array(np.exp(of_drawn).astype(np.float32))
         if numbers.greedy is not None:
-            drawn, probability = argmax, mx.exp(logprob)
+            greedy = numbers.greedy[0]
+            drawn = mx.where(greedy, argmax, drawn)
+            probability = mx.where(greedy, mx.exp(logprob), probability)
         kept = covered = None
         if numbers.tail is not None:
             kept, columns = self.largest(logits, masses, bias, min(KEPT, logits.shape[-1]))
@@ -314,8 +317,9 @@ def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, la
             _compiled.move_to_end(key)
             return _compiled[key][1]
     began = time.monotonic()
-    automaton = compile_language(language(), seconds)
-    tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
+    with limited(seconds):
+        automaton = compile_language(language(), seconds)
+        tokens = compile_tokens(automaton, vocabulary, seconds)
     constraint = Constraint(tokens, eos_ids, time.monotonic() - began, automaton.states)
     with _lock:
         _compiled[key] = vocabulary, constraint

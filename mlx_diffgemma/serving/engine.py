@@ -179,6 +179,14 @@ class Engine:
             if self._waiting() + more >= self.max_queue:
                 raise BusyError(self._retry_after())
 
+    def check_patience(self, waiting: int) -> None:
+        """Errors: BusyError where so many ``waiting`` for a constraint to be compiled are as many as may wait, ClosedError behind
+        ``close``."""
+        with self._changed:
+            self._check_open()
+            if waiting >= self.max_queue:
+                raise BusyError(self._retry_after())
+
     def _check_open(self) -> None:
         if self._closing:
             raise ClosedError("The server is shutting down.")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import jsonschema
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -19,6 +18,8 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.decide import Decision, Labels, Question, decision_of, labels_in_turns
 from mlx_diffgemma.demands import Demands, Stretch
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar.budget import TooLongError
+from mlx_diffgemma.grammar.checker import Checker, TooMuchWorkError
 from mlx_diffgemma.grammar.constraint import compile_named
 from mlx_diffgemma.infill import Filling
 from mlx_diffgemma.model import DiffusionGemma
@@ -241,17 +242,29 @@ class Functions:
             schema.setdefault("type", "object")
             if schema["type"] != "object":
                 raise UserError(f"The parameters of the function {name!r} are the schema of an object, not of {schema['type']!r}.")
-            try:
-                jsonschema.Draft202012Validator.check_schema(schema)
-            except jsonschema.SchemaError as error:
-                raise UserError(f"The parameters of the function {name!r} are no JSON schema: {error.message}") from None
+        self._checkers = {name: self._checker(name, schema) for name, schema in self.parameters.items()}
+
+    @staticmethod
+    def _checker(name: str, schema: Mapping[str, Any]) -> Checker:
+        try:
+            return Checker(schema)
+        except TooLongError:
+            raise
+        except UserError as error:
+            raise UserError(f"The parameters of the function {name!r} cannot be used: {error}") from None
+        except RecursionError:
+            raise UserError(f"The parameters of the function {name!r} are nested too deeply; write them with fewer "
+                            "levels.") from None
 
     def fits(self, call: Mapping[str, Any]) -> bool:
-        """Whether {name, arguments} is one of them with what it takes."""
-        schema = self.parameters.get(str(call.get("name")))
-        if schema is None or not isinstance(call.get("arguments"), dict):
+        """Whether {name, arguments} is one of them with what it takes, by a bounded number of steps."""
+        checker = self._checkers.get(str(call.get("name")))
+        if checker is None or not isinstance(call.get("arguments"), dict):
             return False
-        return bool(jsonschema.Draft202012Validator(schema).is_valid(call["arguments"]))
+        try:
+            return checker.fits(call["arguments"])
+        except TooMuchWorkError:  # it is made again under the schema, which then holds by construction
+            return False
 
     def request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request) -> Request:
         """As ``asked``, but for a ``Call`` of one of them.  Errors: UserError for parameters that cannot be guaranteed."""

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.jsonl import read_lines
+from mlx_diffgemma.files import read_lines
 from mlx_diffgemma.tokenizer import answer_ids, chat_ids, encode_prompt
 
 SPLITS = ("train", "valid", "test")
