@@ -167,7 +167,7 @@ def _cut(piece: Any) -> Any:
     """
     if not isinstance(piece, str) or not _current.marks:
         return piece
-    begin, end, split = _current.marks
+    begin, end, split = list(_current.marks)
     if piece.endswith(begin):
         piece = piece[:-1] + split
     return split + piece[1:] if piece.startswith(end) else piece
@@ -431,7 +431,12 @@ def _counting(tree: nodes.Template) -> nodes.Template:
     """The template with a step at each turn of a loop and each call of a macro, and with joined
     texts and new lists measured.
     """
-    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+    repeating: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+        *tree.find_all(nodes.For),
+        *tree.find_all(nodes.Macro),
+        *tree.find_all(nodes.CallBlock),
+    ]
+    for node in repeating:
         size = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         step = nodes.ExprStmt(
             nodes.Filter(nodes.Const(size), STEP, [], [], None, None), lineno=node.lineno
