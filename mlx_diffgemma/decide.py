@@ -34,7 +34,7 @@ from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.request import GenerationWarning, Prompt, check_room, prompt_ids, token_limit
 from mlx_diffgemma.session import PREFILL_STEP_SIZE, Session, prefill
-from mlx_diffgemma.tokenizer import turn_end
+from mlx_diffgemma.tokenizer import encode_literally, turn_end
 
 ANSWER, TEXT = "{answer}", "{text}"
 PLAIN, ASKED = ANSWER, f"{TEXT}\n{ANSWER}"  # the templates of a question without a text and with one
@@ -246,7 +246,7 @@ def label_ids(tokenizer: TokenizerWrapper, question: Question) -> Labels:
     found: dict[tuple[int, ...], str] = {}
     texts = [question.written(label) for label in question.labels]
     for label, text in zip(question.labels, texts, strict=True):
-        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+        ids = tuple(encode_literally(tokenizer, text))
         if ids in found:
             raise UserError(f"The labels {found[ids]!r} and {label!r} are the same tokens; give labels that differ.")
         found[ids] = label

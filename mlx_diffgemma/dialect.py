@@ -8,6 +8,7 @@ messages as OpenAI writes them, and ``arranged`` does the rest.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,11 +125,11 @@ def _joined_parts(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, list):
         return message
     parts: list[Any] = []
-    for part in content:
-        if _is_text(part) and parts and _is_text(parts[-1]):
-            parts[-1] = {**parts[-1], "text": parts[-1]["text"] + part["text"]}
+    for texts, run in itertools.groupby(content, _is_text):
+        if texts:
+            parts.append({"type": "text", "text": "".join(part["text"] for part in run)})
         else:
-            parts.append(part)
+            parts += run
     if all(map(_is_text, parts)):
         return {**message, "content": parts[0]["text"] if parts else ""}
     return {**message, "content": parts}
@@ -196,33 +197,33 @@ def _with_responses(messages: Sequence[dict[str, Any]], dialect: Dialect) -> lis
     for message in messages:
         before = made[-1] if made else {}
         if message.get("role") == "tool" and before.get("tool_calls"):
-            responses = [*before.get("tool_responses", ())]
-            name = message.get("name", UNKNOWN)
-            if before.get(
-                "content"
-            ):  # what was said before the call is a message of its own: templates write it after the result
-                made[-1:] = [
-                    {"role": before["role"], "content": before["content"]},
-                    {**before, "content": ""},
-                ]
-            made[-1] = {
-                **made[-1],
-                "tool_responses": [
-                    *responses,
-                    {"name": name, "response": message.get("content", "")},
-                ],
-            }
-        elif (
-            dialect.joins_answer
-            and message.get("role") in MODEL
-            and before.get("tool_responses")
-            and not message.get("tool_calls")
-            and not before.get("content")
-        ):
+            made[-1:] = _with_response(before, message)
+        elif dialect.joins_answer and _answers(before, message):
             made[-1] = {**before, "content": message.get("content") or ""}
         else:
             made.append(message)
     return made
+
+
+def _with_response(called: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The message with calls and its result.
+
+    What was said before the calls becomes a message of its own: templates write it after the
+    results.
+    """
+    before = []
+    if called.get("content"):
+        before.append({"role": called["role"], "content": called["content"]})
+    response = {"name": result.get("name", UNKNOWN), "response": result.get("content", "")}
+    responses = [*called.get("tool_responses", ()), response]
+    return [*before, {**called, "content": "", "tool_responses": responses}]
+
+
+def _answers(called: dict[str, Any], message: dict[str, Any]) -> bool:
+    """Whether ``message`` is what the model says after the results of its calls."""
+    if message.get("role") not in MODEL or message.get("tool_calls"):
+        return False
+    return bool(called.get("tool_responses")) and not called.get("content")
 
 
 def _with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

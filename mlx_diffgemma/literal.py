@@ -13,7 +13,7 @@ import functools
 import re
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,8 @@ from mlx_diffgemma.errors import UserError
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no standard gives a meaning to
 ESCAPE = "\\U000f"  # with which Python writes each of them in a list
-FIELDS = (
-    "role",
-    "type",
-)  # of messages and their parts: names of the protocol, which no user writes
+# Fields of messages and of their parts whose values are names of the protocol.
+FIELDS = ("role", "type")
 
 
 @dataclass(frozen=True)
@@ -74,26 +72,45 @@ def _escape(character: str) -> str:
 class Control:
     """The control tokens of a tokenizer, found in texts as the tokenizer finds them: the longest
     first, from left to right.
+
+    A vocabulary may have thousands of them, so they are looked up by length, not tried in turn.
     """
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self.ids = dict(ids)
-        longest = sorted(self.ids, key=len, reverse=True)
-        self.tokens = re.compile("|".join(map(re.escape, longest)) or "(?!)")
-        begun = {token[:size] for token in self.ids for size in range(1, len(token))}
-        self._begun = re.compile(
-            "(?:" + "|".join(map(re.escape, sorted(begun, key=len, reverse=True))) + r")\s*\Z"
-            if begun
-            else "(?!)"
+        self._first = re.compile(
+            "[" + re.escape("".join(sorted({token[0] for token in ids}))) + "]" if ids else "(?!)"
         )
+        self._sizes = sorted({len(token) for token in ids}, reverse=True)
+        self._begun = {token[:size] for token in ids for size in range(1, len(token))}
+
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where control tokens begin and end."""
+        place = 0
+        while first := self._first.search(text, place):
+            begin = first.start()
+            fitting = (size for size in self._sizes if begin + size <= len(text))
+            size = next((size for size in fitting if text[begin : begin + size] in self.ids), 0)
+            if size:
+                yield begin, begin + size
+            place = begin + max(size, 1)
 
     def mark(self, text: str, marks: Marks) -> str:
-        """``text`` with its control tokens marked, and its end where that is the beginning of one."""
-        text = self.tokens.sub(f"{marks.begin}\\g<0>{marks.end}", text)
-        rest = text.rstrip()
-        if rest and self._begun.search(rest[-max(map(len, self.ids), default=0) :]):
-            text = rest + marks.split + text[len(rest) :]
-        return text
+        """``text`` with its control tokens marked, and its end if that begins a control token."""
+        made: list[str] = []
+        done = 0
+        for begin, end in self.places(text):
+            made += [text[done:begin], marks.begin, text[begin:end], marks.end]
+            done = end
+        rest = text[done:]
+        stripped = rest.rstrip()
+        if any(stripped[-size:] in self._begun for size in self._sizes_before(len(stripped))):
+            rest = stripped + marks.split + rest[len(stripped) :]
+        return "".join([*made, rest])
+
+    def _sizes_before(self, length: int) -> range:
+        """Lengths of the beginnings of control tokens that may end a text."""
+        return range(1, min(length, max(self._sizes, default=1) - 1) + 1)
 
     def pieces(self, marked: str, marks: Marks) -> list[str | int]:
         """A text with marks as plain pieces, and the ids of those control tokens that no mark
@@ -103,17 +120,17 @@ class Control:
         text = "".join(marked[place] for place in places)
         found: list[str | int] = []
         done = 0
-        for match in self.tokens.finditer(text):
-            first, last = places[match.start()], places[match.end() - 1]
-            whole = last - first == match.end() - 1 - match.start()
+        for begin, end in self.places(text):
+            first, last = places[begin], places[end - 1]
+            whole = last - first == end - 1 - begin
             if (
                 not whole
                 or marked[first - 1 : first] == marks.begin
                 or marked[last + 1 : last + 2] == marks.end
             ):
                 continue
-            found += [text[done : match.start()], self.ids[match[0]]]
-            done = match.end()
+            found += [text[done:begin], self.ids[text[begin:end]]]
+            done = end
         return [piece for piece in (*found, text[done:]) if piece != ""]
 
 
@@ -242,7 +259,7 @@ def marked(value: Any, control: Control, marks: Marks, keys: bool = False) -> An
     if isinstance(value, dict):
         return {
             control.mark(name, marks) if keys else name: inner
-            if name in FIELDS and isinstance(inner, str) and not control.tokens.search(inner)
+            if name in FIELDS and isinstance(inner, str) and not any(control.places(inner))
             else marked(inner, control, marks, keys or name in ("arguments", "parameters"))
             for name, inner in value.items()
         }

@@ -5,7 +5,7 @@ A template comes with a checkpoint from anywhere. It runs in Jinja's sandbox; be
 loop, call, filter and operator counts against a ``Budget``, and what would make a text or a list
 too large is refused before it is made.
 
-    >>> render(template, {"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": True})
+    >>> render(template, {"messages": [{"role": "user", "content": "Hello"}], "tools": None})
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LARGEST_NUMBER = 10**6  # in the arguments of calls and filters
 BITS = 4096  # of the product of two whole numbers
 MAPPED = re.compile(r"%\(")
 WIDE = re.compile(r"\d{4,}|\*")  # a width or precision in a format
-# Their work or their result does not follow from the size of what they are given, and no chat template needs them.
+# Their work does not follow from the size of what they are given, and no chat template needs them.
 DROPPED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 DROPPED_METHODS = ("format_map", "maketrans", "translate")
 FAILURES = (
@@ -69,7 +69,7 @@ class Budget:
         self.until = time.thread_time() + SECONDS
 
     def step(self) -> None:
-        """Errors: TemplateLimitError when the rendering has taken too many steps or too much time."""
+        """Errors: TemplateLimitError when the rendering has taken too many steps or too long."""
         self.steps -= 1
         if self.steps < 0:
             raise TemplateLimitError(f"it takes more than {STEPS:,} steps")
@@ -167,7 +167,7 @@ def _cut(piece: Any) -> Any:
     """
     if not isinstance(piece, str) or not _current.marks:
         return piece
-    begin, end, split = _current.marks
+    begin, end, split = list(_current.marks)
     if piece.endswith(begin):
         piece = piece[:-1] + split
     return split + piece[1:] if piece.startswith(end) else piece
@@ -431,7 +431,12 @@ def _counting(tree: nodes.Template) -> nodes.Template:
     """The template with a step at each turn of a loop and each call of a macro, and with joined
     texts and new lists measured.
     """
-    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+    repeating: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+        *tree.find_all(nodes.For),
+        *tree.find_all(nodes.Macro),
+        *tree.find_all(nodes.CallBlock),
+    ]
+    for node in repeating:
         size = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         step = nodes.ExprStmt(
             nodes.Filter(nodes.Const(size), STEP, [], [], None, None), lineno=node.lineno
@@ -471,7 +476,8 @@ def compiled(source: str) -> jinja2.Template:
     """Errors: UserError for a template that cannot be read, in one sentence."""
     if len(source) > LARGEST_SOURCE:
         raise UserError(
-            f"The chat template has {len(source):,} characters, and at most {LARGEST_SOURCE:,} are read; "
+            f"The chat template has {len(source):,} characters, and at most {LARGEST_SOURCE:,} are "
+            "read; "
             "take the model's own template."
         )
     try:

@@ -3,6 +3,7 @@ it reads it.
 """
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_diffgemma import nano
 from mlx_diffgemma.dialect import Dialect, arranged
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.literal import encode_literally
+from mlx_diffgemma.literal import Control, Marks, encode_literally
 from mlx_diffgemma.nano.build_tokenizer import MARKERS
 from mlx_diffgemma.tokenizer import (
     answer_ids,
@@ -552,3 +553,12 @@ class TestCommand:
         assert plain == [2, *encode_literally(NANO, "a<eos>b")]
         plain = self.ids(monkeypatch, capsys, "--ignore-chat-template", "--allow-control-tokens")
         assert plain == encode_prompt(NANO, "a<eos>b")
+
+
+def test_thousands_of_control_tokens_are_found_at_once():
+    """A vocabulary may have them, and a text may be nothing but their first character."""
+    control = Control({f"<unused{number}>": number for number in range(6000)} | {"<": 6001})
+    assert list(control.places("a<unused12><unused5999><")) == [(1, 11), (11, 23), (23, 24)]
+    began = time.thread_time()
+    assert control.mark("<un" * 100_000, Marks("1", "2", "3")).count("1<2") == 100_000
+    assert time.thread_time() - began < 2

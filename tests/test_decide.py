@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 
 import mlx.core as mx
@@ -239,13 +240,17 @@ class TestRefused:
         with pytest.raises(UserError, match=says):
             decide(model, tokenizer, **{"prompt": PROMPT, "questions": [Question.yes_no()]} | given)
 
-    def test_labels_that_are_the_same_tokens(self, nano_pair):
-        class Blind:
-            def encode(self, text, add_special_tokens):
-                return nano_pair[1].encode(text.lower(), add_special_tokens=False)
+    def test_control_tokens_in_labels_are_text(self, nano_pair):
+        labels = label_ids(nano_pair[1], Question.choice(["<eos>", "<|turn>"])).ids
+        assert not {1, 4} & set(np.concatenate(labels).tolist())
 
+    def test_labels_that_are_the_same_tokens(self, nano_pair, monkeypatch):
+        def blind(tokenizer, text):
+            return tokenizer.encode(text.lower(), add_special_tokens=False)
+
+        monkeypatch.setattr(sys.modules["mlx_diffgemma.decide"], "encode_literally", blind)
         with pytest.raises(UserError, match="'Yes' and 'yes' are the same tokens"):
-            label_ids(Blind(), Question.choice(["Yes", "yes"]))
+            label_ids(nano_pair[1], Question.choice(["Yes", "yes"]))
 
 
 def test_the_end_of_a_turn(nano_pair, monkeypatch):

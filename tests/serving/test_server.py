@@ -388,8 +388,7 @@ REFUSED = [
     *(({name: 2**31}, 400, name) for name in ("top_k", "stability_threshold", "max_denoising_steps", "plateau", "image_tokens")),
     ({"max_tokens": -2}, 400, "max_tokens"), ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
     ({"max_tokens": -1, "max_completion_tokens": 5}, 400, "max_completion_tokens"),
-    ({HALF: 1}, 400, "half a character"), ({"messages": [called(json.dumps({"a": HALF}))]}, 400, "arguments"),
-    ({"messages": [called('{"a":' + "[" * 100_000)]}, 400, "arguments"),
+    ({HALF: 1}, 400, "half a character"),
 ]
 
 
