@@ -110,14 +110,15 @@ class TestChat:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_several_choices(self, chat, stream):
-        alone = [chat(STORY, seed=seed, max_tokens=20).choices[0].message.content for seed in (3, 4)]
+        """Of several canvases, each behind a cache of its own."""
+        alone = [chat(STORY, seed=seed, max_tokens=100).choices[0].message.content for seed in (3, 4)]
         if stream:
             found = ["", ""]
-            for chunk in chat(STORY, seed=3, n=2, max_tokens=20, stream=True):
+            for chunk in chat(STORY, seed=3, n=2, max_tokens=100, stream=True):
                 for choice in chunk.choices:
                     found[choice.index] += choice.delta.content or ""
         else:
-            found = [choice.message.content for choice in chat(STORY, seed=3, n=2, max_tokens=20).choices]
+            found = [choice.message.content for choice in chat(STORY, seed=3, n=2, max_tokens=100).choices]
         assert found == alone
 
     @pytest.mark.parametrize("stream", [False, True])
