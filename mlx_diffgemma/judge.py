@@ -59,9 +59,10 @@ def consult(model: DiffusionGemma, asked: Sequence[tuple[Session, list[int]]]) -
         entropy = -(mx.exp(logprobs) * logprobs).sum(axis=-1)
         logprob = mx.take_along_axis(logprobs, mx.array(ids)[:, None], axis=-1)[:, 0]
         found.append((logprob, entropy))
-    mx.eval(found, [own[-1] for own in output.logits], list(output.taps.values()))
+    last = [mx.contiguous(own[-1]) for own in output.logits]  # a view would keep the logits of all rows alive
+    mx.eval(found, last, list(output.taps.values()))
     for row, ((session, ids), (logprob, entropy)) in enumerate(zip(asked, found, strict=True)):
-        verdict = Verdict(ids, logprob, entropy, output.logits[row][-1], {layer: output.taps[layer][row] for layer in taps}, True)
+        verdict = Verdict(ids, logprob, entropy, last[row], {layer: output.taps[layer][row] for layer in taps}, True)
         session.judged_as(verdict, rows=len(ids))
 
 

@@ -28,7 +28,7 @@ from mlx_diffgemma.options import DEFAULT_TOKEN_LIMIT, GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.session import Canvas, Session
-from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt
+from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt, repeated
 from mlx_diffgemma.video import VideoWarning
 
 Prompt: TypeAlias = "str | Sequence[int] | mx.array"
@@ -53,6 +53,8 @@ class GenerationResponse:
     counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the ``seed``, and of a draft model's tokens
     so far how many it ``proposed`` and how many of these were ``accepted``.
     ``certificate`` names the rule under which a canvas converged ("stable-and-confident", "causal"…), None where it did not.
+    Of a whole answer (``batch_generate``, ``generate --json``) ``converged`` means that all its canvases did; ``certificate`` is
+    then the last one's, and None otherwise.
     """
 
     text: str
@@ -100,6 +102,7 @@ class Request:
     images: tuple[PlacedImage, ...] = ()
     patches: int = 0  # of the largest image
     demands: Demands | None = None
+    repeated: int = 0  # how many of the ids the next turn of a conversation repeats
     began: float = 0.0
     prefill_seconds: float = 0.0
     produced: int = 0  # tokens, end token included
@@ -139,7 +142,7 @@ class Request:
             constraint = compile_constraint(tokenizer, model.config, **options.constraints)
             demands = Demands(eos_ids, limit, stretches=[Stretch(constraint, begun=tuple(answer_part(tokenizer, prefix)))])
         return cls(ids, limit, fresh_seed() if chosen is None else chosen, parser, eos_ids, opened,
-                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands)
+                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands, repeated(tokenizer, ids))
 
     def draws(self, model: DiffusionGemma) -> Draws:
         return Draws(self.seed, model.config.text.vocab_size)
@@ -147,7 +150,7 @@ class Request:
     def session(self, model: DiffusionGemma, policy: Policy, **given: Any) -> Session:
         """Of its canvases; ``given`` is what else ``Session`` takes."""
         return Session(model, self.ids, policy, self.draws(model), self.eos_ids, self.limit, images=self.images,
-                       demands=self.demands, **given)
+                       demands=self.demands, repeated=self.repeated, **given)
 
     def begin(self) -> None:
         self.began = time.perf_counter()
@@ -221,7 +224,8 @@ class Request:
             tool_calls=tuple(call for r in parts for call in r.tool_calls), tokens=tuple(t for r in parts for t in r.tokens),
             steps=sum(r.steps for r in parts), judged=sum(r.judged for r in parts), rows=sum(r.rows for r in parts),
             retries=sum(r.retries for r in parts),
-            converged=all(r.converged for r in parts), parts=tuple(parts),
+            converged=all(r.converged for r in parts),
+            certificate=parts[-1].certificate if all(r.converged for r in parts) else None, parts=tuple(parts),
         )
 
     def _warn(self, response: GenerationResponse) -> None:

@@ -120,7 +120,7 @@ class Session:
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
                  eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
                  prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = (), demands: Demands | None = None,
-                 cache: Cache | None = None):
+                 cache: Cache | None = None, repeated: int = 0):
         if policy.drafter and prompt_cache:
             raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
         if policy.drafter and demands:
@@ -137,12 +137,13 @@ class Session:
         self.said: mx.array | None = None  # the argmax of its last step
         self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
         own = cache or Cache(model.config.text)
-        self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else own
+        self.cache: Cache = prompt_cache.begin(model, keyed(self.ids, self.images), self) if prompt_cache else own
         self.reused = self.cache.length  # of the ids, that need not be encoded
-        self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
+        self.repeated = repeated  # how many of the ids the next turn of a conversation repeats, see ``tokenizer.repeated``
+        self.pending: np.ndarray = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
-        self.finished = False
+        self.finished: bool = False
         self.start = 0  # the position in the answer at which the current canvas begins
         self.length = self.full_length  # with how many positions the current canvas began
         self.retry = self.steps = self.rows = self.passes = 0  # of the current canvas: attempts before, what all took
@@ -151,7 +152,7 @@ class Session:
         self.rejected: list[CanvasStep] = []  # the last steps of attempts that did not converge
         self.draft = policy.drafter.begin() if policy.drafter else None  # the drafter's own
         self.guess: mx.array | None = None  # what it put into the current canvas, -1 where nothing
-        self.signal: mx.array | None = None  # and the first step's self-conditioning
+        self.signal: mx.array | None = None  # the next step's self-conditioning, [length, hidden]
         self.drafts = 0  # how many attempts at the current canvas before this one had guesses
         self.wants_next = policy.drafter is not None
         self.wants_top = 0  # how many of the most probable tokens a stopped step is to name
@@ -242,7 +243,21 @@ class Session:
         """All that was pending is in the cache now."""
         self.pending = self.pending[:0]
         if self.prompt_cache:
-            self.prompt_cache.reached(keyed(self.ids, self.images))
+            self.prompt_cache.reached(keyed(self.ids, self.images), self.cache)
+
+    def chunk(self, most: int) -> int:
+        """How many of the pending ids are encoded next, about ``most``.
+
+        Where a snapshot is kept, the first stop is the place from which the next turn goes on.
+        """
+        size = next_chunk(self.pending.size, self.cache.length, self.images, most)
+        ahead = self.repeated - self.cache.length if self.prompt_cache else 0
+        return ahead if 1 < ahead < size else size
+
+    def paused(self) -> None:
+        """Some of what was pending is in the cache: keep a snapshot where the next turn goes on."""
+        if self.prompt_cache and self.pending.size and self.cache.length == self.repeated:
+            self.prompt_cache.reached(keyed(self.ids, self.images)[: self.repeated], self.cache)
 
     def take(self, step: CanvasStep) -> None:
         """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""
@@ -290,7 +305,9 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
     for session in sessions:
         session.reserve()
     while waiting := [s for s in sessions if s.pending.size]:
-        done += encode_chunk(model, waiting, [next_chunk(s.pending.size, s.cache.length, s.images, chunk) for s in waiting])
+        done += encode_chunk(model, waiting, [session.chunk(chunk) for session in waiting])
+        for session in waiting:
+            session.paused()
         if progress:
             progress(done, total)
 
@@ -324,7 +341,6 @@ class Loop:
                  progress: Progress | None = None):
         self.model, self.prefill_step_size, self.progress = model, prefill_step_size, progress
         self.sessions = list(sessions)
-        self._beliefs: list[tuple[list[Session], conditioning.Belief]] = []  # what the last step believed, group by group
 
     @property
     def active(self) -> list[Session]:
@@ -354,27 +370,25 @@ class Loop:
         active = [session for session in active if session.canvas is not None]
         if not active:
             return at_once
-        soft = self._soft_embeddings()
         groups = sampled_together(active)
         rows = [session for group in groups for session in group]
-        believed, outcomes, taps = self._step(rows, groups, soft)
+        believed, outcomes, taps = self._step(rows, groups)
         flags = mx.concatenate([outcome.flags for outcome in outcomes]).tolist()  # the one host read of a step
         self._note(rows, outcomes, flags)
-        steps, self._beliefs, taken = list[CanvasStep](), [], 0
+        steps, beliefs, taken = list[CanvasStep](), list[conditioning.Belief](), 0
         for group, (logits, bias), outcome in zip(groups, believed, outcomes, strict=True):
             numbers, taken = flags[taken : taken + len(group)], taken + len(group)
             temperature = mx.array([session.policy.schedule(session.step - 1) for session in group])
-            self._beliefs.append((group, conditioning.Belief(logits, temperature, outcome.kept, outcome.uncovered,
-                                                             [int(row[Flag.UNCOVERED]) for row in numbers], bias=bias)))
-            steps += [self._record(session, row, outcome, numbers[row], self._beliefs[-1][1]) for row, session in enumerate(group)]
+            beliefs.append(conditioning.Belief(logits, temperature, outcome.kept, outcome.uncovered,
+                                               [int(row[Flag.UNCOVERED]) for row in numbers], bias=bias))
+            steps += [self._record(session, row, outcome, numbers[row], beliefs[-1]) for row, session in enumerate(group)]
         for session, step in zip(rows, steps, strict=True):
             session.take(step)
         settle(rows)
         self._refine(rows, steps, taps)
+        self._signal(groups, beliefs)
         if any(step.committed for step in steps):
             mx.clear_cache()
-        if not self.active:
-            self._beliefs = []
         return [*at_once, *zip(rows, steps, strict=True)]
 
     def _commit_drafts(self, sessions: Sequence[Session]) -> list[tuple[Session, CanvasStep]]:
@@ -408,30 +422,31 @@ class Loop:
         settle([session for session, _ in asked])
         return found
 
-    def _soft_embeddings(self) -> dict[int, mx.array]:
-        """The signal [length, hidden] of each session that goes on with its canvas, by id of the session."""
-        soft = {id(session): session.signal for session in self.sessions if session.signal is not None and session.step == 0}
-        for group, belief in self._beliefs:
-            lengths = {row: session.canvas.size for row, session in enumerate(group)
-                       if session.canvas is not None and session.step and session in self.sessions and not session.finished}
+    def _signal(self, groups: Sequence[Sequence[Session]], beliefs: Sequence[conditioning.Belief]) -> None:
+        """Give each session that continues its canvas the self-conditioning of its next step.
+
+        A signal [length, hidden] is about a hundredth of the logits it is made from.  It is computed here, not when the next
+        step needs it, so that no logits live through that step's forward.
+        """
+        made = list[mx.array]()
+        for group, belief in zip(groups, beliefs, strict=True):
+            lengths = {row: _canvas(session).size for row, session in enumerate(group) if session.step and not session.finished}
             for length in set(lengths.values()):  # tails may have left some canvases of the group
                 kept = [row for row, own in lengths.items() if own == length]
-                signal = conditioning.soft_embedding(self.model, belief.rows(kept, length))
-                soft |= {id(group[row]): signal[index] for index, row in enumerate(kept)}
-        return soft
+                signals = conditioning.soft_embedding(self.model, belief.rows(kept, length))
+                for index, row in enumerate(kept):
+                    group[row].signal = signals[index]
+                    made.append(signals[index])
+        mx.async_eval(made)
 
-    def _step(self, rows: Sequence[Session], groups: Sequence[Sequence[Session]], soft: dict[int, mx.array],
+    def _step(self, rows: Sequence[Session], groups: Sequence[Sequence[Session]],
               ) -> tuple[list[tuple[mx.array, Bias | None]], list[SamplerStep], list[Taps]]:
         """(For each group logits [group, length, vocabulary] and what constraints add to them, what the sampler made of them; for
         each of the ``rows``, which are all of them, the hidden states that its drafter refines by)."""
         lengths = [_canvas(session).size for session in rows]
         caches, fused = [session.cache for session in rows], [session for session in rows if session.pending.size]
         commits = [mx.array(session.pending) if session.pending.size else None for session in rows] if fused else ()
-        signal = None
-        if soft:
-            hidden = next(iter(soft.values()))
-            signal = mx.concatenate([soft[id(s)] if id(s) in soft else mx.zeros((n, hidden.shape[1]), dtype=hidden.dtype)
-                                     for s, n in zip(rows, lengths, strict=True)])
+        signal = _signals(rows)
         wanted = [session.policy.drafter.taps if session.policy.drafter and session.policy.drafter.refines else ()
                   for session in rows]
         output = self.model.denoise(mx.concatenate([_canvas(session) for session in rows]), caches, signal, commits=commits,
@@ -534,6 +549,16 @@ def _drafted(sessions: Sequence[Session]) -> dict[CanvasDrafter, list[int]]:
         if session.policy.drafter:
             found.setdefault(session.policy.drafter, []).append(place)
     return found
+
+
+def _signals(sessions: Sequence[Session]) -> mx.array | None:
+    """Self-conditioning of a forward over the canvases of ``sessions`` [rows, hidden], zeros where one has none; None if all
+    have none."""
+    known = next((session.signal for session in sessions if session.signal is not None), None)
+    if known is None:
+        return None
+    return mx.concatenate([mx.zeros((_canvas(session).size, known.shape[1]), dtype=known.dtype)
+                           if session.signal is None else session.signal for session in sessions])
 
 
 def _canvas(session: Session) -> mx.array:

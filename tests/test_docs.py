@@ -45,6 +45,14 @@ def test_the_table_of_self_conditioning_is_what_was_measured():
     assert runpy.run_path(str(ROOT / "bench" / "self_conditioning.py"))["table"](record) in page
 
 
+def test_the_table_of_loop_memory_is_what_was_measured():
+    record = json.loads((ROOT / "bench" / "results" / "loop-memory.json").read_text(encoding="utf-8"))
+    made = runpy.run_path(str(ROOT / "bench" / "loop_memory.py"))
+    assert made["table"](record) in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    peaks = [[max(step["peak"] for step in row["steps"][1:]) for row in record[made[label]]] for label in ("DROPPED", "HELD")]
+    assert all(new <= 0.8 * old for new, old in zip(*peaks, strict=True)), "why only the signal is kept"
+
+
 def test_the_python_snippets_run(capsys):
     snippets = blocks(README, "python")
     assert snippets

@@ -282,15 +282,15 @@ class TestBadInput:
             token_limit(8000, 193, 64, 8192)
 
 
-def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocated(nano_pair, monkeypatch):
+def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocated(nano_float32, monkeypatch):
     from mlx_diffgemma import device
 
     monkeypatch.setattr(device, "memory_limit", lambda: 12_000_000)
-    monkeypatch.setattr(type(nano_pair[0]), "encode", lambda *a, **k: pytest.fail("something was computed"))
+    monkeypatch.setattr(type(nano_float32[0]), "encode", lambda *a, **k: pytest.fail("something was computed"))
     with pytest.raises(UserError, match=r"A prompt of 6,000 tokens needs 0\.01 GB, this machine allows 0\.01 GB; shorten it"):
-        stream_generate(*nano_pair, [30] * 6000)
+        stream_generate(*nano_float32, [30] * 6000)
     with pytest.raises(UserError, match="Running 3 prompts of up to 6,000 tokens together needs .*take fewer at once"):
-        batch_generate(*nano_pair, [[30] * 6000] * 3)
+        batch_generate(*nano_float32, [[30] * 6000] * 3)
 
 
 def test_room_for_the_tower(nano_pair, monkeypatch):

@@ -21,9 +21,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar import calls
 from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
-from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
+from mlx_diffgemma.grammar.automaton import compile_language
+from mlx_diffgemma.grammar.budget import MAX_SECONDS, limited
 from mlx_diffgemma.grammar.language import Language, choice, concat, text
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Chain, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
@@ -293,13 +295,14 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
 
 
 def compile_named(tokenizer: TokenizerWrapper, config: ModelConfig, json_schemas: Mapping[str, Any], end: int,
-                  seconds: float = MAX_SECONDS) -> Constraint:
+                  seconds: float = MAX_SECONDS, as_json: bool = True) -> Constraint:
     """Of one of some names, each followed by a text that its own JSON schema admits, and then the token ``end``.
 
-    As ``compile_constraint`` else.
+    The text is JSON, or in Gemma's own syntax unless ``as_json``.  As ``compile_constraint`` else.
     """
-    return _remembered(tokenizer, config, (tuple(json_schemas.items()), end), lambda: choice(
-        [concat([text(name), schemas.parse(schema)]) for name, schema in json_schemas.items()]), (end,), seconds)
+    parse = schemas.parse if as_json else calls.parse
+    return _remembered(tokenizer, config, (tuple(json_schemas.items()), end, as_json), lambda: choice(
+        [concat([text(name), parse(schema)]) for name, schema in json_schemas.items()]), (end,), seconds)
 
 
 def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, language: Callable[[], Language],
@@ -314,8 +317,9 @@ def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, la
             _compiled.move_to_end(key)
             return _compiled[key][1]
     began = time.monotonic()
-    automaton = compile_language(language(), seconds)
-    tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
+    with limited(seconds):
+        automaton = compile_language(language(), seconds)
+        tokens = compile_tokens(automaton, vocabulary, seconds)
     constraint = Constraint(tokens, eos_ids, time.monotonic() - began, automaton.states)
     with _lock:
         _compiled[key] = vocabulary, constraint

@@ -221,7 +221,7 @@ class Sampling(Body):
     reroll_empty: Whole | None = None
     retry_unconverged: Whole | None = None
     image_tokens: Whole | None = None
-    regex: str | None = Field(None, description="The answer matches this expression as a whole.")
+    regex: str | None = Field(None, description="The whole answer matches this expression of ECMA-262.")
     choices: list[str] | None = Field(None, description="The answer is one of these texts.")
 
     @model_validator(mode="after")
@@ -322,14 +322,15 @@ class ToolCall(Strict):
 class Message(Strict):
     """One of the conversation so far; clients send back what any server, or they themselves, put into it."""
 
-    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning": "any",
-               "reasoning_content": "any", "reasoning_details": "any"}  # thoughts are dropped from the history
+    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning_details": "any"}
     HISTORY = True
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: Any = None  # thoughts between calls are kept where the chat template keeps them
+    reasoning: Any = None
 
     @model_validator(mode="before")
     @classmethod

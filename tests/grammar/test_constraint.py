@@ -1,9 +1,14 @@
 """What a constraint asks of logits, and how it is compiled and kept."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import AutoTokenizer
 
+from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import constraint as constraints
 from mlx_diffgemma.grammar.constraint import ALONE, PIECE, Constraint, compile_constraint
@@ -188,6 +193,22 @@ class TestCompile:
         assert self.compiled(nano_pair, regex="true") is not self.compiled(nano_pair, json_schema="true")
         one, other = ({"properties": {a: {"type": "null"}, b: {"type": "null"}}} for a, b in ("ab", "ba"))
         assert self.compiled(nano_pair, json_schema=one) is not self.compiled(nano_pair, json_schema=other)
+
+    def test_tokenizers_are_told_apart(self, nano_pair):
+        """Each by its own tokens, also where the constraint is the same and the other's was compiled before."""
+        model, tokenizer = nano_pair
+        other = AutoTokenizer.from_pretrained(nano.FOLDER)
+        swapped = {"a": tokenizer.get_vocab()["b"], "b": tokenizer.get_vocab()["a"]}
+        state = json.loads(other.backend_tokenizer.to_str())
+        state["model"]["vocab"] = {**state["model"]["vocab"], **swapped}
+        other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(state))
+        other = TokenizerWrapper(other)
+        one, two = (compile_constraint(own, model.config, regex="a") for own in (tokenizer, other))
+        assert one is not two
+        for own, constraint in ((tokenizer, one), (other, two)):
+            token = own.get_vocab()["a"]
+            assert constraint.automaton.accepts(np.array([token]))
+            assert not constraint.automaton.accepts(np.array([own.get_vocab()["b"]]))
 
     def test_the_latest_are_kept(self, nano_pair, monkeypatch):
         monkeypatch.setattr(constraints, "REMEMBERED", 2)

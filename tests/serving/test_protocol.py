@@ -45,7 +45,7 @@ WRITTEN = {
     "litellm": ({"role": "assistant", "content": "42", "tool_calls": None, "function_call": None, "provider_specific_fields":
                  {"refusal": None}, "reasoning_content": "hm", "thinking_blocks": [{"type": "thinking", "thinking": "hm",
                                                                                   "signature": "x"}], "images": []},
-                {"role": "assistant", "content": "42"}),
+                {"role": "assistant", "content": "42", "reasoning_content": "hm"}),
     "responses": ({"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [
         {"type": "output_text", "text": "42", "annotations": [], "logprobs": None}]},
         {"role": "assistant", "content": [{"type": "text", "text": "42"}]}),

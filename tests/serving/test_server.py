@@ -388,8 +388,6 @@ REFUSED = [
      "URL"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "context"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, 400, "'y'"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "f", "arguments": "no"}}]}]}, 400, "arguments"),
     *(({"chat_template_kwargs": {name: 1}}, 400, name) for name in (
         "return_assistant_tokens_mask", "self", "tokenizer_kwargs", "conversation", "bos_token", "raise_exception", "style")),
     *(({"chat_template_kwargs": {"enable_thinking": value}}, 400, "enable_thinking") for value in ("false", 1, 0, [])),
