@@ -23,6 +23,7 @@ from mlx_diffgemma.drafting import CausalDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.penalties import Penalties
 from mlx_diffgemma.prompt import PlacedImage, next_chunk, read_rows
 from mlx_diffgemma.sampler import draw_next
 
@@ -32,11 +33,13 @@ FEW = 0.3  # a proposal of which a smaller share was right is followed by one of
 
 @dataclass(frozen=True)
 class CausalPolicy:
-    """``temperature`` 0 is greedy; top-k 0 and top-p 1 are off."""
+    """``temperature`` 0 is greedy; top-k 0, top-p 1 and min-p 0 are off."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    penalties: Penalties | None = None
 
 
 class CausalToken(NamedTuple):
@@ -68,6 +71,7 @@ class CausalSession:
     proposed: int = 0
     accepted: int = 0
     forwards: int = 0
+    prompt: Sequence[int] = ()
 
     @property
     def finished(self) -> bool:
@@ -140,7 +144,7 @@ class CausalLoop:
         output = self.model.encode([x for x, _ in read], [s.cache for s in rows], logits="all" if drafted else "last",
                                    taps=self._taps, write="hold" if drafted else "append", blocks=[blocks for _, blocks in read])
         counts = [1 + len(guess) for guess in proposals]
-        logits = mx.concatenate(output.logits or [])
+        logits = adjusted(mx.concatenate(output.logits or []), rows, counts)
         drawn = draw_positions(logits, rows, counts)
         finite = mx.isfinite(logits).all()
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -175,6 +179,22 @@ class CausalLoop:
         return self.drafter.propose(rows, counts)
 
 
+def adjusted(logits: mx.array, sessions: Sequence[CausalSession], counts: Sequence[int]) -> mx.array:
+    """``logits`` [rows, tokens] as the penalties want them; ``counts`` rows of each session, one where it has penalties."""
+    if not any(session.policy.penalties for session in sessions):
+        return logits
+    found, start = list[mx.array](), 0
+    for session, count in zip(sessions, counts, strict=True):
+        own = logits[start : start + count]
+        start += count
+        if session.policy.penalties:
+            assert count == 1, "no drafter is beside penalties"
+            ends = sorted(session.eos_ids)
+            own = session.policy.penalties.after(session.prompt, session.tokens, ends, logits.shape[-1]).adjust(own)
+        found.append(own)
+    return mx.concatenate(found)
+
+
 def draw_positions(logits: mx.array, sessions: Sequence[CausalSession], counts: Sequence[int]) -> mx.array:
     """Tokens [rows] from ``logits`` [rows, tokens], which are of the next ``counts[i]`` positions of each session's answer."""
     u = [s.draws.step(0, 0, 0, len(s.tokens), count).u for s, count in zip(sessions, counts, strict=True)]
@@ -182,7 +202,7 @@ def draw_positions(logits: mx.array, sessions: Sequence[CausalSession], counts: 
     for policy, group in itertools.groupby(range(len(sessions)), key=lambda index: sessions[index].policy):
         numbers = np.concatenate([u[index] for index in group])
         parts.append(draw_next(logits[start : start + numbers.size], mx.array(numbers), policy.temperature, policy.top_k,
-                               policy.top_p))
+                               policy.top_p, policy.min_p))
         start += numbers.size
     return mx.concatenate(parts)
 
@@ -191,5 +211,5 @@ def causal_sessions(model: DiffusionGemma, prompts: Sequence[Sequence[int]], pol
                     draws: Sequence[DrawSource], eos_ids: Iterable[int], max_tokens: Sequence[int],
                     images: Sequence[Sequence[PlacedImage]] = ()) -> list[CausalSession]:
     return [CausalSession(list(ids), Cache(model.config.text), policy, source, frozenset(eos_ids), limit,
-                          tuple(images[row]) if images else ())
+                          tuple(images[row]) if images else (), prompt=tuple(ids) if policy.penalties else ())
             for row, (ids, source, limit) in enumerate(zip(prompts, draws, max_tokens, strict=True))]

@@ -105,6 +105,15 @@ CanvasLength = Annotated[str | None, typer.Option(help=f"Rule: positions of a ca
                                                   "in eighths of the full canvas).")]
 RerollEmpty = Annotated[int | None, typer.Option(help="Rule: try an empty first canvas again, at most so often.")]
 RetryUnconverged = Annotated[int | None, typer.Option(help="Rule: try a canvas that did not converge again, at most so often.")]
+MinP = Annotated[float, typer.Option(help="Draw among the tokens with at least this share of the largest probability; 0 is off.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Divide the logits of tokens that the prompt or the answer to the left "
+                                                  "holds; 1 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="Subtract this from a token's logit as often as the answer to the left holds "
+                                                 "the token; 0 is off.")]
+PresencePenalty = Annotated[float, typer.Option(help="Subtract this from the logits of tokens that the answer to the left holds; "
+                                                "0 is off.")]
+LogitBias = Annotated[str | None, typer.Option(help="JSON object of token ids and what is added to their logits, between -100 and "
+                                               "100.")]
 # Of every command that writes a checkpoint:
 StoredDtype = Annotated[str | None, typer.Option(help="Store what is not quantised as float16, bfloat16 or float32. Default: as it "
                                                  "is.")]
@@ -133,6 +142,11 @@ def generate_command(
                                                "probable token. With --mode ar: absent or 0 is greedy.")] = DEFAULTS.temperature,
     top_k: Annotated[int, typer.Option(help="Draw among the k most probable tokens; 0 is off.")] = DEFAULTS.top_k,
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that hold this mass; 1 is off.")] = DEFAULTS.top_p,
+    min_p: MinP = DEFAULTS.min_p,
+    repetition_penalty: RepetitionPenalty = DEFAULTS.repetition_penalty,
+    frequency_penalty: FrequencyPenalty = DEFAULTS.frequency_penalty,
+    presence_penalty: PresencePenalty = DEFAULTS.presence_penalty,
+    logit_bias: LogitBias = None,
     seed: Seed = DEFAULTS.seed,
     dtype: Dtype = None,
     max_denoising_steps: Steps = None,
@@ -299,6 +313,11 @@ def chat(
     temp: Annotated[float | None, typer.Option(help="As in generate.")] = DEFAULTS.temperature,
     top_k: Annotated[int, typer.Option(help="As in generate.")] = DEFAULTS.top_k,
     top_p: Annotated[float, typer.Option(help="As in generate.")] = DEFAULTS.top_p,
+    min_p: MinP = DEFAULTS.min_p,
+    repetition_penalty: RepetitionPenalty = DEFAULTS.repetition_penalty,
+    frequency_penalty: FrequencyPenalty = DEFAULTS.frequency_penalty,
+    presence_penalty: PresencePenalty = DEFAULTS.presence_penalty,
+    logit_bias: LogitBias = None,
     seed: Annotated[int | None, typer.Option(help="Of the first turn; counts up by one a turn.")] = DEFAULTS.seed,
     dtype: Dtype = None,
     max_denoising_steps: Steps = None,
@@ -860,6 +879,8 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
     if options.get("canvas_length") is not None:
         with contextlib.suppress(ValueError):
             options["canvas_length"] = int(options["canvas_length"])
+    if "logit_bias" in options:
+        options["logit_bias"] = _json_object(options["logit_bias"], "--logit-bias") or None
     if "json_schema" in options:
         options |= constraints_of(options["json_schema"], options["regex"], options["choices"])
     GenerationOptions.from_keywords(options)

@@ -26,7 +26,7 @@ from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import expand_path
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.options import DIFFUSION_ONLY, GenerationOptions
+from mlx_diffgemma.options import DIFFUSION_ONLY, PENALTIES, GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import Medium, check_list
 from mlx_diffgemma.prompt_cache import PromptCache
@@ -169,7 +169,7 @@ def _check_policy(policy: Policy | None, options: dict[str, Any]) -> None:
     """Errors: UserError for options that a given policy decides itself."""
     if policy is not None and options.get("mode") == "ar":
         raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
-    decided = [name for name in options if name in (*DIFFUSION_ONLY, "temperature", "top_k", "top_p")]
+    decided = [name for name in options if name in (*DIFFUSION_ONLY, "temperature", "top_k", "top_p", "min_p", *PENALTIES)]
     if policy is not None and decided:
         raise UserError(f"{decided[0]} is for the policy to decide, which was given; set it there.")
 
@@ -178,6 +178,8 @@ def _check_draft(draft: DraftModel | None, options: GenerationOptions) -> None:
     """Errors: UserError for options of a draft model that have no meaning."""
     if draft is not None and options.constraints:
         raise UserError(f"A draft_model knows nothing of {next(iter(options.constraints))}; leave one of them out.")
+    if draft is not None and options.penalties:
+        raise UserError("A draft_model knows nothing of penalties and logit_bias; leave one of them out.")
     if options.num_draft_tokens is not None and (draft is None or options.mode != "ar"):
         raise UserError("num_draft_tokens has no meaning without a draft_model and mode 'ar'; leave it out.")
 
@@ -219,8 +221,11 @@ def _stream_causal(model: DiffusionGemma, request: Request, options: GenerationO
 
 def _causal_loop(model: DiffusionGemma, requests: Sequence[Request], options: GenerationOptions, draft: DraftModel | None,
                  ) -> CausalLoop:
+    penalties = options.penalties
+    if penalties:
+        penalties.check_vocabulary(model.config.text.vocab_size)
     sessions = causal_sessions(model, [r.ids for r in requests],
-                               CausalPolicy(options.temperature or 0.0, options.top_k, options.top_p),
+                               CausalPolicy(options.temperature or 0.0, options.top_k, options.top_p, options.min_p, penalties),
                                [r.draws(model) for r in requests], requests[0].eos_ids, [r.limit for r in requests],
                                [r.images for r in requests])
     return CausalLoop(model, sessions, options.prefill_step_size, draft.causal(model) if draft else None, options.num_draft_tokens)

@@ -240,12 +240,13 @@ def _content(source: str | Path | bytes | bytearray | memoryview, allow_files: b
     if not isinstance(source, str | Path):
         raise UserError(f"An image is a path, a data URL, the bytes of a file or an image of Pillow, not {type(source).__name__}.")
     text = str(source)
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         header, _, payload = text.partition(",")
         try:
-            if not header.endswith(";base64"):
+            if not header.lower().endswith(";base64"):
                 raise ValueError
-            return io.BytesIO(base64.b64decode(payload, validate=True)), "The image of the data URL"
+            payload = "".join(payload.split()).rstrip("=")  # line breaks and padding are as each sender likes
+            return io.BytesIO(base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)), "The image of the data URL"
         except ValueError:
             raise UserError("The data URL is not of the form data:image/png;base64,…") from None
     if text.lower().startswith(("http://", "https://")):

@@ -10,6 +10,7 @@ comes before the canvas is in the cache, what comes behind it is returned as it 
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar.constraint import check_constraint, compile_constraint
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.options import CONSTRAINTS, GenerationOptions
+from mlx_diffgemma.options import CONSTRAINTS, PENALTIES, GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.request import GenerationWarning, check_room, fresh_seed
 from mlx_diffgemma.session import Loop, Session, prefill
@@ -37,6 +38,7 @@ from mlx_diffgemma.tokenizer import chat_ids, encode_literally, turn_end, user_m
 
 LENGTHS = (1, 16)  # between which a length is searched that nobody gave
 TRIED = 16  # lengths that run as one batch; of more, so many are tried first and then those about the best
+QUICK_SIDE, QUICK_MOST, QUICK_SECONDS = 4, 8, 10.0
 ANY_TEXT = "(?s:.*)"  # keeps control tokens and broken characters out of a hole
 MARKER = re.compile(r"<\|hole(?::([^|<>]*))?\|>")
 Messages: TypeAlias = "str | Sequence[Mapping[str, Any]]"
@@ -71,6 +73,20 @@ class Hole:
     @property
     def constraint(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in CONSTRAINTS if getattr(self, name) is not None} or {"regex": ANY_TEXT}
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far the length of a hole is searched: ``side`` lengths side by side, ``most`` in all, and after so many ``seconds`` no
+    further ones.  ``short``: the first ones are closer together among the short lengths."""
+
+    side: int = TRIED
+    most: int | None = None
+    seconds: float | None = None
+    short: bool = False
+
+
+QUICK = Search(QUICK_SIDE, QUICK_MOST, QUICK_SECONDS, short=True)  # for an editor that waits
 
 
 @dataclass(frozen=True)
@@ -244,6 +260,8 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     """``options`` themselves.  Errors: UserError for those that have no meaning for a hole."""
     for name, why in (("max_tokens", "a hole has a length"), ("mode", "holes belong to canvases"),
                       ("canvas_length", "a canvas is as long as the text needs"), ("images", "holes are in texts"),
+                      *((name, "a hole has text on both sides") for name in PENALTIES
+                        if options.get(name) != getattr(GenerationOptions, name)),
                       *((name, "a constraint belongs to the hole: hole=Hole(…)") for name in CONSTRAINTS)):
         if options.get(name) is not None:
             raise UserError(f"{name} has no meaning here, {why}; leave it out.")
@@ -292,12 +310,14 @@ class Filling:
     """One text with ``holes`` between its ``parts``."""
 
     def __init__(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, parts: Sequence[str], holes: Sequence[Hole],
-                 prompt: Messages | None, policy: Policy, prefill_step_size: int, seed: int) -> None:
+                 prompt: Messages | None, policy: Policy, prefill_step_size: int, seed: int, search: Search = Search(),  # noqa: B008
+                 ) -> None:
         if not holes:
             raise UserError("The text has no hole; mark each with <|hole|>, or give the texts before and behind it.")
         if len(parts) != len(holes) + 1:
             raise UserError(f"{len(parts)} texts have {len(parts) - 1} holes between them, and {len(holes)} were described.")
         self.model, self.tokenizer, self.policy, self.chunk, self.seed = model, tokenizer, policy, prefill_step_size, seed
+        self.search = search
         self.size, self.eos_ids = model.config.canvas_length, model.config.generation.eos_token_ids
         self.texts, self.holes, self.fills = list(parts), list(holes), list[Fill]()
         self.ends: list[int] = []  # what stands behind the text
@@ -347,7 +367,9 @@ class Filling:
         while len(self.fills) < len(self.holes):
             number = len(self.fills)
             tried: dict[int, tuple[float, _Trial]] = {}
-            while new := _next_lengths(self.lengths[number], {length: score for length, (score, _) in tried.items()}):
+            began = time.monotonic()
+            while new := _next_lengths(self.lengths[number], {length: score for length, (score, _) in tried.items()}, self.search,
+                                       time.monotonic() - began):
                 trials = yield from self._trials(number, new)
                 yield [trial.session for trial in trials]
                 if len(self.lengths[number]) == 1:
@@ -441,14 +463,23 @@ class Filling:
         return text[len(self.blanks[number + place]) :]
 
 
-def _next_lengths(lengths: Sequence[int], scores: Mapping[int, float]) -> list[int]:
-    """Of ``lengths`` those to be tried next, at most TRIED: spread over all at first, then between the neighbours of the best."""
+def _next_lengths(lengths: Sequence[int], scores: Mapping[int, float], search: Search = Search(),  # noqa: B008 (frozen)
+                  seconds: float = 0.0) -> list[int]:
+    """Of ``lengths`` those to be tried next, as many as the ``search`` allows after so many ``seconds``: spread over all at first,
+    then between the neighbours of the best."""
     wanted = list(lengths)
+    side = search.side if search.most is None else min(search.side, search.most - len(scores))
+    if side < 1 or (scores and search.seconds is not None and seconds > search.seconds):
+        return []
     if scores:
         tried = sorted(scores)
         place = tried.index(max(tried, key=lambda length: scores[length]))
         low, high = tried[max(0, place - 1)], tried[min(len(tried) - 1, place + 1)]
         wanted = [length for length in lengths if low < length < high and length not in scores]
-    if len(wanted) <= TRIED:
+    if len(wanted) <= side:
         return wanted
-    return [wanted[round(place)] for place in np.linspace(0, len(wanted) - 1, TRIED)]
+    if search.short and not scores:
+        return sorted({wanted[round(place) - 1] for place in np.geomspace(1, len(wanted), side)})
+    if side == 1:
+        return [wanted[len(wanted) // 2]]
+    return [wanted[round(place)] for place in np.linspace(0, len(wanted) - 1, side)]

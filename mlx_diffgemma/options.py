@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar.constraint import check_constraint
 from mlx_diffgemma.images import check_budget
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.penalties import Penalties, penalties_of
 from mlx_diffgemma.policy import ReferencePolicy, check_coverage, check_sampling
 from mlx_diffgemma.rules import PRESETS, SAMPLERS, ConfidencePolicy, RulesPolicy
 from mlx_diffgemma.session import PREFILL_STEP_SIZE
@@ -23,15 +24,13 @@ DEFAULT_COVERAGE = 1 - 1e-6  # moved no token of 1,512 answers, see docs/speed.m
 # Keywords of mlx_lm that mean nothing here, and why.
 REFUSED = {
     "sampler": "a canvas is drawn as a whole; use temperature, top_k, top_p or policy",
-    "logits_processors": "they read the tokens to the left, which a canvas does not have yet",
+    "logits_processors": "they read the tokens to the left, which a canvas does not have yet; use logit_bias and penalties",
     "max_kv_size": "the reference's sliding layers keep exactly their window",
     "kv_bits": "quantised caches break this family, whose attention scale is 1",
     "kv_group_size": "quantised caches break this family, whose attention scale is 1",
     "quantized_kv_start": "quantised caches break this family, whose attention scale is 1",
     "input_embeddings": "a prompt is text, ids and images=",
     "image": "give a list, images=[…]",
-    "min_p": "only top_k and top_p act on a canvas",
-    "repetition_penalty": "it reads the tokens to the left, which a canvas does not have yet",
 }
 
 
@@ -50,6 +49,9 @@ class GenerationOptions:
     ``rules.RulesPolicy``, all off by default.  ``num_draft_tokens``: how many tokens a ``draft_model`` may propose at once with
     ``mode="ar"``; None: as many as its blocks hold.  ``image_tokens``: how many soft tokens an image may take (70, 140, 280, 560
     or 1,120); None: the checkpoint's number, and 70 for each frame of a video.
+
+    ``min_p`` keeps tokens with at least that share of the largest probability.  ``repetition_penalty``, ``frequency_penalty``,
+    ``presence_penalty`` and ``logit_bias`` (token ids to numbers) act on the logits (see :mod:`mlx_diffgemma.penalties`).
 
     ``json_schema`` (an object, or its text), ``regex`` or ``choices`` (texts): the answer is one that these admit, whatever the
     model thinks (docs/structure.md); what stands in ``prefix`` is taken as its begin.
@@ -85,6 +87,11 @@ class GenerationOptions:
     regex: str | None = None
     choices: Sequence[str] | None = None
     prefill_step_size: int = PREFILL_STEP_SIZE
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[Any, float] | None = None
 
     @classmethod
     def from_keywords(cls, keywords: dict[str, Any]) -> GenerationOptions:
@@ -114,7 +121,7 @@ class GenerationOptions:
                 raise UserError(f"{name} must be at most {MOST:,}, got {value:,}.")
         if self.image_tokens is not None:
             check_budget(self.image_tokens)
-        check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p)
+        check_sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p, self.min_p)
         if self.self_conditioning not in (None, "sparse", "dense"):
             raise UserError(f"Unknown self_conditioning {self.self_conditioning!r}; use 'sparse' or 'dense'.")
         if self.coverage is not None:
@@ -144,6 +151,11 @@ class GenerationOptions:
         """Those of json_schema, regex and choices that were given."""
         return {name: getattr(self, name) for name in CONSTRAINTS if getattr(self, name) is not None}
 
+    @property
+    def penalties(self) -> Penalties | None:
+        """None where they are neutral."""
+        return penalties_of(self.repetition_penalty, self.frequency_penalty, self.presence_penalty, self.logit_bias)
+
     def chosen(self, name: str) -> Any:
         """The option itself, or what the preset says, or None."""
         own = getattr(self, name)
@@ -154,7 +166,10 @@ class GenerationOptions:
         length, full = self.chosen("canvas_length"), model.config.canvas_length
         if length is not None and not isinstance(length, str) and length > full:
             raise UserError(f"canvas_length {length} exceeds the {full} positions this checkpoint was made for.")
-        return self._policy(model.config.generation)
+        policy = self._policy(model.config.generation)
+        if policy.penalties:
+            policy.penalties.check_vocabulary(model.config.text.vocab_size)
+        return policy
 
     def _policy(self, config: GenerationConfig) -> ReferencePolicy:
         coverage = self.chosen("coverage")
@@ -165,7 +180,7 @@ class GenerationOptions:
         named = {field: self.chosen(name) for name, field in POLICY_FIELDS.items()}
         own = {field: value for field, value in named.items() if value is not None}
         own |= {"temperature": 1.0 if self.chosen("temperature") is None else self.chosen("temperature"), "top_k": self.top_k,
-                "top_p": self.top_p, "coverage": coverage}
+                "top_p": self.top_p, "min_p": self.min_p, "penalties": self.penalties, "coverage": coverage}
         if self.chosen("diffusion_sampler") == "confidence-threshold":
             kind: type[ReferencePolicy] = ConfidencePolicy
         else:
@@ -185,4 +200,5 @@ COUNTS = ("max_denoising_steps", "stability_threshold", "min_denoising_steps", "
           "reroll_empty", "retry_unconverged", "num_draft_tokens")  # a canvas keeps something for each of so many
 MOST = 10_000
 DIFFUSION_ONLY = (*POLICY_FIELDS, "self_conditioning", "coverage", "preset", "diffusion_sampler")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
 CONSTRAINTS = ("json_schema", "regex", "choices")

@@ -24,6 +24,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.drafting import CanvasDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.penalties import Penalties
 from mlx_diffgemma.sampler import Before, Marginals, SamplerStep, StepNumbers, few_candidates, sample_step
 
 MAX_TEMPERATURE = 2.0
@@ -144,6 +145,8 @@ class ReferencePolicy:
     top_p: float = 1.0
     coverage: float | None = None
     fuses_commit: bool = True
+    min_p: float = 0.0
+    penalties: Penalties | None = None
 
     @classmethod
     def from_config(cls, config: GenerationConfig, **own: Any) -> Any:
@@ -153,7 +156,7 @@ class ReferencePolicy:
                       "stability": config.stability_threshold} | own)
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         for name, value, low in (("max_denoising_steps", self.max_steps, 1), ("stability_threshold", self.stability, 0)):
             if value < low:
                 raise UserError(f"{name} must be at least {low}, got {value}.")
@@ -201,6 +204,7 @@ class ReferencePolicy:
     @classmethod
     def numbers(cls, policies: Sequence[Any], steps: Sequence[int]) -> StepNumbers:
         top_k, top_p, coverage = ([getattr(p, name) for p in policies] for name in ("top_k", "top_p", "coverage"))
+        min_p = [p.min_p for p in policies]
         greedy = [p.temperature == 0 for p in policies]
         return StepNumbers(
             temperature=mx.array([p.schedule(step) for p, step in zip(policies, steps, strict=True)]),
@@ -209,6 +213,7 @@ class ReferencePolicy:
             greedy=mx.array(greedy) if any(greedy) else None,
             top_k=mx.array(top_k) if any(top_k) else None,
             top_p=mx.array(top_p) if min(top_p) < 1 else None,
+            min_p=mx.array(min_p) if any(min_p) else None,
             few=few_candidates(top_k),
             # A dense row beside sparse ones: no position of it is covered.
             tail=mx.array([-1.0 if c is None else 1 - c for c in coverage]) if any(coverage) else None,
@@ -249,7 +254,7 @@ def check_coverage(coverage: float) -> None:
                         "self-conditioning.")
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> None:
     """Errors: UserError for sampling options out of range."""
     if not 0 <= temperature <= MAX_TEMPERATURE:
         raise UserError(f"temperature must lie between 0 and {MAX_TEMPERATURE:g}, got {temperature}; 1 is the checkpoint's "
@@ -258,3 +263,5 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
         raise UserError(f"top_k must be 0 (off) or more, and below 2**31, got {top_k}.")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1 (off), got {top_p}.")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"min_p must lie between 0 (off) and 1, got {min_p}.")

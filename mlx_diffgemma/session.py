@@ -32,6 +32,7 @@ from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 from mlx_diffgemma.grammar.constraint import Masses
 from mlx_diffgemma.judge import Verdict, consult, settle, text_of
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.penalties import Adjustment
 from mlx_diffgemma.policy import Policy, ReferencePolicy, Standing
 from mlx_diffgemma.prompt import PlacedImage, keyed, next_chunk, read_rows
 from mlx_diffgemma.prompt_cache import PromptCache
@@ -124,11 +125,16 @@ class Session:
             raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
         if policy.drafter and demands:
             raise UserError("A drafter knows nothing of pins and constraints; leave one of them out.")
+        if policy.drafter and getattr(policy.sampling, "penalties", None):
+            raise UserError("A drafter knows nothing of penalties and logit_bias; leave one of them out.")
         self.demands = demands
         self.policy, self.draws = policy, draws
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens
         self.full_length, self.context = canvas_length or model.config.canvas_length, model.config.text.max_position_embeddings
+        self.vocabulary = model.config.text.vocab_size
+        self.adjustment: Adjustment | None = None  # of the current canvas's logits, where penalties ask for one
+        self.said: mx.array | None = None  # the argmax of its last step
         self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
         own = cache or Cache(model.config.text)
         self.cache: Cache = prompt_cache.begin(model, keyed(self.ids, self.images), self) if prompt_cache else own
@@ -181,7 +187,11 @@ class Session:
         self.history = (mx.full((self.length,), -1, dtype=mx.int32),) * self.policy.stability
         self.entropies: list[float] = []
         self.ends: list[int] = []
-        self.guess = self.signal = None
+        self.guess = self.signal = self.said = None
+        penalties = getattr(self.policy.sampling, "penalties", None)
+        if penalties:
+            prompt = len(self.ids) - self.start
+            self.adjustment = penalties.after(self.ids[:prompt], self.ids[prompt:], self.eos_ids, self.vocabulary)
         if not self.retry:
             self.verdict = None
 
@@ -255,6 +265,7 @@ class Session:
             rows = self.policy.keeps(self.standing, step.canvas.size)
             self.canvas, self.accepted, self.signal = step.canvas[:rows], step.accepted[:rows], None
             self.guess = None if self.guess is None else self.guess[:rows]
+            self.said = step.argmax[:rows] if self.adjustment else None
             self.history = tuple(argmax[:rows] for argmax in (*self.history, step.argmax)[1:]) if self.history else ()
             if self.demands and rows < step.canvas.size:
                 self.demands.open(self.start, rows)
@@ -449,7 +460,7 @@ class Loop:
         for group in groups:
             length = _canvas(group[0]).size
             stop = start + len(group) * length
-            logits.append(flat[start:stop].reshape(len(group), length, -1))
+            logits.append(_adjusted(group, flat[start:stop].reshape(len(group), length, -1)))
             masses.append([])
             if demands := group[0].demands:  # which is alone in its group
                 own = demands.restrict(logits[-1].squeeze(0))  # in place of [0], which copies
@@ -563,6 +574,14 @@ def sampled_together(sessions: Sequence[Session]) -> list[list[Session]]:
         own = type(session.policy.sampling), session.policy.stability, _canvas(session).size, alone
         groups.setdefault(own, []).append(session)
     return list(groups.values())
+
+
+def _adjusted(group: Sequence[Session], logits: mx.array) -> mx.array:
+    """The ``logits`` of each row as its penalties want them."""
+    if not any(session.adjustment for session in group):
+        return logits
+    return mx.stack([session.adjustment.adjust(own, session.said) if session.adjustment else own
+                     for session, own in zip(group, logits, strict=True)])
 
 
 def _sample(group: Sequence[Session], logits: mx.array, masses: Sequence[Masses | None]) -> tuple[SamplerStep, Bias | None]:

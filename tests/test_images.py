@@ -323,3 +323,12 @@ class TestUrls:
 def test_another_tower_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         VisionConfig.from_dict(change)
+
+
+@pytest.mark.parametrize("write", [str, lambda url: url.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64"),
+                                   lambda url: url.rstrip("="), lambda url: url[:40] + "\r\n" + url[40:] + "\n"])
+def test_data_urls_as_they_are_written(write):
+    file = io.BytesIO()
+    pillow.new("RGB", (3, 2), "red").save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    assert open_image(write(url), allow_files=False).size == (3, 2)

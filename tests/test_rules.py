@@ -21,6 +21,7 @@ from tests.test_cli import run as command
 from tests.test_session import PROMPTS, UNSURE, Scripted, certain
 
 NUMBERS = {"max_steps": 6, "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.005, "stability": 1}
+LOOSE = NUMBERS | {"entropy_bound": 1e3, "max_steps": 3}  # accepts what it draws, so that a draw shows
 MANY_ENDS = tuple(range(1, 301, 9))  # so that random weights come upon one
 
 
@@ -56,7 +57,9 @@ def test_without_a_rule_it_is_the_reference(tiny):
 
 
 VARIANTS = [rules(drop_tail=1), rules(length="growing"), rules(length=10, stability=2), rules(ConfidencePolicy, threshold=0.05),
-            ReferencePolicy(**NUMBERS), rules(retry_unconverged=1), rules(drop_tail=1, coverage=0.9)]
+            ReferencePolicy(**NUMBERS), rules(retry_unconverged=1), rules(drop_tail=1, coverage=0.9),
+            *(ReferencePolicy(**LOOSE, **options) for options in (
+                {}, {"temperature": 0.0}, {"top_k": 3}, {"top_k": 90, "top_p": 0.9}, {"min_p": 0.2}))]
 
 
 def test_rows_of_a_batch_equal_the_same_rows_alone_whatever_their_rules(tiny):
@@ -317,6 +320,13 @@ class TestOptions:
     def test_contradictions_are_refused(self, options, word):
         with pytest.raises(UserError, match=word):
             GenerationOptions(**options)
+
+    def test_a_zero_goes_before_a_preset(self, tiny):
+        for preset, options in PRESETS.items():
+            for name in (name for name, value in options.items() if isinstance(value, int) and value):
+                assert getattr(GenerationOptions(preset=preset, **{name: 0}).policy(tiny), name) == 0
+            assert GenerationOptions(preset=preset, temperature=0.0).policy(tiny).temperature == 0
+        assert GenerationOptions(preset="fast", drop_tail=0).policy(tiny).drop_tail == 0
 
     def test_numbers_that_fit_other_checkpoints_are_not_refused(self):
         GenerationOptions(t_max=0.2, min_denoising_steps=60)

@@ -34,8 +34,8 @@ from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import ContextError, UserError
 from mlx_diffgemma.grammar.budget import MAX_SECONDS, AbandonedError
-from mlx_diffgemma.infill import LENGTHS, Filling, Hole, check_options
-from mlx_diffgemma.options import GenerationOptions
+from mlx_diffgemma.infill import LENGTHS, QUICK, Filling, Hole, check_options
+from mlx_diffgemma.options import PENALTIES, GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import place, prepare_media
 from mlx_diffgemma.request import Request, check_room, fresh_seed, token_limit
@@ -53,6 +53,7 @@ from mlx_diffgemma.serving.jobs import (
     Functions,
     InfillJob,
     Piece,
+    Stops,
     Usage,
 )
 from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Paths, Strictness, key_of
@@ -409,31 +410,51 @@ class _Server:
         job = InfillJob(filling, box.put)
         job.client, job.scope = _client(http), self._scope(body, http)
         job.warnings += body.notes
+        if body.stream:
+            self.engine.submit(job)  # a full queue is told before a stream begins
+            return StreamingResponse(self._infill_stream(body, job, box, envelope), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         began = time.perf_counter()
         await self._run(job, http, box)
         self._count(job.usage, began)
-        piece = Piece(0, filling.fills[0].text, finish_reason="stop")
-        more = {"seed": filling.seed, "unseen_tokens": filling.unseen} | warned(job.warnings)
-        if not body.stream:
-            return JSONResponse(envelope.whole(job.usage, choices=[envelope.choice(0, [piece])], **more))
-        chunks = [envelope.chunk([envelope.delta(piece)], **more)]
-        if body.stream_options and body.stream_options.include_usage:
-            chunks.append(envelope.chunk(usage=usage_body(job.usage)))
-        return StreamingResponse(iter([*map(event, chunks), DONE]), media_type="text/event-stream")
+        piece, more = _filled(body, job)
+        return JSONResponse(envelope.whole(job.usage, choices=[envelope.choice(0, [piece])], **more))
+
+    async def _infill_stream(self, body: CompletionRequest, job: InfillJob, box: _Mailbox, envelope: Envelope,
+                             ) -> AsyncGenerator[str, None]:
+        began = time.perf_counter()
+        try:
+            async for _ in box.events():
+                yield ": still here\n\n"
+            self._count(job.usage, began)
+            piece, more = _filled(body, job)
+            yield event(envelope.chunk([envelope.delta(piece)], **more))
+            if body.stream_options and body.stream_options.include_usage:
+                yield event(envelope.chunk(usage=usage_body(job.usage)))
+        except Exception as error:  # the status has been sent, so the stream itself has to tell
+            if _status(error) == 500:
+                log.error("A stream failed", exc_info=error)
+            yield event(_error_body(error))
+        finally:
+            job.cancel()
+        yield DONE
 
     def _filling(self, body: CompletionRequest) -> Filling:
         engine = self.engine
         given = self.settings.defaults | body.options()
         given.pop("max_tokens", None)  # the server's own is for answers
-        limit = body.max_tokens or LENGTHS[1]
+        limit = body.max_tokens if body.max_tokens and body.max_tokens > 0 else LENGTHS[1]
         constraint = {name: given.pop(name) for name in ("regex", "choices") if name in given}
+        given = {name: value for name, value in given.items() if name not in PENALTIES}  # which are noted
         options = GenerationOptions.from_keywords(check_options(given))
         fewest = body.min_tokens or LENGTHS[0]
+        if fewest <= limit:  # it is an upper limit: a hole longer than a canvas is for those who ask for one
+            limit = max(fewest, min(limit, engine.model.config.canvas_length))
         if fewest > limit:
             raise UserError(f"min_tokens {fewest} exceeds max_tokens {limit}.")
         filling = Filling(engine.model, engine.tokenizer, [str(body.prompt), str(body.suffix)],
                           [Hole((fewest, limit), **constraint)], body.instruction, options.policy(engine.model),
-                          engine.prefill_step_size, fresh_seed() if options.seed is None else options.seed)
+                          engine.prefill_step_size, fresh_seed() if options.seed is None else options.seed, QUICK)
         self._check_prompt(filling.most)
         check_room(engine.model, [filling.most])
         return filling
@@ -450,7 +471,7 @@ class _Server:
         self._check_prompt(len(asked.ids))
         check_room(engine.model, [len(asked.ids)], 1, asked.patches)
         policy: Policy = options.policy(engine.model)
-        if self.settings.draft and kind is Choice and not options.constraints:
+        if self.settings.draft and kind is Choice and not options.constraints and not options.penalties:
             policy = self.settings.draft.canvas(engine.model, policy)
         tracer, found = Tracer(engine.tokenizer, asked.eos_ids), []
         for index in range(body.n or 1):
@@ -650,6 +671,14 @@ async def _disconnected(http: HTTPRequest) -> None:
 def _usage(jobs: Sequence[AnswerJob]) -> Usage:
     """Of an answer, with the calls that were made again for it."""
     return functools.reduce(operator.add, (job.usage for job in jobs))
+
+
+def _filled(body: CompletionRequest, job: InfillJob) -> tuple[Piece, dict[str, Any]]:
+    """(The text of the hole up to the first of the stops, what else its answer tells)."""
+    filling = job.filling
+    text = Stops(body.stops).feed(filling.fills[0].text, last=True)
+    more = {"seed": filling.seed, "unseen_tokens": filling.unseen} | warned(job.warnings)
+    return Piece(0, text, finish_reason="stop"), more
 
 
 def _plain(name: str) -> str:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from mlx_diffgemma.images import BUDGETS
-from mlx_diffgemma.options import GenerationOptions
+from mlx_diffgemma.options import PENALTIES, GenerationOptions
 
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
 HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
@@ -182,7 +182,6 @@ class Sampling(Body):
     """Options of a generation; those that OpenAI does not have are named as in ``GenerationOptions`` and mean the same."""
 
     NEUTRAL = {
-        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any",
         "prompt_cache_retention": "any", "service_tier": "any", "best_of": (1,), **OF_OTHERS,
     }
@@ -192,6 +191,11 @@ class Sampling(Body):
     temperature: Number | None = Field(None, description="1: the checkpoint's schedule; T scales it; 0: the most probable token.")
     top_p: Number | None = None
     top_k: Whole | None = Field(None, description="0 or -1: off.")
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
     seed: Seed | None = Field(None, description="Same seed, same text. Absent or -1: a fresh one, told in the response.")
     n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
     max_tokens: Limit | None = None
@@ -516,7 +520,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``.  With a ``suffix`` what stands between it and the prompt is filled in."""
 
-    prompt: Text | Annotated[list[Whole], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
+    prompt: str | Annotated[list[Whole], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
     suffix: str | None = None
     instruction: str | None = Field(None, description="Beside a suffix: the user's message to which the whole text is the answer.")
     min_tokens: Annotated[Whole, Field(ge=1)] | None = Field(None, description="Beside a suffix: tokens to fill in at least.")
@@ -536,6 +540,8 @@ class CompletionRequest(Sampling):
     def check_together(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
             raise ValueError("logprobs: the prompt that echo repeats has none; leave one of them out.")
+        if self.prompt == "" and not self.suffix:
+            raise ValueError("prompt: should have at least 1 character, unless there is a suffix.")
         if not self.suffix:
             for name in ("instruction", "min_tokens"):
                 if getattr(self, name) is not None:
@@ -545,13 +551,14 @@ class CompletionRequest(Sampling):
             raise ValueError("suffix: takes a prompt that is a text, not ids.")
         drafts = bool(self.stream_options and self.stream_options.include_drafts)
         for name, sent, why in (("logprobs", self.logprobs is not None, "they are those of a canvas"),
-                                ("echo", self.echo, "the text is known"), ("stop", self.stop, "a hole has an end"),
+                                ("echo", self.echo, "the text is known"),
                                 ("canvas_length", self.canvas_length is not None, "a canvas is as long as the text needs"),
                                 ("stream_options", drafts, "of whose canvases include_drafts shows none")):
             if sent:
                 raise ValueError(f"{name}: has no meaning beside a suffix, {why}; leave it out.")
-        if self.max_tokens == -1:
-            raise ValueError("max_tokens: a hole has a limit; name it, or leave it out.")
+        for name in PENALTIES:
+            if getattr(self, name) not in (None, getattr(GenerationOptions, name), {}):
+                self._notes.append(f"{name}: has no effect beside a suffix.")  # as it is read already
         if self.n not in (None, 1):
             raise ValueError("n: a hole is filled once; send several requests with different seeds.")
         return self

@@ -12,9 +12,9 @@ import httpx
 
 
 @contextmanager
-def serving(*options, env=None):
+def serving(*options, env=None, program="from mlx_diffgemma.cli import main; main()"):
     """The address of a server of nano that really runs, told by its own first line."""
-    command = [sys.executable, "-c", "from mlx_diffgemma.cli import main; main()", "serve", "--port", "0", "--log-level", "warning",
+    command = [sys.executable, "-c", program, "serve", "--port", "0", "--log-level", "warning",
                *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
     try:

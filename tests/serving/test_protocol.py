@@ -7,6 +7,8 @@ import pytest
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
+from mlx_diffgemma.infill import QUICK, _next_lengths
+from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.serving.app import Settings, create_app
 from mlx_diffgemma.serving.protocol import STRICT, ChatRequest, CompletionRequest, Message
 
@@ -43,7 +45,7 @@ WRITTEN = {
     "litellm": ({"role": "assistant", "content": "42", "tool_calls": None, "function_call": None, "provider_specific_fields":
                  {"refusal": None}, "reasoning_content": "hm", "thinking_blocks": [{"type": "thinking", "thinking": "hm",
                                                                                   "signature": "x"}], "images": []},
-                {"role": "assistant", "content": "42"}),
+                {"role": "assistant", "content": "42", "reasoning_content": "hm"}),
     "responses": ({"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [
         {"type": "output_text", "text": "42", "annotations": [], "logprobs": None}]},
         {"role": "assistant", "content": [{"type": "text", "text": "42"}]}),
@@ -106,7 +108,7 @@ class TestOptions:
     @pytest.mark.parametrize("fields", NOTHING, ids=json.dumps)
     def test_what_changes_nothing_is_taken_without_a_word(self, fields):
         assert chat(**fields).notes == []
-        assert chat(**fields).options() == chat().options()
+        assert GenerationOptions.from_keywords(chat(**fields).options()) == GenerationOptions()
 
     @pytest.mark.parametrize(("fields", "named"), [
         ({"verbosity": "high"}, "verbosity"), ({"mirostat": 2}, "mirostat"), ({"colour": "red"}, "colour"),
@@ -166,6 +168,25 @@ class TestOptions:
     def test_a_completion_s_too(self):
         body = CompletionRequest.model_validate({"model": "nano", "prompt": "a", "suffix": None, "logprobs": None, "colour": 1})
         assert body.notes == ["colour: not known here; it was ignored."]
+
+
+class TestFillingIn:
+    def test_penalties_are_noted(self):
+        given = {"model": "nano", "prompt": "a", "suffix": "b", "frequency_penalty": 0.5, "presence_penalty": 0, "logit_bias": {}}
+        assert CompletionRequest.model_validate(given).notes == ["frequency_penalty: has no effect beside a suffix."]
+
+    def test_lengths_that_an_editor_waits_for(self):
+        """The short ones first, then beside the best, eight in all, and none that begins too late."""
+        lengths, scores = list(range(1, 65)), dict[int, float]()
+        first = _next_lengths(lengths, scores, QUICK)
+        assert first == [1, 4, 16, 64]
+        scores |= {length: -abs(length - 6) for length in first}
+        assert _next_lengths(lengths, scores, QUICK, seconds=QUICK.seconds + 0.1) == []
+        then = _next_lengths(lengths, scores, QUICK)
+        assert set(then) < set(range(2, 16))
+        scores |= {length: -abs(length - 6) for length in then}
+        assert len(scores) == QUICK.most
+        assert _next_lengths(lengths, scores, QUICK) == []
 
 
 class TestStrict:

@@ -110,14 +110,15 @@ class TestChat:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_several_choices(self, chat, stream):
-        alone = [chat(STORY, seed=seed, max_tokens=20).choices[0].message.content for seed in (3, 4)]
+        """Of several canvases, each behind a cache of its own."""
+        alone = [chat(STORY, seed=seed, max_tokens=100).choices[0].message.content for seed in (3, 4)]
         if stream:
             found = ["", ""]
-            for chunk in chat(STORY, seed=3, n=2, max_tokens=20, stream=True):
+            for chunk in chat(STORY, seed=3, n=2, max_tokens=100, stream=True):
                 for choice in chunk.choices:
                     found[choice.index] += choice.delta.content or ""
         else:
-            found = [choice.message.content for choice in chat(STORY, seed=3, n=2, max_tokens=20).choices]
+            found = [choice.message.content for choice in chat(STORY, seed=3, n=2, max_tokens=100).choices]
         assert found == alone
 
     @pytest.mark.parametrize("stream", [False, True])
@@ -302,6 +303,22 @@ class TestCompletions:
         text = "".join(chunk.choices[0].text for chunk in response if chunk.choices) if stream else response.choices[0].text
         assert text == own.fills[0].text
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_suffix_as_editors_send_it(self, client, stream):
+        """An empty prompt, a stop, and a generous limit, which bounds the search but is no length."""
+        asked = dict(model="nano", prompt="", suffix=" lived near the river.", seed=0, max_tokens=512, stop=["near", "\n"],
+                     stream=stream, frequency_penalty=0.5, extra_body={"max_denoising_steps": STEPS})
+        found = client.completions.create(**asked, **({"stream_options": {"include_usage": True}} if stream else {}))
+        if stream:
+            chunks = list(found)
+            text, usage = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices), chunks[-1].usage
+            warnings = chunks[0].warnings
+        else:
+            text, usage, warnings = found.choices[0].text, found.usage, found.warnings
+        assert "near" not in text
+        assert usage.denoising_steps <= 8 * STEPS
+        assert "frequency_penalty: has no effect beside a suffix." in warnings
+
     def test_suffix_under_a_constraint(self, client):
         response = client.completions.create(model="nano", prompt="Anna is ", suffix=" years old.", seed=0, max_tokens=4,
                                              extra_body={"regex": "[1-9][0-9]", "min_tokens": 1})
@@ -462,9 +479,9 @@ class TestRefusals:
         ({"prompt": ""}, "prompt"), ({"prompt": [10**9]}, "ids"), ({"prompt": ["a", "b"]}, "prompt"),
         ({"echo": True, "logprobs": 0}, "logprobs"), ({"echo": True, "logprobs": 2}, "logprobs"),
         ({"suffix": "b", "logprobs": 0}, "logprobs"), ({"suffix": "b", "echo": True}, "echo"),
-        ({"suffix": "b", "stop": "x"}, "stop"), ({"suffix": "b", "canvas_length": 0}, "canvas_length"),
+        ({"suffix": "b", "canvas_length": 0}, "canvas_length"),
         ({"suffix": "b", "stream": True, "stream_options": {"include_drafts": True}}, "include_drafts"),
-        ({"suffix": "b", "max_tokens": -1}, "max_tokens"), ({"prompt": HALF}, "prompt"),
+        ({"prompt": HALF}, "prompt"),
         ({"suffix": HALF}, "suffix"), ({"suffix": "b", "instruction": HALF}, "instruction"),
         ({"suffix": "b", "max_tokens": 2, "min_tokens": 5}, "min_tokens"), ({"suffix": "b", "regex": "x{99}"}, "constraint")])
     def test_completions(self, server, body, named):
