@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_diffgemma import cost
+from mlx_diffgemma import cost, device
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.cost import RunMemory
-from mlx_diffgemma.device import compute_dtype, memory_limit
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.recipes import RECIPES, Recipe
 
@@ -46,8 +45,11 @@ def longest_context(config: ModelConfig, recipe: Recipe, limit: int, tower: bool
 
     ``tower``: with the weights of the vision tower, and an image of 280 soft tokens.
     """
+    empty = cost.run_memory(config, recipe, 0, mx.bfloat16, tower, PATCHES)
+
     def fits(step: int) -> bool:
-        return cost.run_memory(config, recipe, 1024 * step, mx.bfloat16, tower, PATCHES).total <= limit
+        cache, work = cost.forward_bytes(config, 1024 * step, mx.bfloat16.size)
+        return empty.weights + empty.tower + cache + max(work, empty.work) <= limit
 
     low, high = 0, config.text.max_position_embeddings // 1024
     while low < high:
@@ -101,7 +103,7 @@ def limit_of(size: str) -> tuple[str, int, mx.Dtype]:
     Errors: UserError for what is no size.
     """
     if size.strip().lower() == AUTO:
-        return "this machine", memory_limit(), compute_dtype(mx.bfloat16)
+        return "this machine", device.memory_limit(), device.compute_dtype(mx.bfloat16)
     found = _SIZE.fullmatch(size.strip())
     if not found or not int(found[1]):
         raise UserError(f"--fit takes the memory of a Mac, such as 24GB, or {AUTO} for this machine, and got {size!r}.")

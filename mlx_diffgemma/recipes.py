@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -195,6 +196,7 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
+@lru_cache(maxsize=8192)
 def kind_of(path: str) -> str:
     """The class of the matrix at a module path, or "other"."""
     if path.startswith(VISION):

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_diffgemma.config import ModelConfig, read_json
-from mlx_diffgemma.device import check_memory, compute_dtype, memory_limit
+from mlx_diffgemma.device import check_memory, compute_dtype
 from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.layouts import arrange, quantized_module
@@ -38,8 +38,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     target = compute_dtype(DTYPES.get(stored.dtype, mx.bfloat16), dtype)
     needed = sum(tensor.nbytes(target) for tensor in found.tensors.values())
     what = f"{folder.name} in {str(target).removeprefix('mlx.core.')}"
-    if needed > memory_limit():  # what else would fit is only then worth counting
-        check_memory(needed, what, would_fit(config))
+    check_memory(needed, what, lambda: would_fit(config))
     files = sorted({piece.stored.path for tensor in found.tensors.values() for piece in tensor.pieces})
     whole = {name: array for path in files for name, array in _lazily(path).items()}
     # Read and cast tensor by tensor, dropping each original, so that at no time two copies of the model are held.
@@ -66,10 +65,8 @@ def check_supported(folder: Path) -> ModelConfig:
                         f"{', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}, so set one of these.")
     if (folder / INDEX).exists():
         size = (read_json(folder / INDEX).get("metadata") or {}).get("total_size", 0)
-        needed = int(size)
         # On a CPU what is floating is held in float32, which the size of the files does not tell.
-        if on_gpu() and needed > memory_limit():
-            check_memory(needed, folder.name, would_fit(config))
+        check_memory(int(size) if on_gpu() else 0, folder.name, lambda: would_fit(config))
     return config
 
 

@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma import cost, device, macs
+from mlx_diffgemma import cost, device
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.macs import FIT_CONTEXT, LADDER, MACS, PATCHES, fit, gpu_memory, longest_context
@@ -72,9 +72,9 @@ class TestFit:
 
     def test_this_machine_in_its_own_dtype(self, monkeypatch):
         needed = cost.run_memory(CONFIG, RECIPES["4bit"], FIT_CONTEXT, device.compute_dtype(mx.bfloat16)).total
-        monkeypatch.setattr(macs, "memory_limit", lambda: needed)
+        monkeypatch.setattr(device, "memory_limit", lambda: needed)
         assert fit(CONFIG, "auto").recipe.name == "4bit"
-        monkeypatch.setattr(macs, "memory_limit", lambda: needed - 1)
+        monkeypatch.setattr(device, "memory_limit", lambda: needed - 1)
         assert fit(CONFIG, "Auto").recipe.name == "3bit"
 
 
@@ -90,14 +90,12 @@ class TestRefusal:
     def test_names_the_recipe(self, tmp_path, monkeypatch):
         from mlx_diffgemma import weights
 
-        for module in (weights, macs, device):
-            monkeypatch.setattr(module, "memory_limit", lambda: gpu_memory(24))
-        monkeypatch.setattr(macs, "compute_dtype", lambda stored: mx.bfloat16)
+        monkeypatch.setattr(device, "memory_limit", lambda: gpu_memory(24))
+        monkeypatch.setattr(device, "compute_dtype", lambda stored: mx.bfloat16)
         monkeypatch.setattr(weights, "on_gpu", lambda: True)
         with pytest.raises(UserError, match=r"needs 50.50 GB, this machine allows 17.18 GB; the recipe 4bit would fit \(16.7 GB"):
             weights.check_supported(self.folder(tmp_path, 50_500_000_000))
-        for module in (weights, macs, device):
-            monkeypatch.setattr(module, "memory_limit", lambda: gpu_memory(16))
+        monkeypatch.setattr(device, "memory_limit", lambda: gpu_memory(16))
         with pytest.raises(UserError, match="no recipe of this model fits this machine"):
             weights.check_supported(self.folder(tmp_path, 50_500_000_000))
         assert weights.check_supported(self.folder(tmp_path, 11 * 10**9)).text == CONFIG.text
