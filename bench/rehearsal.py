@@ -32,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -283,8 +284,7 @@ def serve(case: Case) -> dict[str, Any]:
         body = {"model": "any", "prompt": "Why is the sky blue?", "max_tokens": case.canvas, "canvas_length": case.canvas}
         asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(),
                                        {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=3600) as reply:
-            answered = json.loads(reply.read())
+        answered = ask(asked)
         return measured(began, ready_seconds=round(ready, 2), usage=answered["usage"],
                         counted=case.memory(SHORT + case.canvas),
                         resident_bytes_of_server=status("VmRSS", server.pid),
@@ -292,6 +292,20 @@ def serve(case: Case) -> dict[str, Any]:
     finally:
         server.terminate()
         server.wait(60)
+
+
+def ask(request: urllib.request.Request) -> dict[str, Any]:
+    """The server's answer; it says where it is a moment before it listens there."""
+    for attempt in range(60):
+        try:
+            with urllib.request.urlopen(request, timeout=3600) as reply:
+                found: dict[str, Any] = json.loads(reply.read())
+                return found
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError) or attempt == 59:
+                raise
+            time.sleep(1)
+    raise AssertionError("unreachable")
 
 
 def remove(case: Case) -> dict[str, Any]:

@@ -65,12 +65,12 @@ def project(config: ModelConfig, recipe: Recipe, chip: Chip, context: int, recor
     reference, drafter = ({way["name"]: way for way in record["ways"]}[name] for name in ("reference", "drafter"))
     # A commit counts as one more step, as it does in ``estimate``; a drafter may save some of them.
     commits = drafter["commits"] / reference["commits"] if reference["commits"] else 0.0
-    passes = drafter["passes"] * draft(length) + commits * found.step_seconds
+    passes = drafter["passes"] * draft(length)
     if drafter["judged_passes"]:
         passes += drafter["judged_passes"] * causal(drafter["judged_rows"] / drafter["judged_passes"] * length, head=True)
 
     def drafted(share: float) -> dict[int, float]:
-        return {steps: length / (steps * share * found.step_seconds + passes) for steps in STEPS}
+        return {steps: length / ((steps * share + commits) * found.step_seconds + passes) for steps in STEPS}
 
     quick = {way["name"]: way for way in record["ar"] if not way["temperature"]}["drafted"]
     rows = quick["rows"] / quick["forwards"]

@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.cache import ROOM
 from mlx_diffgemma.config import ModelConfig, TextConfig, VisionConfig, released_config
-from mlx_diffgemma.layers import SCORES
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Precision, Recipe, kind_of
 
@@ -116,18 +115,13 @@ def logits_bytes(config: ModelConfig, canvas_length: int | None = None) -> int:
     return int(LOGITS * 4 * (canvas_length or config.canvas_length) * config.text.vocab_size)
 
 
-def prefill_bytes(text: TextConfig, rows: int, keys: int, element_size: int) -> int:
-    """Bytes that a causal forward of so many rows holds at its peak, in its widest part: the experts' results or the attention
-    to so many ``keys``.
+def prefill_bytes(text: TextConfig, rows: int, element_size: int) -> int:
+    """Bytes that a causal forward of so many rows holds at its peak: the results of the chosen experts.
 
-    The results of the chosen experts are held as they are, put back in order, and in float32 for their weighted sum; the
-    attention holds scores in float32, in blocks of at most SCORES, as MLX's GPU backend does at head sizes 256 and 512.
+    They are held as they are, put back in order, and in float32 for their weighted sum, beside what went in.  Attention holds at
+    most SCORES scores at once, less than a step's logits at the released vocabulary.
     """
-    experts = rows * text.top_k_experts * text.hidden_size * (4 + 3 * element_size)
-    heads = text.num_attention_heads
-    scores = 4 * min(SCORES, heads * rows * keys)
-    attention = max(rows * heads * layer.head_dim * (element_size + 2 * 4) + scores for layer in text.layers)
-    return max(experts, attention) + 4 * rows * text.hidden_size * element_size
+    return rows * text.hidden_size * (text.top_k_experts * (4 + 3 * element_size) + 4 * element_size)
 
 
 def run_memory(config: ModelConfig, recipe: Recipe, context: int, dtype: mx.Dtype = mx.bfloat16, tower: bool = False,
@@ -147,7 +141,7 @@ def run_memory(config: ModelConfig, recipe: Recipe, context: int, dtype: mx.Dtyp
 def forward_bytes(config: ModelConfig, context: int, element_size: int) -> tuple[int, int]:
     """(bytes of the K/V cache, bytes of the widest part of a forward) of one answer after ``context`` tokens of text."""
     full, sliding = cache_bytes(config.text, element_size)
-    prefill = prefill_bytes(config.text, min(context, PREFILL_ROWS), context, element_size)
+    prefill = prefill_bytes(config.text, min(context, PREFILL_ROWS), element_size)
     return full * (context + ROOM) + sliding, max(logits_bytes(config), prefill)
 
 
@@ -161,7 +155,7 @@ def answers_bytes(model: DiffusionGemma, lengths: Sequence[int], patches: int = 
     full, sliding = cache_bytes(config.text, element)
     caches = sum(full * (length + config.canvas_length + ROOM) + sliding for length in lengths)
     rows = sum(min(length, prefill_rows) for length in lengths)
-    work = [len(lengths) * logits_bytes(config), prefill_bytes(config.text, rows, max(lengths), element)]
+    work = [len(lengths) * logits_bytes(config), prefill_bytes(config.text, rows, element)]
     if config.vision and patches:  # one image at a time
         work.append(tower_bytes(config.vision, patches))
     return weights + caches + max(work)

@@ -68,9 +68,9 @@ class TestAnswers:
 
     def test_the_experts_of_many_prompts(self):
         """Eight prompts of 2,048 rows: the float32 results of the experts alone are 1.5 GB."""
-        at_once = cost.prefill_bytes(CONFIG.text, 8 * 2048, 2048, 2)
+        at_once = cost.prefill_bytes(CONFIG.text, 8 * 2048, 2)
         assert at_once > 8 * 2048 * 8 * 2816 * 4 == 1_476_395_008
-        one = cost.prefill_bytes(CONFIG.text, 2048, 2048, 2)
+        one = cost.prefill_bytes(CONFIG.text, 2048, 2)
         assert one < cost.logits_bytes(CONFIG) < at_once
 
     def test_the_tower_counts_where_there_are_images(self):
@@ -85,7 +85,7 @@ class TestAnswers:
         model = DiffusionGemma(ModelConfig.from_dict(config_dict(**DIVISIBLE)))
         text = model.config.text
         whole, chunked = (cost.answers_bytes(model, [4000] * 8, prefill_rows=rows) for rows in (4000, 500))
-        assert whole - chunked == (cost.prefill_bytes(text, 32_000, 4000, 4) - cost.prefill_bytes(text, 4000, 4000, 4))
+        assert whole - chunked == cost.prefill_bytes(text, 32_000, 4) - cost.prefill_bytes(text, 4000, 4)
 
     def test_logits_of_every_answer(self):
         model = DiffusionGemma(ModelConfig.from_dict(config_dict(**DIVISIBLE | {"vocab": 32_000})))

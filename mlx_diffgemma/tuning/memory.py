@@ -16,7 +16,6 @@ from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig, TextConfig
 from mlx_diffgemma.device import check_memory, memory_limit
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.macs import gpu_memory
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import recipe_named
 from mlx_diffgemma.tuning.adapters import AdapterOptions, prepare
@@ -48,7 +47,8 @@ class TrainingMemory:
     @property
     def mac(self) -> int | None:
         """GB of the smallest Mac on which it fits."""
-        return next((size for size in MACS if self.total <= gpu_memory(size)), None)
+        # What macOS lets the GPU take by default is two thirds of up to 32 GB, three quarters of more.
+        return next((size for size in MACS if self.total <= (2 / 3 if size <= 32 else 3 / 4) * size * 1e9), None)
 
 
 def training_memory(config: ModelConfig, weights: int, trainable: int, element_size: int, sequence: int,
