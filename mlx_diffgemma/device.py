@@ -53,11 +53,10 @@ def check_memory(needed: int, what: str, remedy: str | Callable[[], str] = "take
     limit = memory_limit()
     if needed <= limit:
         return
-    if callable(remedy):
-        remedy = remedy()
+    advice = remedy if isinstance(remedy, str) else remedy()
     if mx.metal.is_available() and needed < 0.9 * _physical_memory():
-        remedy += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
-    raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {remedy}.")
+        advice += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
+    raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {advice}.")
 
 
 @contextlib.contextmanager

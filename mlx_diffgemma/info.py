@@ -91,7 +91,8 @@ def memory_needed(config: ModelConfig, stored: Mapping[str, Stored]) -> int:
     floating = Counter[str]()
     for tensor in stored.values():
         floating[tensor.dtype] += tensor.nbytes if tensor.is_float else 0
-    dtype = compute_dtype(DTYPES.get(floating.most_common(1)[0][0], mx.bfloat16))
+    most = max(floating, key=lambda name: floating[name], default="BF16")
+    dtype = compute_dtype(DTYPES.get(most, mx.bfloat16))
     weights = sum(math.prod(tensor.shape) * dtype.size if tensor.is_float else tensor.nbytes
                   for name, tensor in stored.items() if not name.startswith(VISION))
     return weights + sum(cost.forward_bytes(config, min(CONTEXT, config.text.max_position_embeddings), dtype.size))
