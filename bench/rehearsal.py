@@ -46,9 +46,10 @@ import PIL.Image
 from documents import put_table
 
 from mlx_diffgemma import cost, load, nano, stream_generate
-from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, read_json, released_config
+from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, released_config
 from mlx_diffgemma.convert import Conversion, ConvertOptions, Output, _write_files, plan
 from mlx_diffgemma.device import compute_dtype, describe
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.layouts import row_slices
 from mlx_diffgemma.recipes import Precision, recipe_named
 from mlx_diffgemma.storage import SafetensorsWriter, Stored

@@ -41,6 +41,8 @@ def random_model(config: ModelConfig, recipe: str | None) -> DiffusionGemma:
     if recipe:
         nn.quantize(model, class_predicate=quantise_as(recipe))
         mx.eval(model.parameters())
+    model.join()
+    mx.eval(model.parameters())
     return model
 
 

@@ -16,12 +16,13 @@ from drafter.canvas import DraftRules
 from drafter.evaluation import KINDS, evaluate_drafter
 from drafter.loading import load_drafter, tokenizer_fingerprint
 from drafter.report import plot, table
-from drafter.run import LOG, DraftRun, DraftShape, read_prompts, share
+from drafter.run import LOG, DraftRun, DraftShape, check_target, read_prompts, share
 from drafter.training import DraftReport, DraftTrainingOptions
 from mlx_diffgemma import nano
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import tasks_named, tasks_of_file
+from mlx_diffgemma.files import check_folder, expand_path, make_folder, write_json
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.tokenizer import chat_ids
 from mlx_diffgemma.tuning.adapters import model_fingerprint
@@ -40,7 +41,8 @@ def train(
     adapter_path: Annotated[str | None, typer.Option(help="Folder of an adapter that `lora` trained.")] = None,
     draft_model: Annotated[str | None, typer.Option(help="Go on from this drafter: the answers begin from its guesses, and what it "
                                                     "was trained on stays in, if it is in its folder.")] = None,
-    draft_path: Annotated[Path, typer.Option(help="The folder to write.")] = Path("drafter"),
+    draft_path: Annotated[Path, typer.Option(help="The folder to write: a new or empty one, or with --resume a run's.")
+                          ] = Path("trained-drafter"),
     num_layers: Annotated[int | None, typer.Option(help="Default: 5, 1 for a model of at most 12 layers.")] = SHAPE.num_layers,
     taps: Annotated[str | None, typer.Option(help="Layers of the model that are read, as 1,6,11. Default: evenly spread.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Of the MLPs.")] = SHAPE.intermediate_size,
@@ -62,7 +64,9 @@ def train(
     options = DraftTrainingOptions(iters=iters, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
                                    steps_per_report=steps_per_report, steps_per_eval=steps_per_eval)
     shape = DraftShape(num_layers, _layers(taps), intermediate_size, head_size, block_size)
-    asked = read_prompts(data)
+    draft_path = expand_path(draft_path)
+    check_target(draft_path, resume)
+    asked = read_prompts(expand_path(data))
     network, tokenizer = load(model, revision=revision, adapter_path=adapter_path)
     first = load_drafter(draft_model, network, tokenizer=tokenizer) if draft_model else None
     if first and shape != DraftShape():
@@ -71,7 +75,7 @@ def train(
     target = {"name": nano.VERSION if model == nano.NAME else model, "fingerprint": model_fingerprint(network),
               "tokenizer": tokenizer_fingerprint(tokenizer)}
     run = DraftRun(network, target, [chat_ids(tokenizer, messages) for messages in asked], draft_path, shape, options, max_tokens,
-                   rollout_batch_size, resume, first, Path(draft_model) / LOG if draft_model else None)
+                   rollout_batch_size, resume, first, expand_path(draft_model) / LOG if draft_model else None)
     errors.print(f"a pass of the drafter takes {share(run.config, network.config):.1%} of a denoising step's multiply-adds\n"
                  f"{run.plan().told()}", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -120,7 +124,8 @@ def evaluate(
     """What drafted canvases cost and lose beside the reference, a looser stop, and drafts that are wrong on purpose."""
     asked = tasks_of_file(data) if data else tasks_named(tasks)
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        output_dir = expand_path(output_dir)
+        check_folder(output_dir)
     network, tokenizer = load(model, revision=revision, adapter_path=adapter_path)
     drafter = load_drafter(draft_model, network, tokenizer=tokenizer)
     others = {name: load_drafter(name, network, tokenizer=tokenizer) for name in also or ()}
@@ -131,12 +136,13 @@ def evaluate(
                                   progress=lambda text: status.update(text) if status else None)
     record |= {"model": nano.VERSION if model == nano.NAME else model, "draft_model": draft_model,
                "machine": describe(network.dtype)}
+    print(json.dumps(record) if as_json else table(record), flush=True)
     if output_dir is not None:
-        (output_dir / "drafting.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        make_folder(output_dir)
+        write_json(output_dir / "drafting.json", record, indent=1)
         if "oracle" in record:
             with contextlib.suppress(ImportError):  # matplotlib is not needed
                 plot(record, output_dir / "drafting.png")
-    print(json.dumps(record) if as_json else table(record))
 
 
 def _layers(taps: str | None) -> tuple[int, ...] | None:

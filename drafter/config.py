@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_diffgemma.config import FULL, SLIDING, read_json
+from mlx_diffgemma.config import FULL, SLIDING
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import read_json
 
 MARK = "diffgemma_drafter"
 DEFAULT_MASK = 4  # of the published drafters for Gemma 4, which do not name it

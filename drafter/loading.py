@@ -16,10 +16,10 @@ from drafter.config import DrafterConfig
 from drafter.model import Drafter
 from mlx_diffgemma import hub
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import make_folder, write_tensors, write_text
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.storage import read_headers
+from mlx_diffgemma.storage import read_headers, read_tensors
 from mlx_diffgemma.tuning.adapters import model_fingerprint
-from mlx_diffgemma.tuning.state import write_safely
 
 
 def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None,
@@ -43,7 +43,7 @@ def load_drafter(name: str, target: DiffusionGemma, revision: str | None = None,
             raise UserError(f"{name}: the tensor {key!r} has shape {stored[key].shape}, its config.json says {value.shape}.")
     weights: dict[str, mx.array] = {}
     for path in {tensor.path for tensor in stored.values()}:
-        weights |= dict(mx.load(str(path)))
+        weights |= read_tensors(path)[0]
     update = {key: weights[key] if value.dtype == mx.int32 else weights[key].astype(target.dtype) for key, value in wanted.items()}
     drafter.update(tree_unflatten(list(update.items())))
     drafter.eval()
@@ -71,9 +71,9 @@ def tokenizer_fingerprint(tokenizer: TokenizerWrapper) -> str:
 
 def save_drafter(drafter: Drafter, folder: Path, target: Mapping[str, str] | None = None, dtype: mx.Dtype | None = None) -> None:
     """Write config.json, with what ``target`` it was trained for, and model.safetensors, in ``dtype`` or as it is."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config = drafter.config if target is None else replace(drafter.config, target=dict(target))
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     weights = {name: value.astype(dtype) if dtype and mx.issubdtype(value.dtype, mx.floating) else value
                for name, value in tree_flatten(drafter.parameters())}
-    write_safely(folder / "model.safetensors", weights, {"format": "mlx"})
+    write_tensors(folder / "model.safetensors", weights, {"format": "mlx"})

@@ -18,9 +18,10 @@ from typing import Any
 from drafter.config import DrafterConfig
 from drafter.run import DraftShape, macs
 from mlx_diffgemma import cost
-from mlx_diffgemma.config import ModelConfig, read_json
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.estimate import STEPS, Chip, estimate
+from mlx_diffgemma.files import expand_path, read_json
 from mlx_diffgemma.recipes import Recipe
 
 HALF = 2  # bytes of a drafter's weight
@@ -40,6 +41,7 @@ class Projection:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Errors: UserError for a file that is not there, or no record of ``draft evaluate`` with its part "ar"."""
+    path = expand_path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}; `mlx-diffgemma draft evaluate --output-dir` writes one.")
     record = read_json(path)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma.files import replacing
+
 COLUMNS = ("way", "score", "loss, points (at most, 95 %)", "steps a canvas", "all costs", "of the reference's",
            "the longest third's", "drafted tokens", "right", "begun anew", "same text", "drift x 1000", "variety")
 
@@ -45,5 +47,6 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
              xlabel="cost of the reference's (red: may lose 2 points or more)")
     ways.axvline(1, color="grey", linestyle="--")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)

@@ -23,7 +23,7 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.device import check_memory
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.jsonl import read_lines
+from mlx_diffgemma.files import check_folder, read_lines, write_text
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy, ReferencePolicy
 
@@ -103,6 +103,13 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     return found
 
 
+def check_target(folder: Path, resume: bool) -> None:
+    """Before the work.  Errors: UserError when ``folder`` cannot be written, is not a run's, or holds one already."""
+    check_folder(folder, ours=(STATE, LOG))
+    if (folder / STATE).exists() and not resume:
+        raise UserError(f"{folder} holds a run already; go on with --resume, or give another folder.")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will take: bytes, and seconds to answer the prompts, at a usual number of steps and at most, and to train."""
@@ -142,8 +149,7 @@ class DraftRun:
     config: DrafterConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        if (self.folder / STATE).exists() and not self.resume:
-            raise UserError(f"{self.folder} holds a run already; go on with --resume, or give another folder.")
+        check_target(self.folder, self.resume)
         if self.batch_size < 1 or self.max_tokens < 1:
             raise UserError("batch sizes and max_tokens must be at least 1.")
         self.config = self.first.config if self.first else self.shape.config(self.target.config)
@@ -219,8 +225,8 @@ class DraftRun:
         save_drafter(drafter, self.folder, self.target_name, mx.bfloat16)
         last = next((report for report in reversed(reports) if report.valid), reports[-1])
         cost_share, count = share(self.config, self.target.config), f"{len(self.prompts):,}"
-        (self.folder / "README.md").write_text(
+        write_text(
+            self.folder / "README.md",
             f"# A drafter for {self.target_name['name']}\n\nTrained with `mlx-diffgemma draft train` on {count} prompts.\nA pass "
             f"takes {cost_share:.1%} of a denoising step's multiply-adds. On held-out prompts it finds {last.canvas_right:.1%} of\n"
-            f"the tokens of begun canvases and {last.block_right:.1%} of those behind a known one.\n",
-            encoding="utf-8")
+            f"the tokens of begun canvases and {last.block_right:.1%} of those behind a known one.\n")

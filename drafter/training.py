@@ -11,11 +11,11 @@ Every random number depends on the seed and the iteration alone, so a killed run
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,7 @@ from drafter.trajectories import Trajectory
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma, Segment
+from mlx_diffgemma.tuning.adapters import model_fingerprint
 from mlx_diffgemma.tuning.state import read_state, write_state
 
 ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
@@ -273,13 +274,23 @@ class DraftTrainer:
 
     def restore(self, path: Path) -> None:
         """Go on from ``path``.  Errors: UserError for a damaged file or that of another run."""
-        counters = read_state(path, self.drafter, self.optimizer, self.fingerprint())
+        counters, _ = read_state(path, self.drafter, self.optimizer, self.fingerprint())
         self.iteration, self.reports = counters["iteration"], [DraftReport(**report) for report in counters["reports"]]
 
-    def fingerprint(self) -> str:
-        """What decides the result."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the result, by name."""
         options = {name: value for name, value in asdict(self.options).items() if not name.startswith("steps_per")}
-        return json.dumps([options, self.drafter.config.to_dict(), len(self.train)])
+        return {**options, "shape": self.drafter.config.to_dict(), "data": _digest(self.train),
+                "target": model_fingerprint(self.target)}
+
+
+def _digest(trajectories: Sequence[Trajectory]) -> str:
+    found = hashlib.sha256()
+    for trajectory in trajectories:
+        found.update(f"{trajectory.prompt} {trajectory.states.shape} ".encode())
+        for part in (trajectory.prefix, trajectory.committed, trajectory.states):
+            found.update(np.ascontiguousarray(part).tobytes())
+    return found.hexdigest()
 
 
 def _report(iteration: int, found: Sequence[dict[str, float]], valid: bool = False) -> DraftReport:

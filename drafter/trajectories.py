@@ -24,12 +24,12 @@ import numpy as np
 
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import list_files, make_folder, write_tensors
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.session import CanvasStep, Session, run
-from mlx_diffgemma.storage import read_header
+from mlx_diffgemma.storage import read_tensors
 from mlx_diffgemma.tuning.adapters import model_fingerprint
-from mlx_diffgemma.tuning.state import write_safely
 
 SHARD = 64  # prompts a file
 
@@ -52,7 +52,7 @@ def roll_out(model: DiffusionGemma, prompts: Sequence[Sequence[int]], folder: Pa
     Prompt i is answered with seed ``seed`` + i.  ``progress`` is called with (prompts done, all).  Errors: UserError for a folder
     that holds the log of another model, other prompts or another policy.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     asked = hashlib.sha256(json.dumps([list(map(list, prompts)), repr(policy), max_tokens, seed]).encode()).hexdigest()
     metadata = {"target": model_fingerprint(model), "asked": asked, "canvas_length": str(model.config.canvas_length)}
     for number, first in enumerate(range(0, len(prompts), SHARD)):
@@ -63,7 +63,7 @@ def roll_out(model: DiffusionGemma, prompts: Sequence[Sequence[int]], folder: Pa
         else:
             sessions = [Session(model, ids, policy, Draws(seed + first + i, model.config.text.vocab_size),
                                 model.config.generation.eos_token_ids, max_tokens) for i, ids in enumerate(part)]
-            write_safely(path, _record(model, sessions, batch_size), metadata)
+            write_tensors(path, _record(model, sessions, batch_size), metadata)
         if progress:
             progress(first + len(part), len(prompts))
 
@@ -99,13 +99,13 @@ def _record(model: DiffusionGemma, sessions: Sequence[Session], batch_size: int)
 
 def read_trajectories(folder: Path, model: DiffusionGemma) -> Iterator[Trajectory]:
     """All that was logged.  Errors: UserError for a folder without a log, a damaged shard, and the log of another model."""
-    paths = sorted(folder.glob("trajectories-*.safetensors"))
+    paths = list_files(folder, "trajectories-*.safetensors")
     if not paths:
         raise UserError(f"{folder} holds no trajectories; roll the target out first.")
     for path in paths:
         if _metadata(path).get("target") != model_fingerprint(model):
             raise UserError(f"{path} was logged from another model than this one.")
-        t = {name: np.array(value) for name, value in dict(mx.load(str(path))).items()}
+        t = {name: np.array(value) for name, value in read_tensors(path)[0].items()}
         prompts = np.split(t["prompts"], t["prompt_ends"][:-1])
         prefix: np.ndarray = np.zeros(0, dtype=np.int32)
         for index, row in enumerate(t["canvas_prompt"].tolist()):
@@ -116,5 +116,4 @@ def read_trajectories(folder: Path, model: DiffusionGemma) -> Iterator[Trajector
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    read_header(path)  # tells what is damaged or cut off
-    return dict(mx.load(str(path), return_metadata=True)[1])
+    return read_tensors(path)[1]

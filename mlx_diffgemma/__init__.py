@@ -5,6 +5,10 @@
     >>> generate(model, tokenizer, chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}]))
 """
 
+from mlx_diffgemma.failures import quiet_until_main
+
+quiet_until_main()  # the imports that follow take seconds
+
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.decide import Decision, Question, decide
 from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError

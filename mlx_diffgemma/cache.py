@@ -13,7 +13,8 @@ references and a length.  ``view`` mutates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,10 +22,14 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_diffgemma.config import TextConfig
+from mlx_diffgemma.digests import digest
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import write_tensors
+from mlx_diffgemma.storage import read_tensors
 
 KeyValue = tuple[mx.array, mx.array]  # each [1, KV heads, entries, head size]
-FORMAT = "mlx-diffgemma cache 1"
+# Inside of the cache both lie in one array [2, KV heads, entries, head size], so that one kernel moves both.
+FORMAT = "mlx-diffgemma cache 2"
 ROOM = 1024  # positions by which a full layer's array grows when it is full
 
 
@@ -45,11 +50,11 @@ class Snapshot:
     """A point to go back to: the length, and the entries of the sliding layers as they were."""
 
     length: int
-    sliding: tuple[KeyValue | None, ...]
+    sliding: tuple[mx.array | None, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for entries in self.sliding if entries is not None for array in entries)
+        return sum(entries.nbytes for entries in self.sliding if entries is not None)
 
 
 class Cache:
@@ -63,9 +68,9 @@ class Cache:
         self.keep_all = keep_all
         self.length = 0
         self._reserved = 0
-        self._entries: list[KeyValue | None] = [None] * len(self.windows)
+        self._entries: list[mx.array | None] = [None] * len(self.windows)
         self._stored = [0] * len(self.windows)  # how many positions of each layer's arrays are entries, not room
-        self._held: list[KeyValue | None] = [None] * len(self.windows)
+        self._held: list[mx.array | None] = [None] * len(self.windows)
 
     def reserve(self, length: int) -> None:
         """Full layers that must grow make room for ``length`` positions at once."""
@@ -73,6 +78,11 @@ class Cache:
 
     def view(self, layer: int, upto: int | None = None) -> KeyValue | None:
         """What rows after position ``upto`` (default: the end) may see: on a sliding layer the last window - 1 entries."""
+        entries = self.entries(layer, upto)
+        return None if entries is None else (entries[:1], entries[1:])
+
+    def entries(self, layer: int, upto: int | None = None) -> mx.array | None:
+        """``view`` as one array: keys, then values, [2, KV heads, entries, head size]."""
         entries, window = self._entries[layer], self.windows[layer]
         if entries is None or upto == 0:
             return None
@@ -86,19 +96,22 @@ class Cache:
 
     def append(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Add entries [1, KV heads, n, head size] to one layer; ``advance`` counts them once all layers have theirs."""
+        self.add(layer, mx.concatenate((keys, values)))
+
+    def add(self, layer: int, new: mx.array) -> None:
+        """``append`` of one array: keys, then values, [2, KV heads, n, head size]."""
         entries, window = self._entries[layer], self.windows[layer]
         if window is None and not self.keep_all:
             stored = self._stored[layer]
-            self._stored[layer] = stored + keys.shape[2]
-            room = entries or (keys[:, :, :0], values[:, :, :0])
-            self._entries[layer] = (self._written(room[0], keys, stored), self._written(room[1], values, stored))
+            self._stored[layer] = stored + new.shape[2]
+            self._entries[layer] = self._written(new[:, :, :0] if entries is None else entries, new, stored)
             return
         if entries is not None:
-            keys, values = mx.concatenate((entries[0], keys), axis=2), mx.concatenate((entries[1], values), axis=2)
-        if window is not None and not self.keep_all and keys.shape[2] > window - 1:
+            new = mx.concatenate((entries, new), axis=2)
+        if window is not None and not self.keep_all and new.shape[2] > window - 1:
             # A slice would keep the whole array alive.
-            keys, values = (mx.contiguous(t[:, :, t.shape[2] - (window - 1) :]) for t in (keys, values))
-        self._entries[layer], self._stored[layer] = (keys, values), keys.shape[2]
+            new = mx.contiguous(new[:, :, new.shape[2] - (window - 1) :])
+        self._entries[layer], self._stored[layer] = new, new.shape[2]
 
     def _written(self, room: mx.array, new: mx.array, stored: int) -> mx.array:
         """``room`` with ``new`` from position ``stored`` on; MLX writes in place where nobody else holds the array."""
@@ -114,16 +127,20 @@ class Cache:
 
     def hold(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Keep entries aside that are not certain yet; ``view`` does not show them."""
-        self._held[layer] = (keys, values)
+        self.hold_entries(layer, mx.concatenate((keys, values)))
+
+    def hold_entries(self, layer: int, new: mx.array) -> None:
+        """``hold`` of one array: keys, then values, [2, KV heads, n, head size]."""
+        self._held[layer] = new
 
     def accept(self, count: int) -> None:
         """Append the first ``count`` held entries of every layer and drop the rest."""
         for layer, held in enumerate(self._held):
-            if held is None or count > held[0].shape[2]:
+            if held is None or count > held.shape[2]:
                 raise ValueError(f"layer {layer} holds fewer than {count} entries")
         for layer, held in enumerate(self._held):
             if held is not None and count:
-                self.append(layer, *_cut(held, 0, count))
+                self.add(layer, _cut(held, 0, count))
             self._held[layer] = None
         self.advance(count)
 
@@ -139,7 +156,7 @@ class Cache:
         for layer, (window, entries) in enumerate(zip(self.windows, self._entries, strict=True)):
             if window is not None:
                 self._entries[layer] = kept = snapshot.sliding[layer]
-                self._stored[layer] = 0 if kept is None else kept[0].shape[2]
+                self._stored[layer] = 0 if kept is None else kept.shape[2]
             elif entries is not None:
                 self._stored[layer] = snapshot.length
                 if not snapshot.length:
@@ -167,47 +184,66 @@ class Cache:
     @property
     def arrays(self) -> list[mx.array]:
         """All entries, without the room for more."""
-        return [array for entries, stored in zip(self._entries, self._stored, strict=True) if entries is not None
-                for array in _cut(entries, 0, stored)]
+        return [_cut(entries, 0, stored) for entries, stored in zip(self._entries, self._stored, strict=True)
+                if entries is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the entries and of the room for more."""
-        return sum(array.nbytes for entries in self._entries if entries is not None for array in entries)
+        return sum(entries.nbytes for entries in self._entries if entries is not None)
 
     def save(self, path: Path | str, metadata: dict[str, str] | None = None) -> None:
-        """Write to a safetensors file; ``metadata`` comes back from ``load``."""
-        tensors = {f"{layer}.{name}": mx.contiguous(array) for layer, entries in enumerate(self._entries) if entries is not None
-                   for name, array in zip(("keys", "values"), _cut(entries, 0, self._stored[layer]), strict=True)}
+        """Write to a safetensors file; ``metadata`` comes back from ``load``.  Errors: UserError when it cannot be written."""
+        tensors = {}
+        for layer, entries in enumerate(self._entries):
+            if entries is not None:
+                keys, values = mx.split(_cut(entries, 0, self._stored[layer]), 2)
+                tensors[f"{layer}.keys"] = mx.contiguous(keys)
+                tensors[f"{layer}.values"] = mx.contiguous(values)
         header = {**(metadata or {}), "format": FORMAT, "length": str(self.length), "keep_all": str(self.keep_all)}
-        # MLX writes to no other ending; the name is the caller's choice.
-        written = Path(path).with_name(f"{Path(path).name}.safetensors")
-        mx.save_safetensors(str(written), tensors, header)
-        written.replace(path)
+        header["digest"] = _digest(tensors, header)
+        write_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: Path | str, config: TextConfig) -> tuple[Cache, dict[str, str]]:
-        """Errors: UserError when the file is damaged or of another model shape."""
+        """Errors: UserError when the file is damaged, of an earlier version or of another model shape."""
         try:
-            tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is not a cache file ({error}); make it anew.") from None
+            tensors, header = read_tensors(Path(path))
+        except UserError:
+            raise UserError(f"{path} is not a cache file, or is damaged; delete it, or name another file.") from None
         if header.get("format") != FORMAT:
             raise UserError(f"{path} is not a cache file of this version (format {header.get('format')!r}, "
-                            f"expected {FORMAT!r}); make it anew.")
-        cache = cls(config, keep_all=header["keep_all"] == "True")
-        cache.length = int(header["length"])
+                            f"expected {FORMAT!r}); delete it, or name another file.")
+        length = header.get("length", "")
+        if not length.isdecimal() or header.get("digest") != _digest(tensors, header):
+            raise UserError(f"{path} is damaged; delete it, or name another file.")
+        cache = cls(config, keep_all=header.get("keep_all") == "True")
+        cache.length = int(length)
+        if not cache.length:
+            return cache, header
         for index, layer in enumerate(config.layers):
-            pair = tensors.get(f"{index}.keys"), tensors.get(f"{index}.values")
-            if pair[0] is None or pair[1] is None:
-                continue
-            if any(a.shape[1] != layer.num_kv_heads or a.shape[3] != layer.head_dim for a in pair):
-                raise UserError(f"{path} was made with another model: layer {index} has shape {pair[0].shape}.")
-            cache._entries[index], cache._stored[index] = pair, pair[0].shape[2]
+            shape = (1, layer.num_kv_heads, cache._expected(index), layer.head_dim)
+            keys, values = tensors.get(f"{index}.keys"), tensors.get(f"{index}.values")
+            if keys is None or values is None or keys.shape != shape or values.shape != shape:
+                found = "nothing" if keys is None or values is None else f"{keys.shape} and {values.shape}"
+                raise UserError(f"{path} was made with another model: layer {index} should hold {shape} and holds {found}.")
+            cache._entries[index] = mx.concatenate((keys, values))
+            cache._stored[index] = shape[2]
         return cache, header
 
+    def _expected(self, layer: int) -> int:
+        """How many entries a layer keeps of ``length`` positions."""
+        window = self.windows[layer]
+        return self.length if window is None or self.keep_all else min(self.length, window - 1)
 
-def _cut(entries: KeyValue, start: int, end: int) -> KeyValue:
-    if start == 0 and end == entries[0].shape[2]:
+
+def _digest(tensors: Mapping[str, mx.array], header: Mapping[str, str]) -> str:
+    """Of all that a cache file holds."""
+    said = {name: value for name, value in header.items() if name != "digest"}
+    return digest(sorted(tensors.items()), json.dumps(said, sort_keys=True))
+
+
+def _cut(entries: mx.array, start: int, end: int) -> mx.array:
+    if start == 0 and end == entries.shape[2]:
         return entries
-    return entries[0][:, :, start:end], entries[1][:, :, start:end]
+    return entries[:, :, start:end]

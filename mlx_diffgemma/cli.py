@@ -28,7 +28,9 @@ from drafter.commands import app as drafting
 from mlx_diffgemma import __version__, nano
 from mlx_diffgemma.decide_command import decide_command
 from mlx_diffgemma.device import memory_limit
-from mlx_diffgemma.errors import CheckpointWarning, NonFiniteLogitsError, UserError
+from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.failures import check_arguments, hear_interrupts, reported
+from mlx_diffgemma.files import check_folder, expand_path, make_folder, read_stdin, write_json
 from mlx_diffgemma.flags import (
     Adapter,
     Choices,
@@ -123,6 +125,8 @@ def generate_command(
     think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
     prefill_response: Annotated[str | None, typer.Option(help="Text the answer begins with.")] = None,
     ignore_chat_template: Annotated[bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
+    allow_control_tokens: Annotated[bool, typer.Option("--allow-control-tokens", help="Read what looks like a control token in the "
+                                                       "prompt as one; without it, it is plain text.")] = False,
     chat_template_config: Annotated[str | None, typer.Option(help="JSON object of further chat-template variables.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", help="Cut the answer after this many tokens. "
                                                    "Default: until it ends, at most 4,096 or the context.")] = DEFAULTS.max_tokens,
@@ -176,9 +180,9 @@ def generate_command(
     if trace is not None:
         if mode == "ar":
             raise UserError("--trace records denoising steps, and mode 'ar' runs none; leave it out.")
-        check_path(trace)
+        check_path(expand_path(trace))
     variables = _json_object(chat_template_config, "--chat-template-config")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("The prompt is empty; give at least one character.")
     if ignore_chat_template and (system_prompt or think or variables):
@@ -195,10 +199,11 @@ def generate_command(
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
         drafter = drafter_of(draft_model, draft_rules, network, tokenizer, mode)
     if ignore_chat_template:
-        ids = encode_prompt(tokenizer, text)
+        ids = encode_prompt(tokenizer, text, literal=not allow_control_tokens)
     else:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        ids = chat_ids(tokenizer, [*system, user_message(text, len(media))], think=think, **variables)
+        ids = chat_ids(tokenizer, [*system, user_message(text, len(media))], think=think,
+                       allow_control_tokens=allow_control_tokens, **variables)
     cache = prompt_cache_at(prompt_cache_file, network, tokenizer)
     prefix = tokenizer.encode(prefill_response, add_special_tokens=False) if prefill_response else []
     live = None
@@ -209,7 +214,7 @@ def generate_command(
     recorder = None
     if trace is not None:
         header = {"model": model, "prompt": text, "seed": seed, "options": given}
-        recorder = Recorder(trace, Tracer(tokenizer, network.config.generation.eos_token_ids), header)
+        recorder = Recorder(expand_path(trace), Tracer(tokenizer, network.config.generation.eos_token_ids), header)
     watching = [own for own in (live and live.show, recorder and recorder.step) if own]
 
     def watch(step: CanvasStep) -> None:
@@ -273,6 +278,7 @@ def _record(parts: list[GenerationResponse], interrupted: bool) -> dict[str, Any
         "canvases": [{name: getattr(part, name) for name in ("steps", "rows", "retries", "converged", "certificate")}
                      for part in parts if part.is_canvas],
         "converged": all(part.converged for part in parts),
+        "certificate": last["certificate"] if all(part.converged for part in parts) else None,
         "finish_reason": "interrupted" if interrupted else last["finish_reason"],
     }
 
@@ -531,7 +537,7 @@ def _writing(folder: Path, overwrite: bool) -> Iterator[Callable[[int, int], Non
         try:
             yield lambda done, total: bar.update(task, completed=done, total=total)
         except KeyboardInterrupt:
-            where = partial_folder(folder.expanduser().resolve())
+            where = partial_folder(expand_path(folder).resolve())
             again = "--overwrite --resume" if overwrite else "--resume"
             errors.print("interrupted" + (f"; {where} is kept, run again with {again} to go on" if where.exists() else ""))
             raise typer.Exit(130) from None
@@ -786,10 +792,12 @@ def evaluate(
     if mode == "both":  # the rules of canvases are for these alone
         per_mode["ar"] = {"max_tokens": max_tokens, "temperature": temp, "mode": "ar"}
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        output_dir = expand_path(output_dir)
+        check_folder(output_dir)
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
         drafter = drafter_of(draft_model, draft_rules, network, tokenizer, mode)
+    records: dict[str, dict[str, Any]] = {}
     for name, chosen in per_mode.items():
         with Progress(console=errors, transient=True) as bar:
             bars: dict[str, Any] = {}
@@ -801,15 +809,18 @@ def evaluate(
 
             report = run(network, tokenizer, asked, limit, range(seed, seed + num_seeds), batch_size, advance, drafter, **chosen)
         record = report.record() | {"model": nano.VERSIONS.get(model, model), "draft_model": draft_model}
-        if output_dir is not None:
-            (output_dir / f"evaluate-{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if as_json:
-            print(json.dumps(record))
-            continue
-        output.print(f"{record['model']}, {name}", markup=False)
-        for table in _scores(report):
-            output.print(table)
-        output.print(f"mean of the exact tasks: {report.exact_mean:.1%}")
+            print(json.dumps(record), flush=True)
+        else:
+            output.print(f"{record['model']}, {name}", markup=False)
+            for table in _scores(report):
+                output.print(table)
+            output.print(f"mean of the exact tasks: {report.exact_mean:.1%}")
+        records[f"evaluate-{name}.json"] = record
+    if output_dir is not None:  # only now, so that what cannot be written is not lost
+        make_folder(output_dir)
+        for file, record in records.items():
+            write_json(output_dir / file, record, indent=1)
 
 
 @app.command()
@@ -869,18 +880,14 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point, with ``sys.argv``'s arguments or others: mistakes of the user become one line and exit code 2."""
+    """Entry point, with ``sys.argv``'s arguments or others; every failure becomes one line and an exit code."""
+    hear_interrupts()
     warnings.showwarning = _show_warning
     for category in SHOWN:
         warnings.simplefilter("always", category)
-    try:
+    with reported(lambda line: errors.print(line, markup=False)):
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
-    except UserError as error:
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(2)
-    except NonFiniteLogitsError as error:
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(1)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -95,7 +95,8 @@ def soft_embedding(model: DiffusionGemma, belief: Belief) -> mx.array:
     count, flat = sum(belief.counts), belief.uncovered.flatten()
     if not count:
         return soft
-    taken = mx.argsort(~flat)[: min(flat.size, _bucket(count))]  # the uncovered come first
+    # The uncovered come first.  Metal sorts no booleans.
+    taken = mx.argsort((~flat).astype(mx.uint8))[: min(flat.size, _bucket(count))]
     exact = dense(model, belief.scaled(taken))
     covered = soft.flatten(0, 1)
     # Covered positions that fill the bucket keep what they have, so that no row depends on another's count.

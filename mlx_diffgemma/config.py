@@ -11,17 +11,29 @@ writes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import read_json
+from mlx_diffgemma.values import Values, shown
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 MODEL_TYPE = "diffusion_gemma"
 MARK = "mlx_diffgemma"  # the key of config.json under which our converter says what it did
 SLIDING, FULL = "sliding_attention", "full_attention"
+MOST_STEPS = 10_000  # a larger number of denoising steps is a mistake: a canvas keeps records of each
+MOST_LAYERS = 10_000
+LARGEST_SIZE = 2**20  # of a dimension
+MOST_HEAD_DIM = 2**10  # times the largest number of heads this fits MLX's 32-bit shapes
+# What the reference takes where config.json leaves them out.
+IMAGE_IDS = {"boi_token_id": 255_999, "image_token_id": 258_880, "eoi_token_id": 258_882}
+DEFAULT_ROPES = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
 
 
 @dataclass(frozen=True)
@@ -62,22 +74,26 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
+        """Read text_config; null means absent.  Errors: UserError naming the field and what is allowed."""
+        values = Values(raw, CONFIG, "text_config.")
         for key, supported in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
-            if raw.get(key, supported) != supported:
+            if values.has(key) and raw[key] != supported:
                 raise UserError(f"config.json: text_config.{key} is {raw[key]!r}, only {supported!r} is supported.")
         if raw.get("use_bidirectional_attention") == "all":
             raise UserError('config.json: use_bidirectional_attention "all" makes the encoder bidirectional and is not '
                             'supported; DiffusionGemma checkpoints have "vision" there.')
-        heads = _positive(raw, "num_attention_heads")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts")
+        shape = {key: values.integer(key, low=1, high=LARGEST_SIZE) for key in sizes}
+        heads = values.integer("num_attention_heads", low=1, high=LARGEST_SIZE)
         return cls(
-            **{key: _positive(raw, key) for key in ("vocab_size", "hidden_size", "intermediate_size",
-                                                    "moe_intermediate_size", "num_experts", "top_k_experts")},
+            **shape,
+            top_k_experts=values.integer("top_k_experts", low=1, high=shape["num_experts"]),
             num_attention_heads=heads,
-            rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
-            final_logit_softcapping=float(raw.get("final_logit_softcapping") or 30.0),
-            max_position_embeddings=int(raw.get("max_position_embeddings") or 131_072),
-            pad_token_id=int(raw.get("pad_token_id") or 0),
-            layers=_layers(raw, heads),
+            rms_norm_eps=values.number("rms_norm_eps", 1e-6, low=0.0),
+            final_logit_softcapping=values.number("final_logit_softcapping", 30.0, above=0.0),
+            max_position_embeddings=values.integer("max_position_embeddings", 131_072, low=1),
+            pad_token_id=values.integer("pad_token_id", 0, low=0, high=shape["vocab_size"] - 1),
+            layers=_layers(values, heads),
         )
 
 
@@ -102,27 +118,31 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> VisionConfig:
         """With the defaults of Gemma4VisionConfig.  Errors: UserError for a tower of another kind."""
-        rope = raw.get("rope_parameters") or {}
-        for key, value, supported in (
-                ("model_type", raw.get("model_type", "gemma4_vision"), ("gemma4_vision",)),
-                ("hidden_activation", raw.get("hidden_activation", "gelu_pytorch_tanh"), ("gelu_pytorch_tanh",)),
-                ("rope_parameters.rope_type", rope.get("rope_type", "axial"), ("axial", "default"))):
-            if value not in supported:
-                raise UserError(f"config.json: vision_config.{key} is {value!r}, only {supported[0]!r} is supported.")
-        heads = raw.get("num_attention_heads", 12)
-        given = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
-                 "num_key_value_heads": heads, "head_dim": 64, "patch_size": 16, "pooling_kernel_size": 3,
-                 "position_embedding_size": 10_240} | dict(raw)
-        numbers = {key: _positive(given, key, "vision_config.") for key in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "patch_size", "pooling_kernel_size", "position_embedding_size")}
-        if not (theta := float(rope.get("rope_theta", 100.0))) > 0 or not (eps := float(raw.get("rms_norm_eps") or 1e-6)) > 0:
-            raise UserError("config.json: vision_config needs a rope_theta and a rms_norm_eps above 0; download the file again.")
+        values = Values(raw, CONFIG, "vision_config.")
+        rope = values.part("rope_parameters")
+        for key, part, supported in (
+            ("model_type", values, ("gemma4_vision",)),
+            ("hidden_activation", values, ("gelu_pytorch_tanh",)),
+            ("rope_type", rope, ("axial", "default")),
+        ):
+            if part.has(key) and part.content[key] not in supported:
+                raise UserError(f"config.json: {part.prefix}{key} is {part.content[key]!r}, "
+                                f"only {supported[0]!r} is supported.")
+        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+                 "num_key_value_heads": 12, "head_dim": 64, "patch_size": 16, "pooling_kernel_size": 3,
+                 "position_embedding_size": 10_240}
+        numbers = {key: values.integer(key, size, low=1, high=LARGEST_SIZE) for key, size in sizes.items()}
+        heads = numbers["num_attention_heads"]
         if numbers["head_dim"] % 4 or heads % numbers["num_key_value_heads"]:
             raise UserError(f"config.json: the vision tower has heads of {numbers['head_dim']} for {heads} over "
                             f"{numbers['num_key_value_heads']}; the size must divide by 4, and the numbers by each other.")
-        return cls(**numbers, rms_norm_eps=eps, rope_theta=theta, standardize=bool(raw.get("standardize")),
-                   clipped=bool(raw.get("use_clipped_linears")))
+        return cls(
+            **numbers,
+            rms_norm_eps=values.number("rms_norm_eps", 1e-6, above=0.0),
+            rope_theta=rope.number("rope_theta", 100.0, above=0.0),
+            standardize=values.flag("standardize", False),
+            clipped=values.flag("use_clipped_linears", False),
+        )
 
 
 @dataclass(frozen=True)
@@ -159,25 +179,40 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GenerationConfig:
         """null means absent, since transformers writes it for every unset field."""
-        sampler = raw.get("sampler_config") or {}
-        if not isinstance(sampler, Mapping):
-            raise UserError(f"generation_config.json: sampler_config must be an object, got {sampler!r}.")
-        if (name := sampler.get("_cls_name", "EntropyBoundSamplerConfig")) != "EntropyBoundSamplerConfig":
+        values = Values(raw, GENERATION)
+        sampler = values.part("sampler_config")
+        if (name := sampler.text("_cls_name", "EntropyBoundSamplerConfig")) != "EntropyBoundSamplerConfig":
             raise UserError(f"generation_config.json asks for the sampler {name!r}; only EntropyBoundSamplerConfig is known.")
-        eos = raw.get("eos_token_id")
-        found: dict[str, Any] = {
-            **{key: raw.get(key) for key in ("max_denoising_steps", "t_min", "t_max", "confidence_threshold",
-                                             "stability_threshold", "pad_token_id")},
-            "entropy_bound": sampler.get("entropy_bound"),
-            "eos_token_ids": None if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        }
-        return replace(cls(), **{key: value for key, value in found.items() if value is not None})
+        default = cls()
+        found = cls(
+            max_denoising_steps=values.integer("max_denoising_steps", default.max_denoising_steps, 1, MOST_STEPS),
+            entropy_bound=sampler.number("entropy_bound", default.entropy_bound, low=0.0),
+            t_min=values.number("t_min", default.t_min, low=0.0),
+            t_max=values.number("t_max", default.t_max, low=0.0),
+            confidence_threshold=values.number("confidence_threshold", default.confidence_threshold, low=0.0),
+            stability_threshold=values.integer("stability_threshold", default.stability_threshold, 0, MOST_STEPS),
+            eos_token_ids=_end_tokens(values) or default.eos_token_ids,
+            pad_token_id=values.integer("pad_token_id", default.pad_token_id, low=0),
+        )
+        if found.t_min > found.t_max:
+            raise UserError(f"generation_config.json: t_min {found.t_min:g} exceeds t_max {found.t_max:g}; "
+                            "the temperature falls from t_max to t_min.")
+        return found
 
     @classmethod
     def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> GenerationConfig:
-        """generation_config.json, or the copy some conversions keep in ``config`` (config.json), or the defaults."""
-        path = folder / "generation_config.json"
-        return cls.from_dict(read_json(path) if path.exists() else config.get("generation_config") or {})
+        """generation_config.json, or the copy some conversions keep in ``config`` (config.json), or the defaults.
+
+        Without either, the end tokens are those of config.json, as transformers takes them.
+        """
+        path = folder / GENERATION
+        if path.exists():
+            return cls.from_dict(read_json(path))
+        own = Values(config, CONFIG)
+        if own.has("generation_config"):
+            return cls.from_dict(own.part("generation_config").content)
+        ends = _end_tokens(own) or _end_tokens(own.part("text_config"))
+        return replace(cls(), eos_token_ids=ends) if ends else cls()
 
 
 @dataclass(frozen=True)
@@ -202,19 +237,22 @@ class ModelConfig:
                 advice = " It is a drafter: give it as --draft-model, beside its model."
             raise UserError(f"Not a DiffusionGemma checkpoint: config.json has model_type {model_type!r}, "
                             f"expected {MODEL_TYPE!r}.{advice}")
+        values = Values(raw, CONFIG)
         if not isinstance(raw.get("text_config"), Mapping):
             raise UserError("config.json lacks text_config; download the checkpoint again.")
         if raw.get("tie_word_embeddings") is False:
             raise UserError("config.json: tie_word_embeddings is false; only tied checkpoints exist and are supported.")
-        try:
-            return cls(text=TextConfig.from_dict(raw["text_config"]), canvas_length=int(raw.get("canvas_length") or 256),
-                       vision=VisionConfig.from_dict(raw["vision_config"]) if raw.get("vision_config") else None,
-                       image_tokens=_image_tokens(raw),
-                       quantization=raw.get("quantization") or raw.get("quantization_config"), raw=raw)
-        except UserError:
-            raise
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"config.json has a field of the wrong kind ({error}); download the file again.") from None
+        text = TextConfig.from_dict(raw["text_config"])
+        vision = values.part("vision_config")
+        part = "quantization" if values.has("quantization") else "quantization_config"
+        return cls(
+            text=text,
+            canvas_length=values.integer("canvas_length", 256, low=1, high=text.max_position_embeddings),
+            vision=VisionConfig.from_dict(vision.content) if vision.content else None,
+            image_tokens=_image_tokens(values, text.vocab_size),
+            quantization=values.part(part).content or None,
+            raw=raw,
+        )
 
     @property
     def fused(self) -> list[str]:
@@ -240,73 +278,84 @@ def released_config() -> ModelConfig:
     return ModelConfig.from_dict(read_json(Path(__file__).with_name("released.json")))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Errors: UserError when the file is missing or not JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; give a folder that holds a DiffusionGemma checkpoint.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download the file again.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download the file again.")
-    return content
+def _end_tokens(values: Values) -> tuple[int, ...]:
+    """eos_token_id, which is one id or a list of them; empty when it is absent."""
+    given = values.content.get("eos_token_id")
+    if given is None:
+        return ()
+    ids = given if isinstance(given, list | tuple) else [given]
+    if not ids or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise values.refuse("eos_token_id", "a token id or a list of token ids")
+    return tuple(ids)
 
 
-def _image_tokens(raw: Mapping[str, Any]) -> ImageTokens | None:
-    ids = [raw.get(f"{name}_token_id") for name in ("boi", "image", "eoi")]
-    if not raw.get("vision_config") or None in ids:
+def _image_tokens(values: Values, vocabulary: int) -> ImageTokens | None:
+    """The image tokens of a checkpoint with a tower; absent ids are the reference's, null switches images off."""
+    raw = values.content
+    ids = {key: raw.get(key, default) for key, default in IMAGE_IDS.items()}
+    if not raw.get("vision_config") or None in ids.values():
         return None
-    begin, image, end = map(int, ids)  # type: ignore[arg-type]
-    budget = raw.get("vision_soft_tokens_per_image")
-    return ImageTokens(begin, image, end, 280 if budget is None else _positive(raw, "vision_soft_tokens_per_image", ""),
-                       raw["text_config"].get("use_bidirectional_attention") == "vision")
+    begin, image, end = (Values(ids, CONFIG).integer(key, low=0, high=vocabulary - 1) for key in ids)
+    budget = values.integer("vision_soft_tokens_per_image", 280, low=1)
+    return ImageTokens(begin, image, end, budget, raw["text_config"].get("use_bidirectional_attention") == "vision")
 
 
-def _positive(raw: Mapping[str, Any], key: str, where: str = "text_config.") -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UserError(f"config.json: {where}{key} must be a positive integer, got {value!r}.")
-    return value
-
-
-def _layers(raw: Mapping[str, Any], heads: int) -> tuple[LayerConfig, ...]:
-    count = _positive(raw, "num_hidden_layers")
-    kinds = list(raw.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)])
-    if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
+def _layers(values: Values, heads: int) -> tuple[LayerConfig, ...]:
+    raw = values.content
+    count = values.integer("num_hidden_layers", low=1, high=MOST_LAYERS)
+    kinds = values.sequence("layer_types", [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)])
+    if len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
         raise UserError(f"config.json: text_config.layer_types must name {SLIDING!r} or {FULL!r} for each of the "
-                        f"{count} layers, got {len(kinds)} entries of {sorted(set(map(str, kinds)))}.")
+                        f"{count} layers, got {len(kinds)} entries of {shown(sorted(set(map(str, kinds))))}.")
     kinds[-1] = FULL  # as the reference forces it
-    ropes = raw.get("rope_parameters") or {
-        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-        FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
-    }
-    overrides = {int(index): values for index, values in (raw.get("per_layer_config") or {}).items()}
+    window = values.integer("sliding_window", low=1) if SLIDING in kinds else None
+    overrides = _overrides(values, kinds)
+    ropes = values.part("rope_parameters")
+    if not ropes.content:
+        ropes = Values(DEFAULT_ROPES, CONFIG, "text_config.rope_parameters.")
     layers = []
     for index, kind in enumerate(kinds):
-        shape = {"head_dim": raw.get("head_dim", 256), "num_key_value_heads": _positive(raw, "num_key_value_heads")}
-        if kind == FULL and not overrides:
-            shape = {"head_dim": raw.get("global_head_dim") or 512,
-                     "num_key_value_heads": raw.get("num_global_key_value_heads") or shape["num_key_value_heads"]}
-        shape |= {key: value for key, value in overrides.get(index, {}).items() if key in shape}
-        head_dim, kv_heads = int(shape["head_dim"]), int(shape["num_key_value_heads"])
+        own = Values(dict(raw) | overrides.get(index, {}), CONFIG, f"text_config (layer {index}): ")
+        head_dim = own.integer("head_dim", 256, low=2, high=MOST_HEAD_DIM)
+        kv_heads = own.integer("num_key_value_heads", low=1, high=LARGEST_SIZE)
         if heads % kv_heads or head_dim % 2:
             raise UserError(f"config.json: layer {index} has {heads} heads, {kv_heads} KV heads and head size {head_dim}; "
                             "heads must be a multiple of KV heads and the head size even.")
         layers.append(LayerConfig(kind=kind, head_dim=head_dim, num_kv_heads=kv_heads,
-                                  window=_positive(raw, "sliding_window") if kind == SLIDING else None,
-                                  **_rope(ropes, kind, head_dim)))
+                                  window=window if kind == SLIDING else None, **_rope(ropes, kind, head_dim)))
     return tuple(layers)
 
 
-def _rope(ropes: Mapping[str, Any], kind: str, head_dim: int) -> dict[str, Any]:
-    rope = ropes.get(kind)
-    if rope is None:
+def _overrides(values: Values, kinds: list[str]) -> dict[int, dict[str, Any]]:
+    """What differs from text_config's own shape, by layer.
+
+    Newer files hold it in ``per_layer_config``, which is empty when all layers are alike.  Older ones name the shape of
+    full layers; the reference's defaults stand for what they leave out.
+    """
+    known = ("head_dim", "num_key_value_heads")
+    if values.content.get("per_layer_config") is not None:
+        layers = values.part("per_layer_config")
+        found = {}
+        for index in layers.content:
+            if not str(index).isdecimal() or int(index) >= len(kinds):
+                raise UserError(f"config.json: text_config.per_layer_config names the layer {shown(index)}; "
+                                f"the layers are 0 to {len(kinds) - 1}.")
+            own = layers.part(index).content
+            found[int(index)] = {key: own[key] for key in known if own.get(key) is not None}
+        return found
+    full = {"head_dim": values.integer("global_head_dim", 512, low=2, high=MOST_HEAD_DIM),
+            "num_key_value_heads": values.integer("num_global_key_value_heads", None, low=1, high=LARGEST_SIZE)}
+    full = {key: value for key, value in full.items() if value is not None}
+    return {index: full for index, kind in enumerate(kinds) if kind == FULL}
+
+
+def _rope(ropes: Values, kind: str, head_dim: int) -> dict[str, Any]:
+    if not ropes.has(kind):
         raise UserError(f"config.json: text_config.rope_parameters has no entry for {kind!r}.")
-    factor, rope_type = float(rope.get("partial_rotary_factor", 1.0)), rope.get("rope_type", "default")
+    rope = ropes.part(kind)
+    factor = rope.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
+    rope_type = rope.text("rope_type", "default")
     if rope_type not in ("default", "proportional") or (rope_type == "default" and factor != 1.0):
         raise UserError(f"config.json: rope type {rope_type!r} with partial_rotary_factor {factor} is not supported; "
                         "known are 'default' and 'proportional'.")
-    return {"rope_theta": float(rope["rope_theta"]), "rotated": int(factor * head_dim // 2)}
+    return {"rope_theta": rope.number("rope_theta", above=0.0), "rotated": int(factor * head_dim // 2)}

@@ -20,7 +20,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ import mlx.core as mx
 
 import mlx_diffgemma
 from mlx_diffgemma import hub, nano
-from mlx_diffgemma.config import FULL, MARK, MODEL_TYPE, ModelConfig, read_json
+from mlx_diffgemma.config import FULL, MARK, MODEL_TYPE, ModelConfig
 from mlx_diffgemma.device import compute_dtype, dtype_named
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import WriteError, expand_name, expand_path, list_files, read_json, read_text, write_json, write_text
 from mlx_diffgemma.layouts import SLICE, Arrangement, Tensor, arrange, row_slices
 from mlx_diffgemma.model_card import model_card
 from mlx_diffgemma.recipes import CLASSES, Precision, Recipe, kind_of, recipe_named, to_config
@@ -41,6 +41,10 @@ SHARD_SIZE = 5 * 10**9  # bytes of an output file, as mlx-lm has it
 JOURNAL, RESULT = "conversion.jsonl", "result"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 WRITTEN = {"config.json", "generation_config.json", INDEX, "README.md"}
+LIST = "files"  # in the index's metadata: the files that were copied, so that --overwrite knows them again
+HUB = {".gitattributes", ".cache"}  # what the Hub's client puts beside a checkpoint
+OLDER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+         "processor_config.json", "preprocessor_config.json", "LICENSE", "NOTICE")  # of conversions without such a list
 Progress = Callable[[int, int], None]  # source bytes done, of all
 
 
@@ -343,8 +347,8 @@ def carry_out(name: str, mlx_path: str | Path, options: ConvertOptions, merger: 
               upload_repo: str | None = None, revision: str | None = None, overwrite: bool = False, resume: bool = False,
               progress: Progress | None = None) -> Path:
     """``convert``, with something to merge or without.  Errors: as there."""
-    name = name if name == nano.NAME else os.path.expanduser(name)
-    target = Path(mlx_path).expanduser().resolve()
+    name = name if name == nano.NAME else expand_name(name)
+    target = expand_path(mlx_path).resolve()
     check_target(target, overwrite, resume)
     # All that can be refused is refused from headers alone, before gigabytes are fetched or an upload is begun.
     conversion = plan(name, *hub.headers(name, revision), options, merger)
@@ -372,11 +376,11 @@ def check_target(target: Path, overwrite: bool, resume: bool) -> None:
         if target.exists():
             if not overwrite:
                 raise UserError(f"{target} exists already; choose another folder, or add --overwrite to replace it.")
-            if not _is_checkpoint(target):
-                raise UserError(f"{target} holds something that is no checkpoint and is not overwritten; choose another "
-                                "folder.")
+            if foreign := _foreign(target):
+                raise UserError(f"{target} holds {foreign}, which this command did not write, and is not overwritten; move "
+                                "that, or choose another folder.")
         if partial.exists():
-            if not partial.is_dir() or {path.name for path in partial.iterdir()} - {JOURNAL, f"{JOURNAL}.new", RESULT}:
+            if not _is_partial(partial):
                 raise UserError(f"{partial} is in the way and is not ours; move it, or choose another folder.")
             if not (resume or overwrite):
                 raise UserError(f"An interrupted conversion lies in {partial}; add --resume to go on with it, or --overwrite to "
@@ -385,19 +389,33 @@ def check_target(target: Path, overwrite: bool, resume: bool) -> None:
         raise UserError(f"{target} cannot be written ({error.strerror}); choose another folder.") from None
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is empty or holds a DiffusionGemma checkpoint and nothing else, so that no other work is lost."""
+def _is_partial(folder: Path) -> bool:
+    """Whether a folder is what an interrupted conversion left: a journal with a result, or nothing yet."""
     if not folder.is_dir():
         return False
-    known = [*COPIED, "README.md", "*.safetensors", ".gitattributes", ".cache"]
-    names = [path.name for path in folder.iterdir()]
+    # Of a journal that was being written when the process was killed, a part is left.
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{JOURNAL}.")}
+    begun = JOURNAL in names or not (RESULT in names and any((folder / RESULT).iterdir()))
+    return begun and names <= {JOURNAL, f"{JOURNAL}.new", RESULT}
+
+
+def _foreign(folder: Path) -> str | None:
+    """The first name in ``folder`` that no conversion wrote, by its own list of files; None where all are ours."""
+    if not folder.is_dir():
+        return "a file in its place"
+    names = sorted(path.name for path in folder.iterdir())
     if not names:
-        return True
+        return None
     try:
-        model_type = read_json(folder / "config.json").get("model_type")
+        config = read_json(folder / "config.json")
+        index = read_json(folder / INDEX)
     except UserError:
-        return False
-    return model_type == MODEL_TYPE and all(any(fnmatch(name, pattern) for pattern in known) for name in names)
+        return names[0]
+    if config.get("model_type") != MODEL_TYPE or not isinstance(config.get(MARK), dict):
+        return "a checkpoint"
+    listed = (index.get("metadata") or {}).get(LIST, OLDER)
+    ours = {*WRITTEN, *HUB, *listed, *(index.get("weight_map") or {}).values()}
+    return next((name for name in names if name not in ours), None)
 
 
 def write(conversion: Conversion, target: Path, overwrite: bool = False, resume: bool = False, upload_repo: str | None = None,
@@ -420,15 +438,15 @@ def write(conversion: Conversion, target: Path, overwrite: bool = False, resume:
             if not target.exists() or overwrite:
                 _put_in_place(partial, target)
                 return
-        except UserError:
-            shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so there is nothing to go on with
-            raise
-        except OSError as error:
+        except (OSError, WriteError) as error:
             again = "--overwrite --resume" if target.exists() else "--resume"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"The disk of {target} filled up; free {_gb(conversion.bytes_out)} in all and run again with "
                                 f"{again}.") from None
             raise UserError(f"Converting stopped ({error}); when that is put right, run again with {again}.") from None
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so there is nothing to go on with
+            raise
         finally:
             mx.set_cache_limit(cache_limit)
     check_target(target, overwrite, resume)  # something was put there in the meantime
@@ -513,8 +531,7 @@ def _write_weights(conversion: Conversion, partial: Path, done: Iterable[str], p
     """A resumed run begins its journal anew with what is ``done``, so that a line cut off in the last one is gone."""
     finished, total, done = 0, conversion.bytes_in, set(done)
     entries = [{"fingerprint": conversion.fingerprint()}, *({"finished": path} for path in sorted(done))]
-    (partial / f"{JOURNAL}.new").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    (partial / f"{JOURNAL}.new").rename(partial / JOURNAL)
+    write_text(partial / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in entries))
     with (partial / JOURNAL).open("a", encoding="utf-8") as journal:
         for name, outputs in conversion.shards().items():
             arrays = {key: array for output in outputs for key, array in output.arrays.items()}
@@ -539,25 +556,29 @@ def _write_weights(conversion: Conversion, partial: Path, done: Iterable[str], p
 
 def _write_files(conversion: Conversion, folder: Path, upload_repo: str | None) -> None:
     """All but the weights."""
-    for pattern in COPIED:
-        for path in conversion.folder.glob(pattern):
-            if path.name not in WRITTEN and not path.name.endswith(".index.json") and path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    for unfinished in folder.glob(".*.partial"):  # of a process that was killed here
+        unfinished.unlink()
+    copied = []
+    for path in _small_files(conversion.folder):
+        shutil.copyfile(path, folder / path.name)
+        copied.append(path.name)
     mapping = {key: name for name, outputs in conversion.shards().items() for output in outputs for key in output.arrays}
-    _write_json(folder / INDEX, {"metadata": {"total_size": conversion.bytes_out,
-                                              "total_parameters": sum(output.size for output in conversion.outputs)},
-                                 "weight_map": dict(sorted(mapping.items()))})
-    _write_json(folder / "generation_config.json", conversion.generation_config)
-    (folder / "README.md").write_text(model_card(conversion, upload_repo), encoding="utf-8")
-    _write_json(folder / "config.json", conversion.raw_config)
+    metadata = {
+        "total_size": conversion.bytes_out,
+        "total_parameters": sum(output.size for output in conversion.outputs),
+        LIST: copied,
+    }
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(mapping.items()))})
+    write_json(folder / "generation_config.json", conversion.generation_config)
+    write_text(folder / "README.md", model_card(conversion, upload_repo))
+    write_json(folder / "config.json", conversion.raw_config)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _small_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are copied as they are, sorted by name."""
+    found = {path for pattern in COPIED for path in list_files(folder, pattern)}
+    return sorted(path for path in found
+                  if path.name not in WRITTEN and not path.name.endswith(".index.json") and path.is_file())
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
@@ -575,7 +596,7 @@ def _finished(partial: Path, fingerprint: str) -> set[str]:
     """Outputs a partial folder holds whole.  Errors: UserError when it was made from something else."""
     journal = partial / JOURNAL
     try:
-        text = journal.read_text(encoding="utf-8") if journal.exists() else ""
+        text = read_text(journal) if journal.exists() else ""
         entries = [json.loads(line) for line in text.split("\n")[:-1]]  # a last line that was cut off does not count
         if not entries:
             return set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from mlx_diffgemma import nano
 from mlx_diffgemma.decide import Decision, Question, check_reads, decide
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path, read_json_value, read_stdin
 from mlx_diffgemma.flags import (
     Adapter,
     Dtype,
@@ -67,7 +67,7 @@ def decide_command(
     if (labels is not None) + (scale is not None) + (questions is not None) > 1:
         raise UserError("--labels, --scale and --questions each say what is to be decided; give one of them.")
     check_reads(reads)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("The prompt is empty; give at least one character.")
     if questions is not None:
@@ -110,13 +110,7 @@ def _scale(text: str) -> tuple[int, int]:
 
 def _questions(path: Path, template: str) -> list[Question]:
     """Errors: UserError naming the file, and the question by its number from 1."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"The questions {path} cannot be read ({reason}).") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); give a list of objects with a question each.") from None
+    entries = read_json_value(expand_path(path))
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} must hold a list of questions, and at least one.")
     found = []

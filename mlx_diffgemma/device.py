@@ -27,11 +27,16 @@ def dtype_named(name: str) -> mx.Dtype:
     return DTYPES[name]
 
 
+def on_cpu() -> bool:
+    """Whether the dtype is chosen for MLX's CPU backend."""
+    return bool(mx.default_device() == mx.cpu)
+
+
 def compute_dtype(stored: mx.Dtype, override: str | None = None) -> mx.Dtype:
     """The dtype to run in, for a checkpoint that stores ``stored``."""
     if override is not None:
         return dtype_named(override)
-    if mx.default_device() == mx.cpu:
+    if on_cpu():
         return mx.float32
     return stored if stored in DTYPES.values() else mx.bfloat16
 

@@ -18,9 +18,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_diffgemma import cost
-from mlx_diffgemma.config import ModelConfig, read_json
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.device import compute_dtype
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.recipes import Recipe
 
 STEPS = (8, 12, 16, 26, 48)  # steps a canvas for which a rate is stated; 26 is the mean seen in the wild

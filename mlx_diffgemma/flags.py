@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_diffgemma import nano
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import check_file, expand_path, read_text
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.prompt_cache import PromptCache
 from mlx_diffgemma.rules import PRESETS, SAMPLERS
@@ -38,7 +39,7 @@ Threshold = Annotated[float | None, typer.Option(help="Rule: probability from wh
                                                  "token. Default: 0.9.")]
 Schema = Annotated[Path | None, typer.Option("--json-schema", help="The answer, or each hole, is JSON that the schema in this file "
                                              "admits, whatever the model thinks. See docs/structure.md.")]
-Regex = Annotated[str | None, typer.Option(help="It is a text that this expression matches as a whole.")]
+Regex = Annotated[str | None, typer.Option(help="The whole answer must match this regular expression, of ECMA-262 (JavaScript's).")]
 Choices = Annotated[str | None, typer.Option(help="It is one of these texts, separated by commas.")]
 Draft = Annotated[str | None, typer.Option("--draft-model", help="A drafter, folder or Hub id: it guesses canvases, or the next "
                                            "tokens with --mode ar, and the model checks; 'nano-drafter' is built in. See "
@@ -52,11 +53,9 @@ def prompt_cache_at(path: Path | None, network: DiffusionGemma, tokenizer: Token
     """The cache kept in a file, or a new one where there is none yet.  Errors: UserError for a folder that does not exist."""
     if path is None:
         return None
-    if path.exists():
-        return PromptCache.load(path, network, tokenizer)
-    if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written, there is no folder {path.parent}.")
-    return PromptCache(network)
+    path = expand_path(path)
+    check_file(path)
+    return PromptCache.load(path, network, tokenizer) if path.exists() else PromptCache(network)
 
 
 def constraints_of(json_schema: Path | None, regex: str | None, choices: str | None) -> dict[str, Any]:
@@ -67,10 +66,9 @@ def constraints_of(json_schema: Path | None, regex: str | None, choices: str | N
 
 def _text_of(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"The {what} {path} cannot be read ({reason}).") from None
+        return read_text(expand_path(path))
+    except UserError as error:
+        raise UserError(f"The {what}: {error}") from None
 
 
 def drafter_of(name: str | None, rules: str | None, network: DiffusionGemma, tokenizer: TokenizerWrapper, mode: str = "diffusion",

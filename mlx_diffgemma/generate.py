@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,6 +21,7 @@ from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessio
 from mlx_diffgemma.device import generation_memory
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.options import DIFFUSION_ONLY, GenerationOptions
 from mlx_diffgemma.policy import Policy
@@ -45,7 +45,7 @@ def load(model: str, *, revision: str | None = None, dtype: str | None = None, a
     folder = hub.resolve(model, revision, before_weights=check_supported)
     loaded = load_model(folder, dtype)
     if adapter_path is not None:
-        load_adapter(loaded, Path(adapter_path))
+        load_adapter(loaded, expand_path(adapter_path))
     return loaded, load_tokenizer(folder, loaded.config.generation.eos_token_ids)
 
 

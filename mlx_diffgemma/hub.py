@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path
 from mlx_diffgemma.storage import Stored, from_header, read_headers
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
@@ -99,7 +100,7 @@ def upload(folder: Path, repo: str) -> None:
 
 def _local(model: str, revision: str | None = None) -> Path | None:
     """The folder of a model that is on this machine; None for what can only be a Hub id.  Errors: UserError."""
-    path = nano.FOLDERS.get(model) or Path(model).expanduser()
+    path = nano.FOLDERS.get(model) or expand_path(model)
     if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         if revision is not None:
             raise UserError(f"--revision is for Hub ids, and {model} is a folder on this machine; leave it out.")

@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import io
 import math
+import os
 import struct
 import time
 import urllib.error
@@ -33,6 +34,7 @@ import numpy as np
 
 from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path, open_regular
 from mlx_diffgemma.vision import Grid, patch_positions
 
 if TYPE_CHECKING:
@@ -159,16 +161,13 @@ def open_image(source: ImageSource, allow_files: bool = True, allow_urls: bool =
 
 def open_file(path: str | Path, what: str) -> BinaryIO:
     """A file of the user's, for ``what`` it should be.  Errors: UserError where there is none."""
+    file = expand_path(path)
+    if "\0" not in str(file) and not os.path.lexists(file):
+        raise UserError(f"There is no {what} {_line(path)}.")
     try:
-        return Path(path).expanduser().open("rb")
-    except FileNotFoundError:
-        raise UserError(f"There is no {what} {_line(path)}.") from None
-    except IsADirectoryError:
-        raise UserError(f"{_line(path)} is a folder; give the file of the {what}.") from None
-    except OSError as error:
-        raise UserError(f"{_line(path)} cannot be read ({error.strerror}).") from None
-    except (ValueError, RuntimeError) as error:  # a null byte, the home of nobody
-        raise UserError(f"{str(path)!r} is not the path of a file ({_line(error)}).") from None
+        return open_regular(file)
+    except UserError as error:
+        raise UserError(_line(error)) from None
 
 
 def _identify(file: io.BytesIO, name: str) -> pillow.Image:

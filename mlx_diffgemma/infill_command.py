@@ -6,7 +6,8 @@ import contextlib
 import json
 import re
 import sys
-from dataclasses import asdict
+from codecs import BOM_UTF8
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import check_file, decode, expand_path, read_bytes, write_bytes
 from mlx_diffgemma.flags import (
     Adapter,
     Choices,
@@ -39,7 +41,8 @@ from mlx_diffgemma.options import GenerationOptions
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 OPTIONS = ("seed", "max_denoising_steps", "preset", "diffusion_sampler", "threshold")
 EDIT = re.compile(r"<\|edit\|>(.*?)<\|/edit\|>", re.DOTALL)
-InPlace = Annotated[bool, typer.Option("--in-place", help="Write the result into FILE.")]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Write the result into FILE, unless it did not converge.")]
+Force = Annotated[bool, typer.Option("--force", help="With --in-place: write it even where it did not converge.")]
 BatchSize = Annotated[int, typer.Option(help="Lengths that are tried side by side.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print what was tried, and figures, on standard error.")]
 
@@ -57,6 +60,7 @@ def infill_command(
     regex: Regex = None,
     choices: Choices = None,
     in_place: InPlace = False,
+    force: Force = False,
     model: Model = nano.NAME,
     revision: Revision = None,
     adapter_path: Adapter = None,
@@ -80,13 +84,14 @@ def infill_command(
     if in_place and file in (None, "-"):
         raise UserError("--in-place needs a FILE to write to; leave it out.")
     hole = Hole(read_length(length) if length else None, **constraints_of(json_schema, regex, choices))
-    text: str | tuple[str, str] = (prefix or "", suffix or "") if file is None else _read(file)
+    source = None if file is None else _read(file, in_place)
+    text: str | tuple[str, str] = source.text if source else (prefix or "", suffix or "")
     if isinstance(text, str) and not split_holes(text)[1]:
         raise UserError(f"{file} has no hole; mark each with <|hole|>.")
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
     found = infill(network, tokenizer, text, prompt, hole=hole, batch_size=batch_size, **options)
-    _write(found, file, in_place, as_json, verbose)
+    _write(found, source, in_place, force, as_json, verbose)
 
 
 def edit_command(
@@ -100,6 +105,7 @@ def edit_command(
     regex: Regex = None,
     choices: Choices = None,
     in_place: InPlace = False,
+    force: Force = False,
     model: Model = nano.NAME,
     revision: Revision = None,
     adapter_path: Adapter = None,
@@ -119,11 +125,12 @@ def edit_command(
     if in_place and file == "-":
         raise UserError("--in-place needs a FILE to write to; leave it out.")
     hole = Hole(read_length(length) if length else None, **constraints_of(json_schema, regex, choices))
-    text, span = _marked(_read(file)) if lines is None else _lines(_read(file), lines)
+    source = _read(file, in_place)
+    text, span = _marked(source.text) if lines is None else _lines(source.text, lines)
     with _status(f"loading {model}"):
         network, tokenizer = load(model, revision=revision, dtype=dtype, adapter_path=adapter_path)
     found = edit(network, tokenizer, text, span, prompt, hole=hole, batch_size=batch_size, **options)
-    _write(found, file, in_place, as_json, verbose)
+    _write(found, source, in_place, force, as_json, verbose)
 
 
 def _marked(text: str) -> tuple[str, tuple[int, int]]:
@@ -149,26 +156,33 @@ def _lines(text: str, lines: str) -> tuple[str, tuple[int, int]]:
     return text, (starts[first - 1], starts[last - 1] + len(own[last - 1]))
 
 
-def _read(file: str) -> str:
-    """Errors: UserError for a file that cannot be read, or is not UTF-8."""
-    try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"{file} cannot be read ({reason}).") from None
+@dataclass(frozen=True)
+class _Source:
+    """A text as it was read: ``content`` are the bytes of ``path`` (None: standard input), which may begin with a ``mark``."""
+
+    path: Path | None
+    content: bytes
+    text: str
+    mark: bytes
 
 
-def _write(found: Infilled, file: str | None, in_place: bool, as_json: bool, verbose: bool) -> None:
-    if in_place and file:
-        try:
-            Path(file).write_bytes(found.text.encode("utf-8"))
-        except OSError as error:
-            raise UserError(f"{file} cannot be written ({error.strerror}).") from None
-    else:
-        end = "\n" if file is None or (as_json and not found.text.endswith("\n")) else ""
+def _read(file: str, in_place: bool) -> _Source:
+    """Errors: UserError for a file that cannot be read, or not written ``in_place``, and for what is not UTF-8."""
+    path = None if file == "-" else expand_path(file)
+    if path and in_place:
+        check_file(path)
+    content = read_bytes(path) if path else sys.stdin.buffer.read()
+    mark = BOM_UTF8 if content.startswith(BOM_UTF8) else b""
+    return _Source(path, content, decode(content, file if path else "Standard input"), mark)
+
+
+def _write(found: Infilled, source: _Source | None, in_place: bool, force: bool, as_json: bool, verbose: bool) -> None:
+    """Into the file, or onto standard output, also where it cannot go into the file.  Errors: UserError for that."""
+    failure = _write_in_place(found, source, force) if in_place and source else None
+    if failure or not in_place:
+        end = "\n" if source is None or ((as_json or failure) and not found.text.endswith("\n")) else ""
         sys.stdout.flush()
-        sys.stdout.buffer.write((found.text + end).encode("utf-8"))
+        sys.stdout.buffer.write((source.mark if source else b"") + (found.text + end).encode("utf-8"))
         sys.stdout.buffer.flush()
     if found.unseen:
         errors.print(f"The last {found.unseen} tokens stood behind the canvas: no hole knew of them.", style="dim")
@@ -181,6 +195,22 @@ def _write(found: Infilled, file: str | None, in_place: bool, as_json: bool, ver
         errors.print(f"seed {found.seed}", style="dim")
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False), flush=True)
+    if failure:
+        raise failure
+
+
+def _write_in_place(found: Infilled, source: _Source, force: bool) -> UserError | None:
+    """What kept the text from being written; None for nothing."""
+    assert source.path is not None
+    unsure = sum(not fill.converged for fill in found.fills)
+    if unsure and not force:
+        return UserError(f"{source.path} stays as it is, because {unsure} of {len(found.fills)} spans did not converge; the new "
+                         "text was printed. Add --force to write it all the same.")
+    try:
+        write_bytes(source.path, source.mark + found.text.encode("utf-8"), expected=source.content)
+    except UserError as error:
+        return error
+    return None
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

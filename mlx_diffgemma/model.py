@@ -15,9 +15,10 @@ sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -27,12 +28,30 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
-from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rows_at_once
+from mlx_diffgemma.joined import JoinedLinear, join
+from mlx_diffgemma.layers import (
+    RMSNorm,
+    add_and_scale,
+    add_both,
+    add_scaled,
+    attend_in_turn,
+    both_signs,
+    gated_gelu,
+    is_fused,
+    rms_norm,
+    rope_frequencies,
+    rows_at_once,
+    three_scaled,
+    turn,
+    weigh,
+)
 from mlx_diffgemma.masks import Mask, block_mask, causal_mask
 from mlx_diffgemma.vision import Grid, VisionEmbedder, VisionTower
 
 # From this many (row, expert) pairs on, rows are sorted by expert: MLX then reads each expert once.
 SORT_FROM = 64
+MASK_KEPT = 2**22  # masks of so many entries are kept for the layers that follow
+SIGNS = mx.array(np.array([[-1.0], [1.0]], dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Segment:
     at: int | None = None
     write: Literal["append", "hold"] = "append"
     blocks: tuple[tuple[int, int], ...] = ()
+    masks: dict[Any, mx.array] = field(default_factory=dict, compare=False, repr=False)  # made once for all layers
 
     @property
     def rows(self) -> int:
@@ -87,23 +107,41 @@ class Denoised:
     taps: dict[int, mx.array]
 
 
-def rope_frequencies(layer: LayerConfig) -> mx.array:
-    """[head_dim / 2] float32, computed on the CPU: one bit more or less in a power shows at long contexts."""
-    pairs = np.arange(layer.head_dim // 2)
-    exponent = mx.array((2 * pairs).astype(np.float32) / np.float32(layer.head_dim))
-    powers = mx.power(mx.array(layer.rope_theta, dtype=mx.float32), exponent, stream=mx.cpu)
-    return mx.where(mx.array(pairs < layer.rotated), mx.divide(1.0, powers, stream=mx.cpu), 0.0)
+@lru_cache(maxsize=64)
+def row_numbers(shape: tuple[int, ...]) -> mx.array:
+    """0, 1, 2 and so on in this shape."""
+    return mx.array(np.arange(math.prod(shape), dtype=np.uint32).reshape(shape))
+
+
+@lru_cache
+def head_numbers(heads: int) -> mx.array:
+    """[heads, 1, 1]"""
+    return mx.array(np.arange(heads, dtype=np.int32)[:, None, None])
+
+
+@partial(mx.compile, shapeless=True)
+def _turns(positions: mx.array, frequencies: mx.array, signs: mx.array) -> tuple[mx.array, mx.array]:
+    angles = positions.astype(mx.float32) * frequencies
+    return mx.cos(angles), mx.sin(angles) * signs
 
 
 def rope_table(positions: mx.array, layer: LayerConfig) -> tuple[mx.array, mx.array]:
-    """(cos, sin) of shape [rows, 1, head_dim / 2], float32.
+    """cos of shape [rows, 1, 1, head_dim / 2] and (-sin, sin) [rows, 1, 2, head_dim / 2], float32.
 
     "proportional" RoPE turns only the first ``layer.rotated`` pairs but keeps the full head size in the exponent.  The
     angles are products of float32 numbers exactly as in the reference; MLX's fused RoPE divides and, on Metal, uses fast
     trigonometry, which drifts at long contexts.
     """
-    angles = positions.astype(mx.float32)[:, None, None] * rope_frequencies(layer)
-    return mx.cos(angles), mx.sin(angles)
+    return _turns(positions[:, None, None, None], layer_frequencies(layer), SIGNS)
+
+
+@lru_cache
+def layer_frequencies(layer: LayerConfig) -> mx.array:
+    """[head_dim / 2] float32, zero for the pairs that are not turned."""
+    turned = mx.array(np.arange(layer.head_dim // 2) < layer.rotated)
+    found = mx.where(turned, rope_frequencies(layer.rope_theta, layer.head_dim), 0.0)
+    mx.eval(found)  # any thread may use it later
+    return found
 
 
 @partial(mx.compile, shapeless=True)
@@ -114,6 +152,18 @@ def soft_cap(logits: mx.array, cap: mx.array) -> mx.array:
     """
     logits = logits.astype(mx.float32)
     return mx.where(mx.isfinite(logits), mx.tanh(logits / cap) * cap, mx.nan)
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Of the norms of all heads in float32 [heads, 2, head_dim / 2], ``own`` and with the halves exchanged.
+
+    The values at the end have none.  Made of the ``norms``' weights as they were.
+    """
+
+    norms: tuple[mx.array, mx.array]
+    own: mx.array
+    swapped: mx.array
 
 
 class Attention(nn.Module):
@@ -131,34 +181,75 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(size, self.eps)
         self.k_norm = RMSNorm(size, self.eps)
+        self._joined: JoinedLinear | None = None
+        self._head_weights: HeadWeights | None = None
+
+    @property
+    def _projections(self) -> list[nn.Module]:
+        return [self[name] for name in ("q_proj", "k_proj", "v_proj") if name in self]
+
+    def join(self) -> None:
+        """Lay the projections' matrices into one array, of which they become parts; for one product in place of three."""
+        self._joined = join(self._projections)
+        self._head_weights = self._weigh_heads()
+        mx.eval(self._head_weights.own, self._head_weights.swapped)
+
+    def _project(self, x: mx.array) -> mx.array:
+        """Queries, keys and, where they are projected, values: [rows, heads of all, head_dim]."""
+        if self._joined is not None and not self._joined.holds(self._projections):
+            self._joined = None  # weights were replaced: trained, adapted or cast
+        if self._joined is not None:
+            return self._joined(x).reshape(x.shape[0], -1, self.head_dim)
+        return mx.concatenate([projection(x) for projection in self._projections], axis=-1).reshape(x.shape[0], -1, self.head_dim)
+
+    def _weigh_heads(self) -> HeadWeights:
+        norms = self.q_norm.weight, self.k_norm.weight
+        if self._head_weights is not None and all(a is b for a, b in zip(self._head_weights.norms, norms, strict=True)):
+            return self._head_weights
+        self._head_weights = None
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        parts = [mx.broadcast_to(weight.astype(mx.float32), (heads, self.head_dim))
+                 for weight, heads in zip((*norms, mx.ones((self.head_dim,))), counts, strict=True)]
+        own = mx.concatenate(parts).reshape(-1, 2, self.head_dim // 2)
+        return HeadWeights(norms, own, mx.contiguous(own[:, ::-1]))
 
     def __call__(self, x: mx.array, table: tuple[mx.array, mx.array], segments: Sequence[Segment], index: int) -> mx.array:
         """[rows, hidden] to [rows, hidden]; ``index`` is this layer's place in the caches."""
-        rows = x.shape[0]
-        queries = self.q_proj(x).reshape(rows, self.heads, self.head_dim)
-        keys = self.k_proj(x).reshape(rows, self.kv_heads, self.head_dim)
-        values = self.v_proj(x).reshape(keys.shape) if "v_proj" in self else keys
-        queries = apply_rope(self.q_norm(queries), table)
-        keys = apply_rope(self.k_norm(keys), table)
-        values = rms_norm(values, None, self.eps)
-        # [1, heads, rows, head_dim], as the attention of MLX wants it
-        queries, keys, values = (t.transpose(1, 0, 2)[None] for t in (queries, keys, values))
-        parts = [self._attend(segment, index, *(t[:, :, segment.start : segment.stop] for t in (queries, keys, values)))
+        rows, turned = x.shape[0], self.heads + self.kv_heads
+        projected = rms_norm(self._project(x), None, self.eps)
+        if "v_proj" not in self:  # the values are the keys, before these are weighted and turned
+            projected = mx.concatenate((projected, projected[:, self.heads :]), axis=1)
+        halves = projected.reshape(rows, -1, 2, self.head_dim // 2)
+        weights = self._weigh_heads()
+        wide, narrow = turn(halves, halves[:, :, ::-1], weights.own, weights.swapped, head_numbers(halves.shape[1]), table, turned)
+        # [1, heads, rows, head_dim], as attention wants it, and [2, KV heads, rows, head_dim], as the cache does
+        queries = wide.reshape(rows, -1, self.head_dim)[:, : self.heads].transpose(1, 0, 2)[None]
+        entries = narrow.reshape(rows, -1, self.head_dim)[:, self.heads :]
+        entries = entries.reshape(rows, 2, self.kv_heads, self.head_dim).transpose(1, 2, 0, 3)
+        parts = [self._attend(segment, index, *(t[:, :, segment.start : segment.stop] for t in (queries, entries)))
                  for segment in segments]
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return self.o_proj(out[0].transpose(1, 0, 2).reshape(rows, -1))
+        return self.o_proj(out.squeeze(0).transpose(1, 0, 2).reshape(rows, -1).astype(x.dtype))
 
-    def _attend(self, segment: Segment, index: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        past = segment.cache.view(index, segment.at)
+    def _attend(self, segment: Segment, index: int, queries: mx.array, entries: mx.array) -> mx.array:
+        """[1, heads, rows, head_dim] of float32 ``queries`` of one segment and its new ``entries``."""
+        past = segment.cache.entries(index, segment.at)
         if not segment.canvas:
-            (segment.cache.append if segment.write == "append" else segment.cache.hold)(index, keys, values)
+            (segment.cache.add if segment.write == "append" else segment.cache.hold_entries)(index, entries)
         if self.window is None and not segment.canvas and segment.write == "append":
-            keys, values = segment.cache.view(index) or (keys, values)  # past and new rows in one, not copied once more
+            seen = segment.cache.entries(index)
+            entries = entries if seen is None else seen  # past and new rows in one, not copied once more
         elif past is not None:
-            keys, values = mx.concatenate((past[0], keys), axis=2), mx.concatenate((past[1], values), axis=2)
+            entries = mx.concatenate((past, entries), axis=2)
         # In float32: MLX has no fused kernel at head sizes 256 and 512 and would round the scores to the compute dtype,
         # which at attention scale 1 moves the weights visibly in bf16.  For the same reason the scores are held in full, so
-        # long contexts go a few rows at a time.
+        # long contexts go a few rows at a time.  K/V are cast once for all blocks.  Where the GPU has a kernel after all, it
+        # keeps the scores in float32 by itself and reads K/V as they lie in the cache.
+        if is_fused(segment.rows, self.heads, self.kv_heads, self.head_dim):
+            queries = queries.astype(entries.dtype)
+        else:
+            entries = entries.astype(mx.float32)
+        keys, values = entries[:1], entries[1:]
         parts, past_keys = [], keys.shape[2] - segment.rows
         blocks = [(past_keys + start, past_keys + end) for start, end in segment.blocks]
         for start, stop, first, last in self._row_blocks(segment, keys.shape[2]):
@@ -167,10 +258,21 @@ class Attention(nn.Module):
             if near := _touching(blocks, rows):
                 mask = block_mask(rows, range(first, last), self.window, near)
             elif not segment.canvas:
-                mask = causal_mask(last - first - len(rows), len(rows), self.window)
-            block = queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last]
-            parts.append((*(t.astype(mx.float32) for t in block), mask))
-        return attend_in_turn(parts).astype(queries.dtype)
+                mask = self._causal_mask(segment, last - first - len(rows), len(rows))
+            parts.append((queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last], mask))
+        return attend_in_turn(parts)
+
+    def _causal_mask(self, segment: Segment, past: int, rows: int) -> Mask:
+        """That of ``rows`` after ``past`` keys; a small one is made once for all layers."""
+        key = past, rows, self.window
+        if key in segment.masks:
+            return segment.masks[key]
+        mask = causal_mask(past, rows, self.window)
+        if mask is not None and rows * (past + rows) <= MASK_KEPT:
+            if isinstance(mask, str):
+                mask = block_mask(range(past, past + rows), range(past + rows), None, ())
+            segment.masks[key] = mask
+        return mask
 
     def _row_blocks(self, segment: Segment, keys: int) -> Iterator[tuple[int, int, int, int]]:
         """Rows start to stop, and the keys first to last that they see: as many rows as keep the scores within bounds.
@@ -204,8 +306,21 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+        self._joined: JoinedLinear | None = None
+
+    @property
+    def _projections(self) -> list[nn.Module]:
+        return [self.gate_proj, self.up_proj]
+
+    def join(self) -> None:
+        """As of :class:`Attention`."""
+        self._joined = join(self._projections)
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
+        if self._joined is not None and not self._joined.holds(self._projections):
+            self._joined = None
+        gate, up = mx.split(self._joined(x), 2, axis=-1) if self._joined else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(gated_gelu(gate, up))
 
 
 class Router(nn.Module):
@@ -218,15 +333,23 @@ class Router(nn.Module):
         self.per_expert_scale = mx.ones((config.num_experts,))
         self.top_k, self.eps = config.top_k_experts, config.rms_norm_eps
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """(weights float32, experts), each [rows, top_k]."""
-        h = rms_norm(x, None, self.eps) * self.scale * (x.shape[-1] ** -0.5)
-        probabilities = mx.softmax(self.proj(h.astype(x.dtype)).astype(mx.float32), axis=-1)
+    @property
+    def factor(self) -> float:
+        """By which rows are scaled beside ``scale``."""
+        return float(self.scale.shape[0] ** -0.5)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """(weights float32, scales, experts), each [rows, top_k]; the weight of an expert is the product of the first two."""
+        h = rms_norm(x.astype(mx.float32), None, self.eps) * self.scale.astype(mx.float32) * self.factor
+        return self.choose(h.astype(x.dtype))
+
+    def choose(self, h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The same of rows that are normed and scaled already."""
+        logits, negative = both_signs(self.proj(h))
         # MLX differentiates through a sort unless told that the choice itself has no gradient.
-        chosen = mx.stop_gradient(mx.argpartition(-probabilities, self.top_k - 1, axis=-1)[:, : self.top_k])
-        weights = mx.take_along_axis(probabilities, chosen, axis=-1)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        return weights * self.per_expert_scale.astype(mx.float32)[chosen], chosen
+        chosen = mx.stop_gradient(mx.argpartition(negative, self.top_k - 1, axis=-1)[:, : self.top_k])
+        # The softmax over the chosen alone is that over all, normalised to a sum of one.
+        return mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1), self.per_expert_scale[chosen], chosen
 
 
 class ExpertLinear(nn.Module):
@@ -237,7 +360,7 @@ class ExpertLinear(nn.Module):
         self.weight = mx.zeros((experts, outputs, inputs))
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
-        """Rows [n, 1, inputs] through the expert of each; ``experts`` [n]."""
+        """Rows [n, 1, inputs] through the expert of each, ``experts`` [n]; or rows [n, 1, 1, inputs] through several, [n, k]."""
         weight = self.weight
         if mx.default_device() == mx.cpu and weight.dtype != mx.float32:
             # MLX's CPU backend has the grouped product in float32 only.
@@ -275,8 +398,10 @@ class QuantizedExpertLinear(nn.Module):
         return experts, outputs, packed * 32 // self.bits
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
-        """Rows [n, 1, inputs] through the expert of each; ``experts`` [n]."""
-        return mx.gather_qmm(x, self.weight, self.scales, self.get("biases"), rhs_indices=experts, transpose=True,
+        """As of :class:`ExpertLinear`."""
+        # MLX numbers the rows itself where it is not told to; but the kernel for sorted rows is taken only if it may.
+        rows = None if sorted_indices else row_numbers(x.shape[:-2])
+        return mx.gather_qmm(x, self.weight, self.scales, self.get("biases"), lhs_indices=rows, rhs_indices=experts, transpose=True,
                              group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=sorted_indices)
 
 
@@ -288,17 +413,22 @@ class Experts(nn.Module):
         self.gate_up_proj = ExpertLinear(config.num_experts, config.hidden_size, 2 * config.moe_intermediate_size)
         self.down_proj = ExpertLinear(config.num_experts, config.moe_intermediate_size, config.hidden_size)
 
-    def __call__(self, x: mx.array, weights: mx.array, chosen: mx.array) -> mx.array:
-        """[rows, hidden] to [rows, hidden]; ``weights`` and ``chosen`` [rows, top_k] from the router."""
+    def __call__(self, x: mx.array, weights: mx.array, scales: mx.array, chosen: mx.array) -> mx.array:
+        """[rows, hidden] to the same in float32; ``weights``, ``scales`` and ``chosen`` [rows, top_k] are the router's."""
         top_k, flat = chosen.shape[-1], chosen.flatten()
         is_sorted = flat.size >= SORT_FROM
-        order = mx.argsort(flat) if is_sorted else mx.arange(flat.size)
-        experts = flat[order]
         # The axis is added before rows are picked: MLX's CPU product takes twice as long on rows that got it afterwards.
-        gate, up = mx.split(self.gate_up_proj(x[:, None][order // top_k], experts, is_sorted), 2, axis=-1)
-        y = self.down_proj(gated_gelu(gate, up), experts, is_sorted)[:, 0]
-        y = (y[mx.argsort(order)] if is_sorted else y).reshape(*chosen.shape, -1)
-        return (y.astype(mx.float32) * weights[..., None]).sum(axis=1).astype(x.dtype)
+        if is_sorted:
+            order = mx.argsort(flat)
+            chosen = flat[order]
+            x = x[:, None][order // top_k]
+        else:
+            x = x[:, None, None]  # each row meets its experts without being copied
+        gate, up = mx.split(self.gate_up_proj(x, chosen, is_sorted), 2, axis=-1)
+        y = self.down_proj(gated_gelu(gate, up), chosen, is_sorted)
+        if is_sorted:
+            y = y[mx.argsort(order)]
+        return weigh(y.reshape(*weights.shape, -1), weights[..., None], scales[..., None]).sum(axis=1)
 
 
 class Layer(nn.Module):
@@ -314,6 +444,7 @@ class Layer(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.layer_scalar = mx.ones((1,))
+        self.eps = config.rms_norm_eps
         for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                      "post_feedforward_layernorm", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
                      "pre_feedforward_layernorm_2"):
@@ -322,11 +453,14 @@ class Layer(nn.Module):
     def __call__(self, x: mx.array, table: tuple[mx.array, mx.array], segments: Sequence[Segment], index: int,
                  scalar: mx.array) -> mx.array:
         h = self.self_attn(self.input_layernorm(x), table, segments, index)
-        x = x + self.post_attention_layernorm(h)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
-        routed = self.post_feedforward_layernorm_2(routed)
-        return (x + self.post_feedforward_layernorm(dense + routed)) * scalar
+        # Norms without their weights, which are applied in one pass with what follows.
+        x, wide = add_scaled(x, rms_norm(h, None, self.eps), self.post_attention_layernorm.weight)
+        dense, routed, asking = three_scaled(rms_norm(wide, None, self.eps), self.pre_feedforward_layernorm.weight,
+                                             self.pre_feedforward_layernorm_2.weight, self.router.scale, self.router.factor)
+        dense = rms_norm(self.mlp(dense), None, self.eps)
+        routed = rms_norm(self.experts(routed, *self.router.choose(asking)), None, self.eps)
+        both = add_both(dense, self.post_feedforward_layernorm_1.weight, routed, self.post_feedforward_layernorm_2.weight)
+        return add_and_scale(x, rms_norm(both, None, self.eps), self.post_feedforward_layernorm.weight, scalar)
 
 
 class SelfConditioning(MLP):
@@ -404,6 +538,17 @@ class DiffusionGemma(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype of the hidden states."""
         return self.model.decoder.norm.weight.dtype
+
+    def join(self) -> None:
+        """Let products of the same rows be one, where their matrices have the same precision.
+
+        The matrices become parts of one array, under their own names; nothing lies in memory twice.  A module whose weights are
+        replaced or adapted later multiplies by each again.
+        """
+        for layer in self.layers:
+            layer.self_attn.join()
+            layer.mlp.join()
+        self.model.decoder.self_conditioning.join()
 
     @property
     def embed_scale(self) -> mx.array:
@@ -543,13 +688,14 @@ class DiffusionGemma(nn.Module):
         positions = _concatenate([mx.arange(s.position, s.position + s.rows) for s in segments])
         shapes = self.config.text.layers
         tables = {shape: rope_table(positions, shape) for shape in set(shapes)}
+        scalars = _per_row(segments, [layer.layer_scalar for layer in decoder.layers],
+                           [layer.layer_scalar for layer in encoder.layers])
         tapped = {}
         for index, layer in enumerate(decoder.layers):
-            scalar = _per_row(segments, layer.layer_scalar, encoder.layers[index].layer_scalar)
             if renew is None:
-                x = layer(x, tables[shapes[index]], segments, index, scalar)
+                x = layer(x, tables[shapes[index]], segments, index, scalars[index])
             else:
-                x = _checkpointed(layer, x, tables[shapes[index]], renew, index, scalar)
+                x = _checkpointed(layer, x, tables[shapes[index]], renew, index, scalars[index])
             if index in taps:
                 tapped[index] = x
         return decoder.norm(x), tapped
@@ -600,11 +746,12 @@ def _touching(blocks: Sequence[tuple[int, int]], rows: range) -> list[tuple[int,
     return [(start, end) for start, end in blocks if start < rows.stop and end > rows.start]
 
 
-def _per_row(segments: Sequence[Segment], canvas: mx.array, causal: mx.array) -> mx.array:
-    """The layer scalar of each row [rows, 1], or one for all where the mode is one."""
+def _per_row(segments: Sequence[Segment], canvas: Sequence[mx.array], causal: Sequence[mx.array]) -> Sequence[mx.array]:
+    """The scalars of all layers: one for all rows where the mode is one, else that of each row [rows, 1]."""
     if len({segment.canvas for segment in segments}) == 1:
         return canvas if segments[0].canvas else causal
-    return mx.concatenate([mx.broadcast_to(canvas if s.canvas else causal, (s.rows, 1)) for s in segments])
+    is_canvas = mx.array(np.repeat([s.canvas for s in segments], [s.rows for s in segments])[:, None])
+    return mx.split(mx.where(is_canvas, mx.concatenate(canvas), mx.concatenate(causal)), len(canvas), axis=-1)
 
 
 def _concatenate(arrays: Sequence[mx.array]) -> mx.array:

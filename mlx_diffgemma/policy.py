@@ -24,7 +24,7 @@ from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.drafting import CanvasDrafter
 from mlx_diffgemma.draws import DrawSource
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.sampler import Before, Marginals, SamplerStep, StepNumbers, sample_step
+from mlx_diffgemma.sampler import Before, Marginals, SamplerStep, StepNumbers, few_candidates, sample_step
 
 MAX_TEMPERATURE = 2.0
 
@@ -209,6 +209,7 @@ class ReferencePolicy:
             greedy=mx.array(greedy) if any(greedy) else None,
             top_k=mx.array(top_k) if any(top_k) else None,
             top_p=mx.array(top_p) if min(top_p) < 1 else None,
+            few=few_candidates(top_k),
             # A dense row beside sparse ones: no position of it is covered.
             tail=mx.array([-1.0 if c is None else 1 - c for c in coverage]) if any(coverage) else None,
         )

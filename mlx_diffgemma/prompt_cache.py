@@ -14,25 +14,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_diffgemma import fingerprint
 from mlx_diffgemma.cache import Cache, Snapshot
+from mlx_diffgemma.digests import digest
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path, parse_json
 from mlx_diffgemma.model import DiffusionGemma
 
 DEFAULT_BUDGET = 2 * 2**30  # bytes of snapshots
+
+
+class Holder(Protocol):
+    """Who appends to a cache: a session."""
+
+    finished: bool
+    pending: np.ndarray
 
 
 class PromptCache:
     """The cache of one conversation, its ids and its snapshots; ``budget`` bounds the bytes of the snapshots.
 
     The newest snapshot is always kept; older ones go when the budget is passed.  ``encoded`` and ``reused`` count the
-    tokens of the last prompt.
+    tokens of the last prompt.  Where a prompt begins before the answer to another one is complete, both go on with caches of
+    their own, and the later one is kept.
     """
 
     def __init__(self, model: DiffusionGemma, budget: int = DEFAULT_BUDGET):
@@ -40,31 +52,60 @@ class PromptCache:
         self.cache = Cache(model.config.text)
         self.ids: list[int] = []
         self.snapshots: list[Snapshot] = []
-        self.encoded = self.reused = 0
-        self.model_id = fingerprint(model)
+        self.encoded = 0
+        self.reused = 0
+        self._owner = _Owner(model)
+        self._holder: weakref.ref[Holder] | None = None
 
-    def begin(self, model: DiffusionGemma, ids: Sequence[int]) -> Cache:
-        """The cache, rewound to the last snapshot on the way of ``ids``; what lies behind is to be encoded.
+    @property
+    def model_id(self) -> str:
+        """Of all that decides what the model makes of the ids held here."""
+        return self._owner.model_id(self._has_images)
 
-        Never so far that a single token remains, which would take other kernels and round differently.  Errors: UserError
-        for another model.
+    @property
+    def _has_images(self) -> bool:
+        return any(key < 0 for key in self.ids)
+
+    def begin(self, model: DiffusionGemma, ids: Sequence[int], holder: Holder) -> Cache:
+        """Rewind the cache to the last snapshot on the way of ``ids``; the rest of them is to be encoded.
+
+        Never so far that a single token remains, which would take other kernels and round differently.
+
+        Args:
+            model: Whose K/V it holds.
+            ids: The keys of a prompt.
+            holder: Who is going to append to the cache.
+
+        Raises:
+            UserError: It was made with another model.
         """
-        if fingerprint(model) != self.model_id:
+        if not self._owner.is_same(model, self._has_images):
             raise UserError("This prompt cache was made with another model; make a new one.")
+        if self._is_held():
+            self.cache = self.cache.copy()
+        self._holder = weakref.ref(holder)
         common = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), min(len(self.ids), len(ids)))
         fitting = [s for s in self.snapshots if s.length <= common and len(ids) - s.length != 1]
         if fitting:
             self.snapshots = fitting
             self.cache.restore(fitting[-1])
         else:
-            self.snapshots, self.cache = [], Cache.like(self.cache)
+            self.snapshots = []
+            self.cache = Cache.like(self.cache)
         self.reused = self.cache.length
         self.encoded = len(ids) - self.reused
         self.ids = list(ids[: self.reused])
         return self.cache
 
-    def reached(self, ids: Sequence[int]) -> None:
-        """The cache holds ``ids`` now, the end of a prompt or of a committed canvas: keep a snapshot of it."""
+    def _is_held(self) -> bool:
+        """Whether somebody else may still append to the cache."""
+        holder = self._holder() if self._holder else None
+        return holder is not None and not (holder.finished and not holder.pending.size)
+
+    def reached(self, ids: Sequence[int], cache: Cache) -> None:
+        """``cache`` holds ``ids`` now, the end of a prompt or of a committed canvas: keep a snapshot of it."""
+        if cache is not self.cache:  # another prompt took over meanwhile
+            return
         if self.snapshots and self.snapshots[-1].length == self.cache.length:
             return
         self.ids = list(ids)
@@ -78,40 +119,63 @@ class PromptCache:
             raise UserError("The prompt cache is empty; there is nothing to save.")
         twin = self.cache.copy()
         twin.restore(self.snapshots[-1])
-        metadata = {"model": self.model_id, "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "ids": json.dumps(self.ids[: twin.length])}
-        try:
-            twin.save(path, metadata)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be written ({error}).") from None
+        ids = self.ids[: twin.length]
+        metadata = {
+            "model": self._owner.model_id(any(key < 0 for key in ids)),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "ids": json.dumps(ids),
+        }
+        twin.save(expand_path(path), metadata)
 
     @classmethod
     def load(cls, path: Path | str, model: DiffusionGemma, tokenizer: TokenizerWrapper) -> PromptCache:
-        """Errors: UserError for a file that is damaged, or of another model or tokenizer."""
+        """Errors: UserError for a file that is damaged, or of another model, adapter, precision or tokenizer."""
         made = cls(model)
-        made.cache, metadata = Cache.load(path, model.config.text)
+        made.cache, metadata = Cache.load(expand_path(path), model.config.text)
+        made.ids = _ids(metadata.get("ids", ""), made.cache.length, path)
         if metadata.get("model") != made.model_id:
-            raise UserError(f"{path} was made with another model; make it anew.")
+            raise UserError(f"{path} was made with another model, adapter or precision; delete it, or name another file.")
         if metadata.get("tokenizer") != tokenizer_fingerprint(tokenizer):
-            raise UserError(f"{path} was made with another tokenizer; make it anew.")
-        made.ids = json.loads(metadata.get("ids", "[]"))
-        if len(made.ids) != made.cache.length:
-            raise UserError(f"{path} is damaged: it names {len(made.ids)} tokens and holds {made.cache.length}; make it anew.")
+            raise UserError(f"{path} was made with another tokenizer; delete it, or name another file.")
         made.snapshots = [made.cache.snapshot()]
         return made
 
 
-def fingerprint(model: DiffusionGemma) -> str:
-    """Of shapes, dtype and a few weights: two models that share it are one for all that matters to a cache."""
-    text = hashlib.sha256(repr((model.config.text, model.dtype)).encode())
-    layer = model.model.decoder.layers[0]
-    few = [model.model.decoder.norm.weight, layer.router.scale, layer.input_layernorm.weight, layer.self_attn.k_norm.weight,
-           layer.self_attn.k_proj.weight[0]]
-    if model.config.vision:
-        few.append(model.model.encoder.vision_tower.encoder.layers[-1].input_layernorm.weight)  # small: it alone is read for this
-    for array in few:
-        text.update(np.array(array.astype(mx.float32)).tobytes())
-    return text.hexdigest()
+class _Owner:
+    """The model whose K/V a cache holds: its weights as they were, compared by identity, and by content where that differs."""
+
+    def __init__(self, model: DiffusionGemma):
+        self.structure = fingerprint.structure(model)
+        self.text, self.tower = fingerprint.weights(model)
+        self._digests: dict[bool, str] = {}
+
+    def is_same(self, model: DiffusionGemma, with_tower: bool) -> bool:
+        other = _Owner(model)
+        if self.structure != other.structure:
+            return False
+        if _identical(self.text, other.text) and _identical(self.tower, other.tower):
+            return True
+        return self.model_id(with_tower) == other.model_id(with_tower)
+
+    def model_id(self, with_tower: bool) -> str:
+        """``with_tower``, which has a gigabyte to read, only where images were encoded."""
+        if with_tower not in self._digests:
+            tensors = [*self.text, *self.tower] if with_tower else self.text
+            self._digests[with_tower] = digest(tensors, self.structure)
+        return self._digests[with_tower]
+
+
+def _identical(one: fingerprint.Named, other: fingerprint.Named) -> bool:
+    return len(one) == len(other) and all(
+        name == name2 and array is array2 for (name, array), (name2, array2) in zip(one, other, strict=True)
+    )
+
+
+def _ids(text: str, length: int, path: Path | str) -> list[int]:
+    ids = parse_json(text, f"The list of tokens in {path}")
+    if not isinstance(ids, list) or not all(type(key) is int for key in ids) or len(ids) != length:
+        raise UserError(f"{path} is damaged: it should name the {length} tokens it holds; delete it, or name another file.")
+    return ids
 
 
 def tokenizer_fingerprint(tokenizer: TokenizerWrapper) -> str:

@@ -27,7 +27,7 @@ from mlx_diffgemma.options import DEFAULT_TOKEN_LIMIT, GenerationOptions
 from mlx_diffgemma.policy import Policy
 from mlx_diffgemma.prompt import Medium, PlacedImage, place, prepare_media
 from mlx_diffgemma.session import Canvas, Session
-from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt
+from mlx_diffgemma.tokenizer import ResponseParser, answer_part, encode_prompt, repeated
 from mlx_diffgemma.video import VideoWarning
 
 Prompt: TypeAlias = "str | Sequence[int] | mx.array"
@@ -52,6 +52,8 @@ class GenerationResponse:
     counted), ``canvas_index``, whether the canvas ``converged``, ``retries`` it took, the ``seed``, and of a draft model's tokens
     so far how many it ``proposed`` and how many of these were ``accepted``.
     ``certificate`` names the rule under which a canvas converged ("stable-and-confident", "causal"…), None where it did not.
+    Of a whole answer (``batch_generate``, ``generate --json``) ``converged`` means that all its canvases did; ``certificate`` is
+    then the last one's, and None otherwise.
     """
 
     text: str
@@ -99,6 +101,7 @@ class Request:
     images: tuple[PlacedImage, ...] = ()
     patches: int = 0  # of the largest image
     demands: Demands | None = None
+    repeated: int = 0  # how many of the ids the next turn of a conversation repeats
     began: float = 0.0
     prefill_seconds: float = 0.0
     produced: int = 0  # tokens, end token included
@@ -112,8 +115,10 @@ class Request:
 
     @classmethod
     def prepare(cls, model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Prompt, options: GenerationOptions,
-                prefix: Sequence[int] = (), seed: int | None = None, images: Sequence[Medium] = ()) -> Request:
-        """Errors: UserError for an empty prompt, ids out of the vocabulary, images without a place, or an answer that would pass
+                prefix: Sequence[int] = (), seed: int | None = None, images: Sequence[Medium] = (), clamp: bool = False) -> Request:
+        """With ``clamp`` a max_tokens that does not fit the context becomes the largest that does.
+
+        Errors: UserError for an empty prompt, ids out of the vocabulary, images without a place, or an answer that would pass
         the context."""
         ids = prompt_ids(model, tokenizer, prompt)
 
@@ -126,14 +131,17 @@ class Request:
         parser = ResponseParser(tokenizer)
         parser.feed(prefix)
         chosen = options.seed if seed is None else seed
-        limit = token_limit(len(ids), options.max_tokens, length, model.config.text.max_position_embeddings)
+        context, most = model.config.text.max_position_embeddings, options.max_tokens
+        if clamp and most is not None:
+            most = min(most, answer_room(len(ids), length, context))
+        limit = token_limit(len(ids), most, length, context)
         eos_ids = model.config.generation.eos_token_ids
         demands = None
         if options.constraints:
             constraint = compile_constraint(tokenizer, model.config, **options.constraints)
             demands = Demands(eos_ids, limit, stretches=[Stretch(constraint, begun=tuple(answer_part(tokenizer, prefix)))])
         return cls(ids, limit, fresh_seed() if chosen is None else chosen, parser, eos_ids, opened,
-                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands)
+                   placed, max((math.prod(p.image.grid) for p in placed), default=0), demands, repeated(tokenizer, ids))
 
     def draws(self, model: DiffusionGemma) -> Draws:
         return Draws(self.seed, model.config.text.vocab_size)
@@ -141,7 +149,7 @@ class Request:
     def session(self, model: DiffusionGemma, policy: Policy, **given: Any) -> Session:
         """Of its canvases; ``given`` is what else ``Session`` takes."""
         return Session(model, self.ids, policy, self.draws(model), self.eos_ids, self.limit, images=self.images,
-                       demands=self.demands, **given)
+                       demands=self.demands, repeated=self.repeated, **given)
 
     def begin(self) -> None:
         self.began = time.perf_counter()
@@ -215,7 +223,8 @@ class Request:
             tool_calls=tuple(call for r in parts for call in r.tool_calls), tokens=tuple(t for r in parts for t in r.tokens),
             steps=sum(r.steps for r in parts), judged=sum(r.judged for r in parts), rows=sum(r.rows for r in parts),
             retries=sum(r.retries for r in parts),
-            converged=all(r.converged for r in parts), parts=tuple(parts),
+            converged=all(r.converged for r in parts),
+            certificate=parts[-1].certificate if all(r.converged for r in parts) else None, parts=tuple(parts),
         )
 
     def _warn(self, response: GenerationResponse) -> None:
@@ -254,15 +263,21 @@ def prompt_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, prompt: Promp
     return ids
 
 
+def answer_room(prompt: int, canvas_length: int, context: int) -> int:
+    """How many tokens of whole canvases fit the ``context`` behind the ``prompt``.  Errors: ContextError where there are none."""
+    room = (context - prompt) // canvas_length * canvas_length
+    if room <= 0:
+        raise ContextError(f"The prompt has {prompt:,} tokens and the context holds {context:,}, which leaves no room for an "
+                           f"answer of one canvas ({canvas_length} tokens); shorten the prompt.")
+    return room
+
+
 def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context: int) -> int:
     """How many tokens an answer may have; whole canvases must fit the ``context`` behind the ``prompt``.
 
     Errors: ContextError when they do not.
     """
-    room = (context - prompt) // canvas_length * canvas_length
-    if room <= 0:
-        raise ContextError(f"The prompt has {prompt:,} tokens and the context holds {context:,}, which leaves no room for an "
-                           f"answer of one canvas ({canvas_length} tokens); shorten the prompt.")
+    room = answer_room(prompt, canvas_length, context)
     if max_tokens is None:
         return min(DEFAULT_TOKEN_LIMIT, room)
     if max_tokens > room:

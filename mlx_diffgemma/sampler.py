@@ -6,11 +6,14 @@ acceptance rule is that of arXiv 2505.24857.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from mlx_diffgemma import truncation
 
 KEPT = 64  # tokens of a position that sparse self-conditioning looks at
 CHUNK = 64  # tokens of the vocabulary that are looked at as one before any is looked at alone
@@ -27,7 +30,8 @@ class StepNumbers:
     """What a step's rules depend on, one entry a row of the batch; all [batch].
 
     ``temperature`` of the schedule at this step; ``entropy_bound`` and ``confidence`` in nats; ``greedy`` rows take the
-    argmax in place of the draw; ``top_k`` (0: off) and ``top_p`` (1: off) act on the draw alone.  ``tail`` asks for the
+    argmax in place of the draw; ``top_k`` (0: off), ``top_p`` (1: off) and ``min_p`` (0: off) act on the draw alone, and ``few``
+    tells the rows with a top_k of 1 to KEPT, whose candidates are found faster.  ``tail`` asks for the
     KEPT most probable tokens, and for the positions where more than ``tail`` of the mass lies outside of them.
     ``positions`` is what the mean entropy counts, where it is more than the rows: positions that left the canvas count as
     certain.  ``threshold`` replaces the entropy bound: a position is accepted, for good, when its token is that probable.
@@ -42,6 +46,8 @@ class StepNumbers:
     tail: mx.array | None = None
     positions: mx.array | None = None
     threshold: mx.array | None = None
+    min_p: mx.array | None = None
+    few: Sequence[bool] = ()
 
 
 class Before(NamedTuple):
@@ -205,20 +211,31 @@ def largest(x: mx.array, k: int) -> mx.array:
     return mx.take_along_axis(chosen, inner // CHUNK, axis=-1) * CHUNK + inner % CHUNK
 
 
-def truncate(probabilities: mx.array, numbers: StepNumbers) -> mx.array:
-    """Zero all but the ``top_k`` most probable tokens and the smallest set that holds ``top_p`` of the mass."""
-    if numbers.top_k is None and numbers.top_p is None:
-        return probabilities
-    order = mx.argsort(-probabilities, axis=-1)
-    ranked = mx.take_along_axis(probabilities, order, axis=-1)
-    keep = mx.ones(ranked.shape, dtype=mx.bool_)
-    if numbers.top_k is not None:
-        limit = mx.where(numbers.top_k > 0, numbers.top_k, ranked.shape[-1])
-        keep = keep & (mx.arange(ranked.shape[-1]) < limit[:, None, None])
-    if numbers.top_p is not None:
-        before = mx.cumsum(ranked, axis=-1) - ranked
-        keep = keep & ((before < numbers.top_p[:, None, None]) | (mx.arange(ranked.shape[-1]) == 0))
-    return mx.put_along_axis(probabilities, order, mx.where(keep, ranked, 0.0), axis=-1)
+def truncate(weights: mx.array, numbers: StepNumbers) -> mx.array:
+    """Zero the ``weights`` [batch, length, vocabulary], of any total, of all tokens that top_k, top_p and min_p leave out.
+
+    What each keeps, also where weights are equal, is said in :mod:`mlx_diffgemma.truncation`; the largest weight stays always.
+    """
+    if numbers.top_k is None and numbers.top_p is None and numbers.min_p is None:
+        return weights
+    threshold = mx.zeros(weights.shape[:-1])
+    if numbers.top_k is not None or numbers.top_p is not None:
+        threshold = _least_kept(weights, numbers)
+    if numbers.min_p is not None:
+        threshold = mx.maximum(threshold, numbers.min_p[:, None] * weights.max(axis=-1))
+    return mx.where(weights >= threshold[..., None], weights, 0.0)
+
+
+def _least_kept(weights: mx.array, numbers: StepNumbers) -> mx.array:
+    """[batch, length] the least weight that top_k and top_p keep; a row's own does not depend on the rows beside it."""
+    total, top_k, top_p = _sums(weights).sum(axis=-1), numbers.top_k, numbers.top_p
+    if top_k is None or not numbers.few:
+        return truncation.of_all(weights, total, top_k, top_p)
+    candidates = mx.take_along_axis(weights, largest(weights, min(KEPT, weights.shape[-1])), axis=-1)
+    found = truncation.of_candidates(candidates, total, top_k, top_p)
+    if all(numbers.few):
+        return found
+    return mx.where(mx.array(numbers.few)[:, None], found, truncation.of_all(weights, total, top_k, top_p))
 
 
 def accept(entropy: mx.array, bound: mx.array) -> mx.array:
@@ -257,12 +274,20 @@ def first_position(ids: mx.array, wanted: mx.array) -> mx.array:
     return mx.where(hit.any(axis=-1), mx.argmax(hit, axis=-1), ids.shape[-1])
 
 
-def draw_next(logits: mx.array, u: mx.array, temperature: float, top_k: int = 0, top_p: float = 1.0) -> mx.array:
+def draw_next(logits: mx.array, u: mx.array, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+              ) -> mx.array:
     """Next token of the causal mode from ``logits`` [rows, vocabulary]; temperature 0 takes the argmax."""
     if temperature == 0:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     probabilities = mx.softmax(logits / temperature, axis=-1, precise=True)[:, None]
     one = mx.ones((logits.shape[0],))
     numbers = StepNumbers(one, one, one, top_k=one.astype(mx.int32) * top_k if top_k else None,
-                          top_p=one * top_p if top_p < 1 else None)
+                          top_p=one * top_p if top_p < 1 else None, min_p=one * min_p if min_p else None,
+                          few=few_candidates([top_k] * logits.shape[0]))
     return inverse_cdf(truncate(probabilities, numbers), u[:, None])[:, 0]
+
+
+def few_candidates(top_k: Sequence[int]) -> tuple[bool, ...]:
+    """``StepNumbers.few`` of rows with these ``top_k``: empty where it holds of none."""
+    found = tuple(0 < k <= KEPT for k in top_k)
+    return found if any(found) else ()

@@ -119,7 +119,7 @@ class Session:
     def __init__(self, model: DiffusionGemma, ids: Sequence[int], policy: Policy, draws: DrawSource,
                  eos_ids: Iterable[int], max_tokens: int, canvas_length: int | None = None,
                  prompt_cache: PromptCache | None = None, images: Sequence[PlacedImage] = (), demands: Demands | None = None,
-                 cache: Cache | None = None):
+                 cache: Cache | None = None, repeated: int = 0):
         if policy.drafter and prompt_cache:
             raise UserError("A prompt_cache does not keep what a drafter reads; leave one of them out.")
         if policy.drafter and demands:
@@ -131,12 +131,13 @@ class Session:
         self.full_length, self.context = canvas_length or model.config.canvas_length, model.config.text.max_position_embeddings
         self.prompt_cache, self.ids, self.images = prompt_cache, list(ids), tuple(images)
         own = cache or Cache(model.config.text)
-        self.cache = prompt_cache.begin(model, keyed(self.ids, self.images)) if prompt_cache else own
+        self.cache: Cache = prompt_cache.begin(model, keyed(self.ids, self.images), self) if prompt_cache else own
         self.reused = self.cache.length  # of the ids, that need not be encoded
-        self.pending = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
+        self.repeated = repeated  # how many of the ids the next turn of a conversation repeats, see ``tokenizer.repeated``
+        self.pending: np.ndarray = np.array(self.ids[self.cache.length :], dtype=np.int32)  # ids the cache does not hold yet
         self.prefill_seconds = 0.0  # the prompt's share of the time, with those that were encoded beside it
         self.canvases: list[Canvas] = []
-        self.finished = False
+        self.finished: bool = False
         self.start = 0  # the position in the answer at which the current canvas begins
         self.length = self.full_length  # with how many positions the current canvas began
         self.retry = self.steps = self.rows = self.passes = 0  # of the current canvas: attempts before, what all took
@@ -232,7 +233,21 @@ class Session:
         """All that was pending is in the cache now."""
         self.pending = self.pending[:0]
         if self.prompt_cache:
-            self.prompt_cache.reached(keyed(self.ids, self.images))
+            self.prompt_cache.reached(keyed(self.ids, self.images), self.cache)
+
+    def chunk(self, most: int) -> int:
+        """How many of the pending ids are encoded next, about ``most``.
+
+        Where a snapshot is kept, the first stop is the place from which the next turn goes on.
+        """
+        size = next_chunk(self.pending.size, self.cache.length, self.images, most)
+        ahead = self.repeated - self.cache.length if self.prompt_cache else 0
+        return ahead if 1 < ahead < size else size
+
+    def paused(self) -> None:
+        """Some of what was pending is in the cache: keep a snapshot where the next turn goes on."""
+        if self.prompt_cache and self.pending.size and self.cache.length == self.repeated:
+            self.prompt_cache.reached(keyed(self.ids, self.images)[: self.repeated], self.cache)
 
     def take(self, step: CanvasStep) -> None:
         """Go on from ``step``, begin anew, or commit: the next canvas encodes what is committed, unless it ends the answer."""
@@ -279,7 +294,9 @@ def prefill(model: DiffusionGemma, sessions: Sequence[Session], chunk: int, prog
     for session in sessions:
         session.reserve()
     while waiting := [s for s in sessions if s.pending.size]:
-        done += encode_chunk(model, waiting, [next_chunk(s.pending.size, s.cache.length, s.images, chunk) for s in waiting])
+        done += encode_chunk(model, waiting, [session.chunk(chunk) for session in waiting])
+        for session in waiting:
+            session.paused()
         if progress:
             progress(done, total)
 

@@ -6,19 +6,20 @@ read a part of a tensor, and to write a file without ever holding it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.config import read_json
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import list_files, open_binary, read_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
@@ -70,20 +71,54 @@ class Stored:
 def read_header(path: Path) -> dict[str, Stored]:
     """What a safetensors file holds.  Errors: UserError when its header is damaged or the file is cut off."""
     try:
-        with path.open("rb") as file:
+        with open_binary(path) as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(HEADER_LIMIT, path.stat().st_size):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
+            if length > min(HEADER_LIMIT, size):
+                raise _Damaged("the header is longer than the file")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
         tensors = from_header(header, path, 8 + length)
         end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
-        if end > path.stat().st_size:
-            raise ValueError(f"it should have {end:,} bytes and has {path.stat().st_size:,}")
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        if end > size:
+            raise _Damaged(f"it should have {end:,} bytes and has {size:,}")
+        _check_overlaps(tensors.values())
+    except UserError:
+        raise
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     return tensors
+
+
+class _Damaged(ValueError):
+    """What is wrong with a header."""
+
+
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, which usually takes the last of two equal names.  Errors: ValueError for these."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Damaged(f"the header names {twice!r} twice")
+    return found
+
+
+def _check_overlaps(tensors: Iterable[Stored]) -> None:
+    """Errors: ValueError for two tensors that share bytes."""
+    ordered = sorted((t for t in tensors if t.nbytes), key=lambda t: t.offset)
+    for before, after in itertools.pairwise(ordered):
+        if before.offset + before.nbytes > after.offset:
+            raise _Damaged(f"tensors {before.name!r} and {after.name!r} overlap")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """(the tensors of a safetensors file of any name, read lazily; its metadata).  Errors: UserError as ``read_header``."""
+    read_header(path)
+    try:
+        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None
+    return dict(tensors), dict(metadata)
 
 
 def from_header(header: Mapping[str, Mapping[str, object]], path: Path, start: int) -> dict[str, Stored]:
@@ -110,18 +145,31 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
             raise UserError(f"{folder / INDEX} has no weight_map; download the file again.")
         files = sorted(set(mapping.values()))
+        for name in files:
+            _check_shard(folder, name)
     else:
-        mapping, files = {}, sorted(path.name for path in folder.glob("*.safetensors"))
+        mapping = {}
+        files = [path.name for path in list_files(folder, "*.safetensors")]
     if not files:
         raise UserError(f"{folder} holds no .safetensors file; only safetensors checkpoints are read.")
     tensors: dict[str, Stored] = {}
     for name in files:
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}, which its index names; download the checkpoint again.")
-        tensors |= read_header(folder / name)
+        own = read_header(folder / name)
+        if twice := sorted(own.keys() & tensors.keys()):
+            raise UserError(f"{folder}: tensor {twice[0]!r} is in both {tensors[twice[0]].path.name} and {name}; download the "
+                            "checkpoint again into an empty folder.")
+        tensors |= own
     if lost := sorted(mapping.keys() - tensors.keys()):
         raise UserError(f"{folder}: no file holds tensor {lost[0]!r}, which the index names; download the checkpoint again.")
     return tensors
+
+
+def _check_shard(folder: Path, name: str) -> None:
+    """Errors: UserError for a name that leads out of the folder."""
+    if not name or os.path.isabs(name) or "\\" in name or "\0" in name or ".." in name.split("/"):
+        raise UserError(f"{folder / INDEX} names the file {name!r}, which does not lie in that folder; download it again.")
 
 
 class SafetensorsWriter:

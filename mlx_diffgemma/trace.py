@@ -29,6 +29,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import open_binary
 from mlx_diffgemma.session import CanvasStep
 from mlx_diffgemma.tokenizer import REPLACEMENT
 
@@ -160,6 +161,15 @@ def check_path(path: Path) -> None:
         raise UserError(f"The trace {path} cannot be written, there is no folder {path.parent}.")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"The trace {path} cannot be written; take another place for it.")
+    if path.is_file() and not _is_trace(path):
+        raise UserError(f"{path} is no trace and stays as it is; take another place for it.")
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether a file is empty or was written here; the header stands behind the page's style and scripts."""
+    with open_binary(path) as file:
+        beginning = file.read(2**20)
+    return not beginning or b'"format": "mlx-diffgemma trace' in beginning
 
 
 def replay_page() -> tuple[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def _open(video: Video) -> BinaryIO:
         return io.BytesIO(video.source)
     if not isinstance(video.source, str | Path):
         raise UserError(f"A video is the path of a file or its bytes, not {type(video.source).__name__}.")
-    if isinstance(video.source, str) and (video.source.startswith("data:") or "://" in video.source):
+    if isinstance(video.source, str) and re.match("(?!file:)(data:|.*://)", video.source, re.IGNORECASE):
         raise UserError("URLs of videos are not fetched here; give the path of a file, or its bytes.")
     return open_file(video.source, "video")
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_diffgemma.config import VisionConfig
-from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rows_at_once
+from mlx_diffgemma.layers import RMSNorm, apply_rope, attend_in_turn, gated_gelu, rms_norm, rope_frequencies, rows_at_once
 
 FUSED = (64, 80, 128)  # head sizes for which MLX's Metal backend holds no scores at all
 Grid = tuple[int, int]  # rows and columns of patches
@@ -30,9 +30,7 @@ def axial_table(positions: mx.array, head_dim: int, theta: float) -> tuple[mx.ar
 
     Source: Gemma4VisionRotaryEmbedding.
     """
-    size = head_dim // 2
-    powers = mx.power(mx.array(theta, dtype=mx.float32), mx.arange(0, size, 2, dtype=mx.float32) / size, stream=mx.cpu)
-    angles = positions.astype(mx.float32)[:, :, None, None] * mx.divide(1.0, powers, stream=mx.cpu)
+    angles = positions.astype(mx.float32)[:, :, None, None] * rope_frequencies(theta, head_dim // 2)
     return mx.cos(angles), mx.sin(angles)
 
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_diffgemma.config import ModelConfig, read_json
+from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.device import check_memory, compute_dtype
 from mlx_diffgemma.errors import CheckpointWarning, UserError
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.layouts import arrange, quantized_module
 from mlx_diffgemma.macs import would_fit
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Quantization
-from mlx_diffgemma.storage import DTYPES, INDEX, read_headers
+from mlx_diffgemma.storage import DTYPES, INDEX, read_headers, read_tensors
+from mlx_diffgemma.values import Values
 
 
 def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
@@ -40,7 +42,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     what = f"{folder.name} in {str(target).removeprefix('mlx.core.')}"
     check_memory(needed, what, lambda: would_fit(config))
     files = sorted({piece.stored.path for tensor in found.tensors.values() for piece in tensor.pieces})
-    whole = {name: array for path in files for name, array in _lazily(path).items()}
+    whole = {name: array for path in files for name, array in read_tensors(path)[0].items()}
     # Read and cast tensor by tensor, dropping each original, so that at no time two copies of the model are held.
     for name, tensor in found.tensors.items():
         value = tensor.assemble(whole)
@@ -51,6 +53,7 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
         if not name.startswith(VISION):  # those are read when the first image comes
             mx.eval(value)
         model.update(tree_unflatten([(name, value)]))
+    model.join()
     model.eval()
     return model
 
@@ -64,7 +67,7 @@ def check_supported(folder: Path) -> ModelConfig:
         raise UserError(f"config.json: vision_soft_tokens_per_image is {config.image_tokens.budget}; an image takes at most "
                         f"{', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}, so set one of these.")
     if (folder / INDEX).exists():
-        size = (read_json(folder / INDEX).get("metadata") or {}).get("total_size", 0)
+        size = Values(read_json(folder / INDEX), INDEX).part("metadata").number("total_size", 0, low=0.0)
         # On a CPU what is floating is held in float32, which the size of the files does not tell.
         check_memory(int(size) if on_gpu() else 0, folder.name, lambda: would_fit(config))
     return config
@@ -90,10 +93,3 @@ def warn_of_low_attention(config: ModelConfig, name: str) -> None:
             f"{name} holds attention at {lowest} bits, as conversions from before mlx-vlm's fix of June 2026 do: canvases converge "
             "late or not at all. Download the current mlx-community conversion again (`hf download --force-download`), or make one "
             "with `mlx-diffgemma convert -q`."), stacklevel=2)
-
-
-def _lazily(path: Path) -> dict[str, mx.array]:
-    try:
-        return dict(mx.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}); download it again.") from None

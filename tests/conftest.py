@@ -3,6 +3,9 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, before it is imported: tests run side by side
 
+from tests.metal import plugin  # before mlx.core, whose graphs it sees from here on
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,10 +15,24 @@ from mlx_diffgemma.weights import load_model
 from tests.checkpoints import FULL, SLIDING, make_checkpoint, write_checkpoint
 
 
+def pytest_addoption(parser):
+    plugin.add_options(parser)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(plugin, "metal")
+
+
 @pytest.fixture(scope="session")
 def nano_pair():
     """(model, tokenizer) of the built-in model; tests only read them."""
     return load("nano")
+
+
+@pytest.fixture(scope="session")
+def nano_float32(nano_pair):
+    """``nano_pair`` for bounds and sizes that hold in float32 only, also with ``--as-gpu``."""
+    return nano_pair if nano_pair[0].dtype == mx.float32 else load("nano", dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import write_tensors
 from mlx_diffgemma.tuning.adapters import (
     CONFIG,
     WEIGHTS,
@@ -21,7 +22,6 @@ from mlx_diffgemma.tuning.adapters import (
 )
 from mlx_diffgemma.tuning.data import Example
 from mlx_diffgemma.tuning.objective import Objective
-from mlx_diffgemma.tuning.state import write_safely
 from mlx_diffgemma.tuning.trainer import Trainer, TrainingOptions
 from mlx_diffgemma.weights import load_model
 from tests.variants import few
@@ -42,7 +42,7 @@ def trained(model, options, iters=3, rate=1e-2):
 def save(model, options, folder):
     folder.mkdir()
     write_config(folder, model.base, len(model.layers), options)
-    write_safely(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
+    write_tensors(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
 
 
 def outputs(model):
@@ -77,6 +77,15 @@ class TestPrepare:
         assert len([name for name in names(model) if "experts" in name]) == 6 * 4
         assert len([name for name in names(model) if "router" in name]) == 6 * 2
 
+    def test_experts_of_the_last_layers_alone(self, divisible_folder):
+        model = load_model(divisible_folder)
+        prepare(model, AdapterOptions(num_layers=2, lora_parameters=LORA, train_experts=True, train_router=True))
+        for part in ("experts", "router"):
+            assert {name.split(".")[3] for name in names(model) if part in name} == {"4", "5"}
+        model = load_model(divisible_folder)
+        prepare(model, AdapterOptions("full", num_layers=2, train_experts=True, train_router=True))
+        assert {name.split(".")[3] for name in names(model)} == {"4", "5"}
+
     def test_full(self, divisible_folder):
         model = load_model(divisible_folder)
         prepare(model, AdapterOptions("full", num_layers=1))
@@ -96,7 +105,9 @@ class TestPrepare:
         ({"lora_parameters": LORA | {"dropout": 1.0}}, "dropout"), ({"lora_parameters": LORA | {"r": 8}}, "unknown: r"),
         ({"fine_tune_type": "dora", "train_experts": True}, "DoRA"),
         ({"fine_tune_type": "dora", "lora_parameters": LORA | {"keys": ["experts.down_proj"]}}, "DoRA"),
-        ({"lora_parameters": LORA | {"scale": "x"}}, "must be numbers")])
+        ({"lora_parameters": LORA | {"scale": "x"}}, "lora_parameters.scale must be a number, got 'x'"),
+        ({"lora_parameters": LORA | {"rank": 2.0}}, "rank must be a whole number"),
+        ({"lora_parameters": LORA | {"keys": "q"}}, "keys must be a list")])
     def test_options_that_make_no_sense(self, options, word):
         with pytest.raises(UserError, match=word):
             AdapterOptions(**options)

@@ -1,9 +1,14 @@
+import errno
+import os
+
 import mlx.core as mx
 import pytest
 
 from mlx_diffgemma.cache import ROOM, Cache
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import write_tensors
+from mlx_diffgemma.storage import read_tensors
 from tests.checkpoints import SHAPES, config_dict
 
 CONFIG = ModelConfig.from_dict(config_dict(**SHAPES["five-and-one"])).text  # window 16, layers 0-4 sliding, 5 full
@@ -202,3 +207,75 @@ class TestFile:
         (tmp_path / "c.safetensors").write_bytes(b"not a cache")
         with pytest.raises(UserError, match="not a cache file"):
             Cache.load(tmp_path / "c.safetensors", CONFIG)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t, _: t.pop("3.keys"), "is damaged"),
+            (lambda t, _: t.update({"5.keys": t["5.keys"][:, :, :20]}), "is damaged"),
+            (lambda t, _: t.update({"0.values": t["0.values"] + 1}), "is damaged"),
+            (lambda t, _: t.update({"0.values": t["0.values"][:, :, ::-1]}), "is damaged"),
+            (lambda _, h: h.update(length="39"), "is damaged"),
+            (lambda _, h: h.update(length="many"), "is damaged"),
+            (lambda _, h: h.update(model="y"), "is damaged"),
+            (lambda _, h: h.pop("length"), "is damaged"),
+            (lambda _, h: h.pop("digest"), "is damaged"),
+            (lambda _, h: h.update(format="mlx-diffgemma cache 1"), "not a cache file of this version"),
+        ],
+    )
+    def test_a_changed_file_is_refused(self, tmp_path, change, message):
+        cache = Cache(CONFIG)
+        fill(cache, 40)
+        path = tmp_path / "c.safetensors"
+        cache.save(path, {"model": "x"})
+        tensors, header = read_tensors(path)
+        mx.eval(tensors)
+        change(tensors, header)
+        write_tensors(path, tensors, header)
+        with pytest.raises(UserError, match=message):
+            Cache.load(path, CONFIG)
+
+    def test_swapped_bytes_are_noticed(self, tmp_path):
+        cache = Cache(CONFIG)
+        fill(cache, 40)
+        path = tmp_path / "c.safetensors"
+        cache.save(path)
+        content = bytearray(path.read_bytes())
+        first, last = content.rindex(b"\x00\x00\x80\xbf"), content.rindex(b"\x00\x00\x00\xc0")  # -1 and -2
+        assert content[first:][:4] != content[last:][:4]
+        content[first : first + 4], content[last : last + 4] = content[last:][:4], content[first:][:4]
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            Cache.load(path, CONFIG)
+
+    def test_a_file_of_layers_that_are_too_short_is_refused(self, tmp_path):
+        """Also where its digest fits, as of a file that a faulty program wrote."""
+        cache = Cache(CONFIG)
+        fill(cache, 40)
+        cache.length = 41
+        cache.save(tmp_path / "c")
+        with pytest.raises(UserError, match=r"layer 5 should hold \(.*41.*\) and holds \(.*40.*\)"):
+            Cache.load(tmp_path / "c", CONFIG)
+
+    def test_a_neighbour_of_nearly_the_same_name_stays(self, tmp_path):
+        cache = Cache(CONFIG)
+        fill(cache, 4)
+        (tmp_path / "model.safetensors").write_text("another's")
+        cache.save(tmp_path / "model")
+        assert (tmp_path / "model.safetensors").read_text() == "another's"
+        assert Cache.load(tmp_path / "model", CONFIG)[0].length == 4
+
+    def test_a_full_disk_leaves_the_old_file_whole(self, tmp_path, monkeypatch):
+        cache = Cache(CONFIG)
+        fill(cache, 4)
+        cache.save(tmp_path / "c")
+        fill(cache, 4)
+
+        def full(_descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            cache.save(tmp_path / "c")
+        assert Cache.load(tmp_path / "c", CONFIG)[0].length == 4
+        assert [path.name for path in tmp_path.iterdir()] == ["c"]

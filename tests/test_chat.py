@@ -7,7 +7,9 @@ import pytest
 from mlx_diffgemma import chat_ids, generate
 from mlx_diffgemma.chat import Chat
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.tokenizer import load_tokenizer, repeated
 from tests.test_cli import run
+from tests.test_conversations import FOLDER
 from tests.test_generate import scripted
 
 
@@ -136,3 +138,18 @@ class TestCommand:
         code, _, err = self.talk(monkeypatch, capsys, options=("--coverage", "0.9", "--self-conditioning", "dense"))
         assert code == 2
         assert "coverage has no meaning with dense" in err
+
+
+@pytest.mark.parametrize("name", ["gemma4-like", "scanning"])
+def test_a_prompt_that_ends_in_an_empty_thought_is_reused_up_to_it(random_folder, random_pair, name):
+    """The history does not repeat the thought: what is before it is kept for the next turn, and the text is as without a cache."""
+    tokenizer = load_tokenizer(random_folder, (1, 5, 13))
+    tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
+    chat = Chat(random_pair[0], tokenizer, seed=5, max_denoising_steps=2, max_tokens=16)
+    for number, question in enumerate(("Add 12 and 30, and then all the others.", "And now?")):
+        say(chat, question)
+        prompt = chat_ids(tokenizer, chat.messages[:-1])
+        alone = generate(random_pair[0], tokenizer, prompt, seed=5 + number, max_denoising_steps=2, max_tokens=16)
+        assert chat.messages[-1]["content"] == alone
+    first = chat_ids(tokenizer, chat.messages[:1])
+    assert chat.stats.reused == repeated(tokenizer, first) < len(first)

@@ -25,7 +25,7 @@ def run(monkeypatch, capsys, *arguments, stdin=None):
     if stdin is not None:
         import io
 
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
     try:
         main()
         code = 0

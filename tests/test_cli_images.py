@@ -69,7 +69,7 @@ class TestGenerate:
         (["--image-tokens", "70"], "--image-tokens has no meaning without --image or --video"),
         (["--image", "circle.png", "--fps", "1"], "--fps has no meaning without --video"),
         (["--image", "http://127.0.0.1:9/a.png"], "cannot be fetched"), (["--image", "http://[::1/a"], "cannot be fetched"),
-        (["--image", "."], ". is a folder; give the file of the image"), (["--image", "~nosuchuser/a.png"], "is not the path"),
+        (["--image", "."], ". is a folder; give a regular file"), (["--image", "~nosuchuser/a.png"], "is not the path"),
         (["--image", "data:image/png;base64,ü"], "data URL is not of the form"), (["--video", "."], ". is a folder"),
         (["--video", "http://127.0.0.1:9/a.mp4"], "URLs of videos are not fetched here")], ids=lambda value: " ".join(value[-1:]))
     def test_a_mistake_is_one_line(self, monkeypatch, capsys, folder, arguments, message):

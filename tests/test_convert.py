@@ -2,6 +2,7 @@
 
 import filecmp
 import importlib
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import CheckpointWarning, UserError
 from mlx_diffgemma.recipes import RECIPES, kind_of
-from mlx_diffgemma.storage import INDEX, Stored
+from mlx_diffgemma.storage import INDEX, Stored, read_header
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 from tests.test_cli import run
@@ -60,7 +61,7 @@ class TestRecipes:
 
     @pytest.mark.parametrize("recipe", few(RECIPES.values(), "4bit"), ids=lambda r: r.name)
     def test_saved_and_loaded_is_quantised_in_memory(self, recipe, tmp_path):
-        saved = load_model(convert("nano", tmp_path / "out", recipe=recipe.name))
+        saved = load_model(convert("nano", tmp_path / "out", recipe=recipe.name), "float32")
         # MLX's own quantiser on the stored bfloat16 weights, then the cast that loading does
         memory = load_model(nano.FOLDER, "bfloat16")
 
@@ -100,7 +101,7 @@ class TestRecipes:
         plain = convert(str(packed), tmp_path / "d", dequantize=True, dtype="float32")
         assert "quantization" not in json.loads((plain / "config.json").read_text())
         assert tensors_of(plain).keys() == tensors_of(nano.FOLDER).keys()
-        for a, b in zip(logits(load_model(packed)), logits(load_model(plain))):
+        for a, b in zip(logits(load_model(packed, "float32")), logits(load_model(plain))):
             assert mx.abs(a - b).max() < 1e-4
 
     def test_uniform_4bit_is_further_from_the_original(self, tmp_path):
@@ -184,8 +185,10 @@ class TestWhatIsKept:
             load_model(strange)
 
     def test_shards(self, divisible_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_SIZE", 300_000)
+        limit = 300_000
+        monkeypatch.setattr(module, "SHARD_SIZE", limit)
         whole = tensors_of(convert(str(divisible_folder), tmp_path / "out", recipe="4bit"))
+        self.check_sizes(tmp_path / "out", limit)
         index = json.loads((tmp_path / "out" / INDEX).read_text())
         assert len(set(index["weight_map"].values())) > 3
         assert index["weight_map"].keys() == whole.keys()
@@ -194,6 +197,18 @@ class TestWhatIsKept:
         other = tensors_of(convert(str(divisible_folder), tmp_path / "one", recipe="4bit"))
         assert all(mx.array_equal(array, other[name]) for name, array in whole.items())
         load_model(tmp_path / "out")
+
+    def check_sizes(self, folder, limit):
+        """Every file is closed when the next matrix, with its scales, would not fit, and no earlier."""
+        modules = []
+        for path in sorted(folder.glob("*.safetensors")):
+            sizes = {}
+            for name, tensor in sorted(read_header(path).items(), key=lambda item: item[1].offset):
+                module = name.removesuffix(".scales").removesuffix(".biases").removesuffix(".weight")
+                sizes[module] = sizes.get(module, 0) + tensor.nbytes
+            modules.append(list(sizes.values()))
+        assert all(sum(own) <= limit or len(own) == 1 for own in modules)
+        assert all(sum(own) + following[0] > limit for own, following in itertools.pairwise(modules))
 
     def test_card(self, tmp_path):
         source = shutil.copytree(nano.FOLDER, tmp_path / "small")
@@ -350,52 +365,31 @@ class TestInterruption:
     @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
     def test_killed(self, existing, divisible_folder, tmp_path):
         """SIGKILL at ten random file operations of a process of its own."""
-        script = tmp_path / "run.py"
-        script.write_text(
-            "import os, signal, sys\n"
-            "from mlx_diffgemma import convert\n"
-            "left = int(sys.argv[1])\n"
-            "def count(*_):\n"
-            "    global left\n"
-            "    left -= 1\n"
-            "    if left == 0:\n"
-            "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "def counted(function):\n"
-            "    def call(*arguments, **keywords):\n"
-            "        count()\n"
-            "        return function(*arguments, **keywords)\n"
-            "    return call\n"
-            "for name in ('pwrite', 'fsync', 'ftruncate', 'rename', 'unlink', 'mkdir', 'rmdir'):\n"
-            "    setattr(os, name, counted(getattr(os, name)))\n"
-            "sys.addaudithook(lambda event, arguments: count() if event == 'open' and 'out' in str(arguments[0]) else None)\n"
-            "start = left\n"
-            "sys.modules['mlx_diffgemma.convert'].SHARD_SIZE = 300_000\n"
-            "convert(sys.argv[2], sys.argv[3], recipe='4bit', overwrite=True)\n"
-            "print(start - left)\n")
-
-        def run(limit, target):
-            return subprocess.run([sys.executable, str(script), str(limit), str(divisible_folder), str(target)], cwd=ROOT,
-                                  capture_output=True, text=True)
-
         unbroken, old = tmp_path / "unbroken", convert(str(divisible_folder), tmp_path / "old", recipe="8bit")
-        points = int(run(0, tmp_path / "out0" / "x").stdout)
-        shutil.copytree(tmp_path / "out0" / "x", unbroken)
-        for number, point in enumerate(random.Random(existing).sample(range(1, points), 10)):
-            target = tmp_path / f"out-{number}" / "x"
-            target.parent.mkdir()
-            if existing:
-                shutil.copytree(old, target)
-            done = run(point, target)
-            assert done.returncode == -signal.SIGKILL, done.stderr
-            if target.exists() and existing and (target / "README.md").read_bytes() == (old / "README.md").read_bytes():
-                same_files(old, target)
-            else:
-                state_is_sound(target, unbroken)
-            code = "import sys\nimport mlx_diffgemma\nmodule = sys.modules['mlx_diffgemma.convert']\n" \
-                   "module.SHARD_SIZE = 300_000\nmodule.convert(*sys.argv[1:], recipe='4bit', overwrite=True, resume=True)"
-            subprocess.run([sys.executable, "-c", code, str(divisible_folder), str(target)], cwd=ROOT, check=True)
-            same_files(unbroken, target)
-            assert [path.name for path in target.parent.iterdir()] == ["x"]
+        command = [sys.executable, "-m", "tests.conversions", str(divisible_folder)]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as jobs:
+
+            def run(target, kill_at=0, resume=False):
+                jobs.stdin.write(json.dumps({"target": str(target), "kill_at": kill_at, "resume": resume}) + "\n")
+                jobs.stdin.flush()
+                return json.loads(jobs.stdout.readline())
+
+            status, points = run(tmp_path / "out0" / "x")
+            assert status == 0
+            shutil.copytree(tmp_path / "out0" / "x", unbroken)
+            for number, point in enumerate(random.Random(existing).sample(range(1, points), 10)):
+                target = tmp_path / f"out-{number}" / "x"
+                target.parent.mkdir()
+                if existing:
+                    shutil.copytree(old, target)
+                assert run(target, point)[0] == signal.SIGKILL
+                if target.exists() and existing and (target / "README.md").read_bytes() == (old / "README.md").read_bytes():
+                    same_files(old, target)
+                else:
+                    state_is_sound(target, unbroken)
+                assert run(target, resume=True)[0] == 0
+                same_files(unbroken, target)
+                assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
 class TestBadInput:
@@ -485,9 +479,46 @@ class TestBadInput:
         (tmp_path / "home" / "src" / "thesis.txt").write_text("x")
         for name in beside:
             shutil.copy(source / name, tmp_path / "home")
-        with pytest.raises(UserError, match="is no checkpoint and is not overwritten"):
+        with pytest.raises(UserError, match="is not overwritten"):
             convert(str(source), tmp_path / "home", overwrite=True)
         assert (tmp_path / "home" / "src" / "thesis.txt").exists()
+
+    @pytest.mark.parametrize("name", ["diary.txt", "notes.json", "more.safetensors", "LICENSE-of-mine", "model.bak"])
+    def test_overwrite_spares_a_file_beside_a_conversion(self, source, tmp_path, name):
+        target = convert(str(source), tmp_path / "out", recipe="4bit")
+        (target / name).write_text("mine")
+        before = {path.name: path.read_bytes() for path in target.iterdir()}
+        with pytest.raises(UserError, match=f"holds {name}, which this command did not write"):
+            convert(str(source), target, recipe="8bit", overwrite=True)
+        assert before == {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def test_overwrite_spares_a_checkpoint_of_others(self, source, tmp_path):
+        shutil.copytree(source, tmp_path / "other")
+        with pytest.raises(UserError, match="which this command did not write"):
+            convert(str(source), tmp_path / "other", overwrite=True)
+        assert load_model(tmp_path / "other")
+
+    def test_overwrite_knows_conversions_without_a_list(self, source, tmp_path):
+        (source / "tokenizer.json").write_text("{}")
+        target = convert(str(source), tmp_path / "out", recipe="4bit")
+        index = json.loads((target / INDEX).read_text())
+        assert index["metadata"].pop("files") == ["tokenizer.json"]
+        (target / INDEX).write_text(json.dumps(index))
+        convert(str(source), target, recipe="8bit", overwrite=True)
+        assert (target / "tokenizer.json").exists()
+
+    def test_a_result_without_a_journal_is_not_ours(self, source, tmp_path):
+        (tmp_path / "out.partial" / "result").mkdir(parents=True)
+        (tmp_path / "out.partial" / "result" / "thesis.txt").write_text("x")
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(UserError, match="out.partial is in the way and is not ours"):
+                convert(str(source), tmp_path / "out", **options)
+        assert (tmp_path / "out.partial" / "result" / "thesis.txt").exists()
+
+    def test_apple_doubles_are_not_copied(self, source, tmp_path):
+        (source / "._config.json").write_bytes(b"attributes")
+        target = convert(str(source), tmp_path / "out")
+        assert not list(target.glob("._*"))
 
     def test_neighbours_are_spared(self, source, tmp_path):
         for name in ("out.old", "out.partial"):
@@ -505,7 +536,7 @@ class TestBadInput:
         shutil.copytree(source, tmp_path / "outer" / "inner")
         outer = tmp_path / "outer"
         for hf_path, mlx_path in ((source, source), (source, source / "inside"), (outer / "inner", outer)):
-            with pytest.raises(UserError, match="lie in each other|is no checkpoint"):
+            with pytest.raises(UserError, match="lie in each other|is not overwritten"):
                 convert(str(hf_path), mlx_path, overwrite=True)
         assert load_model(source)
         assert load_model(tmp_path / "outer" / "inner")

@@ -10,10 +10,11 @@ import pytest
 from drafter.projection import project
 from mlx_diffgemma import cost
 from mlx_diffgemma import estimate as estimating
-from mlx_diffgemma.config import read_json, released_config
+from mlx_diffgemma.config import released_config
 from mlx_diffgemma.device import compute_dtype
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.estimate import CHIPS, chip_named, estimate, measure
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.recipes import RECIPES
 from tests.test_cli import run
 

@@ -51,6 +51,39 @@ def test_intervals():
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
 
 
+def test_seeds_of_a_question_count_as_one():
+    """Answers to one question under several seeds are no independent evidence: the interval is that of the questions."""
+    task = Task("t", lambda _: [])
+    question = Question([{"role": "user", "content": "a"}], lambda text: Mark(1.0))
+    right = [1, 0, 1, 1, 0, 1, 1, 1]
+    once, thrice = (_result(task, [_Answer(question, Mark(float(score)), None) for _ in range(seeds) for score in right], 8)
+                    for seeds in (1, 3))
+    assert (once.answers, thrice.answers) == (8, 24)
+    assert (thrice.score, thrice.low, thrice.high) == (once.score, once.low, once.high)
+    # Question by question: one that is right under two of three seeds counts two thirds.
+    mixed = _result(task, [_Answer(question, Mark(float(score)), None) for score in (1, 0, 1, 1, 0, 1)], 2)
+    assert (mixed.low, mixed.high) == _wilson(np.array([2 / 3, 2 / 3]))
+
+
+def test_no_two_questions_share_their_seeds(random_pair, monkeypatch):
+    """Neither those beside each other nor the same one under another seed; a choice is read off several canvases of noise."""
+    from mlx_diffgemma.evaluation import run as module
+
+    read = []
+    real = module.read_labels
+
+    def reading(model, prompt, labels, canvases, count, seed):
+        read.append(range(seed, seed + count))
+        return real(model, prompt, labels, canvases, count, seed)
+
+    monkeypatch.setattr(module, "read_labels", reading)
+    questions = [Question([{"role": "user", "content": str(n)}], lambda text: Mark(1.0), choices=("a", "b")) for n in range(3)]
+    evaluate(*random_pair, [Task("t", lambda _: questions)], limit=3, seeds=[0, 1])
+    numbers = [number for each in read for number in each]
+    assert len(read) == 6
+    assert len(set(numbers)) == len(numbers)
+
+
 def test_a_task_gives_all_it_has():
     (task,) = tasks_named("add")
     assert 500 < len(task.questions(5000)) < 5000

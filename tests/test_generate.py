@@ -19,6 +19,8 @@ from mlx_diffgemma import (
     stream_generate,
     user_message,
 )
+from mlx_diffgemma.autoregressive import CausalPolicy, causal_sessions, draw_positions
+from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.options import REFUSED
 from mlx_diffgemma.request import token_limit
 from mlx_diffgemma.session import Loop
@@ -119,6 +121,20 @@ class TestCausalMode:
         assert all(len(r.tokens) == 1 for r in responses)
         assert float(mx.exp(responses[0].logprobs).sum()) == pytest.approx(1, abs=1e-4)
         assert responses[-1].finish_reason == "stop"
+
+    def test_every_position_has_its_own_random_number(self, random_pair):
+        """Also in the second block: position p is drawn with u of position p, not with that of the block's first token."""
+        model, _ = random_pair
+        policy, draws = CausalPolicy(temperature=1.0), Draws(5, model.config.text.vocab_size)
+        (session,) = causal_sessions(model, [[7, 8]], policy, [draws], (), [6])
+        flat = mx.zeros((3, model.config.text.vocab_size))
+        drawn = []
+        for done in (0, 3):
+            session.tokens = [0] * done
+            drawn += draw_positions(flat, [session], [3]).tolist()
+        u = draws.step(0, 0, 0, 0, 6).u
+        assert drawn == pytest.approx((u * model.config.text.vocab_size).tolist(), abs=1)
+        assert len(set(drawn)) == 6
 
     def test_options_of_canvases_are_refused(self, nano_pair):
         with pytest.raises(UserError, match="max_denoising_steps has no meaning"):
@@ -282,16 +298,16 @@ class TestBadInput:
             token_limit(8000, 193, 64, 8192)
 
 
-def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocated(nano_pair, monkeypatch):
+def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocated(nano_float32, monkeypatch):
     from mlx_diffgemma import device
 
     monkeypatch.setattr(device, "memory_limit", lambda: 12_000_000)
-    monkeypatch.setattr(type(nano_pair[0]), "encode", lambda *a, **k: pytest.fail("something was computed"))
+    monkeypatch.setattr(type(nano_float32[0]), "encode", lambda *a, **k: pytest.fail("something was computed"))
     # 9 MB of weights, 4 of cache, and 13 of the experts' results for a chunk of the prompt.
     with pytest.raises(UserError, match=r"A prompt of 6,000 tokens needs 0\.03 GB, this machine allows 0\.01 GB; shorten it"):
-        stream_generate(*nano_pair, [30] * 6000)
+        stream_generate(*nano_float32, [30] * 6000)
     with pytest.raises(UserError, match="Running 3 prompts of up to 6,000 tokens together needs .*take fewer at once"):
-        batch_generate(*nano_pair, [[30] * 6000] * 3)
+        batch_generate(*nano_float32, [[30] * 6000] * 3)
 
 
 def test_room_for_the_tower(nano_pair, monkeypatch):

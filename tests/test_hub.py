@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,13 @@ def test_what_is_local():
     for name in ("nothing", "./a/b", "/a", "a/b/c"):
         with pytest.raises(UserError, match="There is no folder"):
             hub.resolve(name)
+
+
+def test_all_that_a_tokenizer_needs_is_downloaded():
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt", "config.json",
+             "model.safetensors.index.json", "LICENSE", "README.md")
+    for name in names:
+        assert any(fnmatch(name, pattern) for pattern in hub.SMALL), name
+    assert any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in hub.WANTED)
+    assert not any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in hub.SMALL)
+    assert set(hub.SMALL) < set(hub.WANTED)

@@ -206,9 +206,13 @@ class TestRefused:
         with pytest.raises(UserError, match=f"{tmp_path} is a folder"):
             open_image(tmp_path)
 
-    def test_a_file_that_does_not_end(self, monkeypatch):
+    def test_a_file_that_does_not_end(self, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "FILE_LIMIT", 3_000_000)
-        with pytest.raises(UserError, match="zero is larger than 3 MB"):
+        with (tmp_path / "long.png").open("wb") as file:
+            file.truncate(3_000_001)
+        with pytest.raises(UserError, match="long.png is larger than 3 MB"):
+            open_image(tmp_path / "long.png")
+        with pytest.raises(UserError, match="/dev/zero is a device"):
             open_image("/dev/zero")
 
     def test_files_where_they_are_not_allowed(self, tmp_path):

@@ -1,14 +1,21 @@
 """From jsonl files to an adapter on disk and back into an answer; what is wrong is told in one sentence."""
 
 import csv
+import errno
 import json
+import os
 
 import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import chat_ids, generate, load
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import write_tensors
+from mlx_diffgemma.storage import read_tensors
+from mlx_diffgemma.tuning.commands import OWN, _options
 from mlx_diffgemma.tuning.data import load_split, load_splits
+from mlx_diffgemma.tuning.run import Run, TuningOptions, check_target, read_config
+from mlx_diffgemma.weights import load_model
 from tests.test_cli import run
 
 SMALL = ["--iters", "4", "--batch-size", "2", "--num-layers", "1", "--canvas-length", "8", "--learning-rate", "1e-3",
@@ -122,7 +129,7 @@ class TestCommand:
         ([], "Nothing to do"), (["--train", "--rank", "0"], "rank"), (["--train", "--num-layers", "7"], "exceeds the 6 layers"),
         (["--train", "--optimizer", "lion"], "Unknown optimizer"), (["--train", "--canvas-length", "65"], "exceeds the 64"),
         (["--train", "--batch-size", "0"], "batch_size"), (["--train", "--fine-tune-type", "prefix"], "lora, dora, full"),
-        (["--train", "-c", "nowhere.yaml"], "There is no file nowhere.yaml"), (["--test"], "has no test.jsonl"),
+        (["--train", "-c", "nowhere.yaml"], "nowhere.yaml cannot be read"), (["--test"], "has no test.jsonl"),
         (["--train", "--canvas-weight", "-1"], "negative"),
         (["--train", "--resume-adapter-file", "x.safetensors"], "cannot be read")])
     def test_refusals(self, monkeypatch, capsys, tmp_path, arguments, says):
@@ -130,11 +137,142 @@ class TestCommand:
         code, _, err = self.lora(monkeypatch, capsys, tmp_path, *arguments)
         assert (code, says in err) == (2, True), err
 
+    @pytest.mark.parametrize("text", ["seed: null\nlr_schedule: null\noptimizer_config:\nlora_parameters: null",
+                                      "report_to: null\nproject_name: x\ntest_batches: -1\nclear_cache_threshold: 0\nconfig:"],
+                             ids=["null", "mlx-lm's own"])
+    def test_what_changes_nothing_passes(self, text, tmp_path):
+        (tmp_path / "c.yaml").write_text(text)
+        assert TuningOptions.from_mapping(read_config(tmp_path / "c.yaml"), "c.yaml") == TuningOptions()
+
+    def test_the_model_of_the_command_line_goes_before_that_of_the_file(self, tmp_path):
+        (tmp_path / "c.yaml").write_text("model: elsewhere\ntrain: true\n")
+        given = dict.fromkeys(OWN) | {"config": tmp_path / "c.yaml", "train": False}
+        assert _options(given)[1]["model"] == "elsewhere"
+        assert _options(given | {"model": "nano"})[1]["model"] == "nano"
+
+    def test_no_batches_of_validation_are_no_validation(self, monkeypatch, capsys, tmp_path):
+        write(tmp_path / "data", train=PAIRS, valid=PAIRS[:2])
+        (tmp_path / "c.yaml").write_text("val_batches: 0\n")
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "--iters", "1", "-c", str(tmp_path / "c.yaml"))
+        assert (code, "valid: loss" in err) == (0, False), err
+
     @pytest.mark.parametrize(("text", "says"), [
-        ("rnak: 3", "Unknown option 'rnak'"), ("- a", "must hold options"), ("a: [", "not valid YAML"),
-        ("lora_parameters: {rank: 8, alpha: 16}", "scale"), ("lr_schedule: {name: zigzag, arguments: [1]}", "lr_schedule")])
+        ("rnak: 3", "c.yaml: unknown option 'rnak'"), ("- a", "must hold options"), ("a: [", "not valid YAML"),
+        ("lora_parameters: {rank: 8, alpha: 16}", "scale"), ("lr_schedule: {name: zigzag, arguments: [1]}", "lr_schedule"),
+        ("lr_schedule: {name: cosine_decay, arguments: [a, b]}", "lr_schedule"),
+        ("optimizer: adamw\noptimizer_config: {adamw: {betas: 3, colour: red}}", "optimizer_config"),
+        ("optimizer: adamw\noptimizer_config: {adamw: {betas: [0.9]}}", "optimizer_config"),
+        ("lr_schedule: {name: cosine_decay, arguments: [{}, 3]}", "lr_schedule"),
+        ("mask_prompt: 'false'", "c.yaml: mask_prompt must be true or false, got 'false'"),
+        ("train: 'no'", "c.yaml: train must be true or false, got 'no'"),
+        ("model: [nano]", "c.yaml: model must be a text"),
+        ("learning_rate: '1e-5'", "c.yaml: learning_rate must be a number, got '1e-5'"),
+        ("learning_rate: .inf", "c.yaml: learning_rate must be a number"),
+        ("iters: '10'", "c.yaml: iters must be a whole number, got '10'"),
+        ("iters: 2.5", "c.yaml: iters must be a whole number, got 2.5"),
+        ("seed: -1", "seed must be a whole number from 0"),
+        ("val_batches: -2", "val_batches must be -1 (all), 0 (no validation) or more"),
+        ("lora_parameters: 8", "lora_parameters must hold named values, got 8"),
+        ("report_to: wandb", "unknown option 'report_to'"),
+        ("1: 2", "must hold options by name"),
+        pytest.param("iters: " + "9" * 5000, "not valid YAML", id="5,000 digits"),
+        pytest.param("[" * 3000, "not valid YAML", id="nested")])
     def test_wrong_files(self, monkeypatch, capsys, tmp_path, text, says):
         write(tmp_path / "data", train=PAIRS)
         (tmp_path / "c.yaml").write_text(text)
         code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train", "-c", str(tmp_path / "c.yaml"))
         assert (code, says in err) == (2, True), err
+
+    def test_the_target_is_checked_before_the_work(self, monkeypatch, capsys, tmp_path):
+        def never(*_arguments, **_options):
+            raise AssertionError("the model was loaded")
+
+        monkeypatch.setattr("mlx_diffgemma.tuning.commands.load", never)
+        (tmp_path / "out").write_text("a file")
+        code, _, err = self.lora(monkeypatch, capsys, tmp_path, "--train")
+        assert (code, "out cannot be made" in err) == (2, True), err
+
+    @pytest.mark.parametrize(("files", "says"), [
+        ({"thesis.txt": "x"}, "did not write, such as thesis.txt"),
+        ({"adapter_config.json": "{}"}, "holds an adapter already"),
+        ({"adapter_config.json": '{"mlx_diffgemma": {}}', "adapters.safetensors": "x"}, "holds an adapter already"),
+        ({"adapter_config.json": '{"mlx_diffgemma": {}}', "state.safetensors": "x"}, "holds a run already"),
+        ({"adapter_config.json": '{"mlx_diffgemma": {}}'}, None), ({}, None), ({".DS_Store": "x"}, None)])
+    def test_folders_of_others_stay(self, tmp_path, files, says):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        options = TuningOptions(adapter_path=str(tmp_path))
+        if says is None:
+            assert check_target(options, resume=False) == tmp_path
+        else:
+            with pytest.raises(UserError, match=says):
+                check_target(options, resume=False)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+    def test_a_home_in_a_path(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert check_target(TuningOptions(adapter_path="~/x"), resume=False) == tmp_path / "x"
+
+
+RESUMED = {"iters": 4, "batch_size": 2, "canvas_length": 8, "num_layers": 1, "learning_rate": 1e-3}
+
+
+class TestResume:
+    """Only the same run goes on."""
+
+    def prepared(self, folder, tokenizer, path, resume=True, **changes):
+        given = {"data": str(path / "data"), "adapter_path": str(path / "out"), **RESUMED, **changes}
+        model = load_model(folder, "float32")
+        if given.pop("other_base", False):
+            expert = model.layers[0].experts.down_proj
+            expert.weight[0, 0, 0] += 1
+        return Run.prepare(model, tokenizer, TuningOptions.from_mapping(given), "m", resume)
+
+    @pytest.fixture
+    def begun(self, random_folder, random_pair, tmp_path):
+        write(tmp_path / "data", train=PAIRS)
+        run = self.prepared(random_folder, random_pair[1], tmp_path, resume=False)
+        run.trainer.iteration = 2
+        run.save()
+        return lambda **changes: self.prepared(random_folder, random_pair[1], tmp_path, **changes)
+
+    def test_the_same_goes_on(self, begun):
+        assert begun(iters=6, save_every=7, steps_per_report=3).trainer.iteration == 2
+
+    @pytest.mark.parametrize(("changes", "says"), [
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001, is 0.002"), ({"batch_size": 1}, "batch_size was 2, is 1"),
+        ({"seed": 1}, "seed was 0, is 1"), ({"optimizer": "sgd"}, "optimizer was Adam, is SGD"), ({"other_base": True}, "model"),
+        ({"lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 10.0}}, "lora_parameters"),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 4]}}, "lr_schedule"),
+        ({"optimizer_config": {"adam": {"betas": [0.8, 0.9]}}}, "optimizer_config"),
+        ({"grad_accumulation_steps": 2}, "grad_accumulation_steps was 1, is 2"), ({"max_grad_norm": 0.5}, "max_grad_norm"),
+        ({"mask_prompt": True}, "mask_prompt was False, is True"), ({"canvas_weight": 0.5}, "canvas was 1.0, is 0.5"),
+        ({"max_seq_length": 20}, "data")])
+    def test_another_run_does_not(self, begun, changes, says):
+        with pytest.raises(UserError, match=f"belongs to a run with other options .*{says}"):
+            begun(**changes)
+
+    def test_nor_do_other_examples(self, begun, tmp_path):
+        write(tmp_path / "data", train=[*PAIRS[:-1], {**PAIRS[-1], "completion": "8"}])
+        with pytest.raises(UserError, match=r"other options .data"):
+            begun()
+
+    def test_a_state_of_an_earlier_version_is_told(self, begun, tmp_path):
+        tensors, metadata = read_tensors(tmp_path / "out" / "state.safetensors")
+        mx.eval(tensors)
+        write_tensors(tmp_path / "out" / "state.safetensors", tensors, {**metadata, "run": "[1]"})
+        with pytest.raises(UserError, match="other options, or of an earlier version"):
+            begun()
+
+    def test_a_full_disk_leaves_the_last_checkpoint(self, begun, tmp_path, monkeypatch):
+        run = begun()
+        before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        run.trainer.iteration = 3
+
+        def full(_descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            run.save()
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -146,13 +146,13 @@ class TestRowBlocks:
 
     def run(self, model, monkeypatch, scores=None):
         """(logits of the prompt and of a canvas, the largest score array of each kind of call)"""
-        calls, attention = [], mx.fast.scaled_dot_product_attention
+        calls, attention = [], layers.attention
 
-        def spy(queries, keys, values, **options):
+        def spy(queries, keys, values, mask):
             calls.append((queries.shape[1] * queries.shape[2] * keys.shape[2], queries.shape[2], keys.shape[2]))
-            return attention(queries, keys, values, **options)
+            return attention(queries, keys, values, mask)
 
-        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+        monkeypatch.setattr(layers, "attention", spy)
         if scores is not None:
             monkeypatch.setattr(layers, "SCORES", scores)
         cache = Cache(model.config.text)

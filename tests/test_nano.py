@@ -108,7 +108,7 @@ class TestContract:
             sequence, denoised, _ = network(torch.tensor(ids)[None], torch.tensor(canvas)[None], torch.tensor([80]),
                                             torch.tensor(soft))
             causal, logits = network.head(sequence)[0].numpy(), network.head(denoised)[0].numpy()
-        model = load_model(nano.FOLDER)
+        model = load_model(nano.FOLDER, "float32")
         cache = Cache(model.config.text)
         ours = model.encode([mx.array(ids[:80])], [cache], logits="all").logits[0]
         np.testing.assert_allclose(np.array(ours), causal[:80], atol=2e-4)

@@ -1,16 +1,21 @@
 """What a next turn encodes, that nothing else changes, and which files are refused."""
 
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma import PromptCache, chat_ids, generate, nano, stream_generate
+from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.convert import convert
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.policy import ReferencePolicy
 from mlx_diffgemma.session import Loop, Session
+from mlx_diffgemma.tuning.adapters import AdapterOptions, prepare
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 from tests.test_cli import run
@@ -128,6 +133,116 @@ class TestReuse:
         assert [s.length for s in cache.snapshots] == [120]
 
 
+class TestTwoAtOnce:
+    """Generators taken in turn on one cache say what each says alone."""
+
+    @pytest.mark.parametrize("prompts", [(LONG, LONG), (LONG, LONG[:90] + LONG[100:]), (LONG[:90] + LONG[100:], LONG)])
+    def test_in_turn(self, random_pair, prompts):
+        cache = PromptCache(random_pair[0])
+        turn(random_pair, LONG[:90], cache, max_tokens=16, max_denoising_steps=1)  # a snapshot that both share
+
+        def stream(ids):
+            return stream_generate(*random_pair, ids, seed=3, prompt_cache=cache, max_denoising_steps=2, max_tokens=64)
+
+        streams = [stream(ids) for ids in prompts]
+        found = [[], []]
+        for parts in itertools.zip_longest(*streams):
+            for tokens, part in zip(found, parts, strict=True):
+                tokens += part.tokens if part else []
+        assert found == [turn(random_pair, ids, max_denoising_steps=2, max_tokens=64) for ids in prompts]
+
+    def test_the_later_one_is_kept(self, random_pair):
+        cache = PromptCache(random_pair[0])
+        first = stream_generate(*random_pair, LONG[:90], seed=3, prompt_cache=cache, max_denoising_steps=2, max_tokens=64)
+        next(first)
+        turn(random_pair, LONG[:120], cache, max_tokens=16)
+        for _ in first:
+            pass
+        turn(random_pair, LONG, cache, max_tokens=16)
+        assert cache.reused == 120
+
+    def test_one_after_the_other_copies_nothing(self, random_pair, monkeypatch):
+        cache = PromptCache(random_pair[0])
+        turn(random_pair, LONG[:90], cache, max_tokens=16)
+        monkeypatch.setattr(Cache, "copy", None)
+        turn(random_pair, LONG[:120], cache, max_tokens=16)
+        assert cache.reused == 90
+
+
+def adapted(folder, scale=20.0, seed=0):
+    """A model with an adapter on all layers that changes what it computes."""
+    model = load_model(folder, "float32")
+    prepare(model, AdapterOptions(num_layers=-1, lora_parameters={"rank": 2, "dropout": 0.0, "scale": scale}))
+    found = [(name, mx.random.normal(array.shape, key=mx.random.key(seed)) if name.endswith("lora_b") else array)
+             for name, array in tree_flatten(model.trainable_parameters())]
+    model.update(tree_unflatten(found))
+    model.eval()
+    return model
+
+
+class TestWhoseItIs:
+    def test_adapters_on_all_layers(self, random_folder, random_pair, tmp_path):
+        model = adapted(random_folder)
+        pair = model, random_pair[1]
+        cache = PromptCache(model)
+        turn(pair, LONG[:90], cache, max_tokens=16)
+        cache.save(tmp_path / "c", random_pair[1])
+        loaded = PromptCache.load(tmp_path / "c", model, random_pair[1])
+        assert turn(pair, LONG, loaded, max_tokens=16) == turn(pair, LONG, max_tokens=16)
+        assert loaded.reused == 90
+
+    @pytest.mark.parametrize("change", ["base", "seed", "scale", "one weight", "one layer"])
+    def test_another_model_is_refused(self, random_folder, random_pair, tmp_path, change):
+        """Whatever makes the keys and values: an adapter, its scale, one number of any layer."""
+        tokenizer = random_pair[1]
+        model = adapted(random_folder)
+        cache = PromptCache(model)
+        turn((model, tokenizer), LONG[:90], cache, max_tokens=16, max_denoising_steps=1)
+        cache.save(tmp_path / "c", tokenizer)
+        if change == "base":
+            other = load_model(random_folder, "float32")
+        else:
+            other = adapted(random_folder, 10.0 if change == "scale" else 20.0, change == "seed")
+        if change.startswith("one"):
+            layer = other.layers[1 if change == "one layer" else 0]
+            layer.experts.down_proj.weight[1, 3, 5] += 0.25
+        with pytest.raises(UserError, match="another model, adapter or precision"):
+            PromptCache.load(tmp_path / "c", other, tokenizer)
+        with pytest.raises(UserError, match="another model"):
+            turn((other, tokenizer), LONG, cache)
+
+    def test_the_same_model_loaded_again_is_the_same(self, random_folder, random_pair, tmp_path):
+        tokenizer = random_pair[1]
+        model, again = load_model(random_folder, "float32"), load_model(random_folder, "float32")
+        cache = PromptCache(model)
+        turn((model, tokenizer), LONG[:90], cache, max_tokens=16, max_denoising_steps=1)
+        cache.save(tmp_path / "c", tokenizer)
+        assert PromptCache.load(tmp_path / "c", again, tokenizer).cache.length == 90
+        turn((again, tokenizer), LONG, cache, max_tokens=16, max_denoising_steps=1)
+        assert cache.reused == 90
+
+    def test_another_quantisation_is_another_model(self, divisible_folder, tmp_path):
+        packed = convert(str(divisible_folder), tmp_path / "4bit", recipe="4bit")
+        plain = convert(str(packed), tmp_path / "plain", dequantize=True, dtype="float32")
+        found = {PromptCache(load_model(folder, "float32")).model_id for folder in (divisible_folder, packed, plain)}
+        assert len(found) == 3
+
+    def test_an_earlier_format_is_refused(self, random_pair, tmp_path):
+        mx.save_safetensors(str(tmp_path / "c.safetensors"), {"0.keys": mx.zeros((1,))},
+                            {"format": "mlx-diffgemma cache 1", "length": "1"})
+        with pytest.raises(UserError, match="not a cache file of this version"):
+            PromptCache.load(tmp_path / "c.safetensors", *random_pair)
+
+    @pytest.mark.parametrize("ids", ["[1, 2]", "[", '["a"]', "[" * 5000, "{}", ""])
+    def test_ids_that_do_not_fit(self, random_pair, tmp_path, ids):
+        model, tokenizer = random_pair
+        cache = PromptCache(model)
+        turn(random_pair, LONG[:90], cache, max_tokens=16, max_denoising_steps=1)
+        cache.cache.save(tmp_path / "c", {"model": cache.model_id, "ids": ids})
+        with pytest.raises(UserError, match="is damaged|is not valid JSON"):
+            PromptCache.load(tmp_path / "c", model, tokenizer)
+
+
 class TestFile:
     def test_goes_on_in_another_process(self, random_pair, tmp_path):
         model, tokenizer = random_pair
@@ -152,7 +267,7 @@ class TestFile:
         with pytest.raises(UserError, match="another model"):
             PromptCache.load(path, load_model(make_checkpoint(tmp_path / "m", "divisible")), tokenizer)
         with pytest.raises(UserError, match="another model"):
-            PromptCache.load(path, load_model(nano.FOLDER, "bfloat16"), tokenizer)
+            PromptCache.load(path, load_model(nano.FOLDER, "float16"), tokenizer)
         with pytest.raises(UserError, match="another model"):
             turn((tiny, tokenizer), [5, 6, 7], cache)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import truncation
 from mlx_diffgemma.sampler import (
     CHUNK,
     Before,
@@ -11,6 +12,7 @@ from mlx_diffgemma.sampler import (
     StepNumbers,
     accept,
     draw_next,
+    few_candidates,
     first_position,
     inverse_cdf,
     is_stable,
@@ -22,10 +24,11 @@ from mlx_diffgemma.sampler import (
 NEVER = -mx.ones((1, 1, 4), dtype=mx.int32)
 
 
-def numbers(temperature=1.0, bound=0.1, confidence=0.005, greedy=False, top_k=None, top_p=None, rows=1):
+def numbers(temperature=1.0, bound=0.1, confidence=0.005, greedy=False, top_k=None, top_p=None, min_p=None, rows=1):
     return StepNumbers(mx.full((rows,), temperature), mx.full((rows,), bound), mx.full((rows,), confidence),
                        mx.array([greedy] * rows), None if top_k is None else mx.array([top_k] * rows),
-                       None if top_p is None else mx.array([top_p] * rows))
+                       None if top_p is None else mx.array([top_p] * rows),
+                       min_p=None if min_p is None else mx.array([min_p] * rows))
 
 
 def before(shape, history, canvas=None, accepted=None):
@@ -124,6 +127,48 @@ class TestTruncate:
         rows = mx.concatenate([self.P, self.P])
         got = truncate(rows, StepNumbers(*[mx.ones((2,))] * 3, mx.array([False, False]), mx.array([0, 1])))
         assert (np.array(got) > 0).sum(-1).tolist() == [[4], [1]]
+
+    @pytest.mark.parametrize("total", [1e-3, 2.5, 40.0])
+    def test_weights_of_any_total(self, total):
+        for top_p, kept in ((0.95, 4), (0.85, 3), (0.5, 2), (0.39, 1)):
+            assert (np.array(truncate(self.P * total, numbers(top_p=top_p))) > 0).sum() == kept
+
+    def test_equal_weights_stay_or_go_together(self):
+        equal = mx.array([[[0.125, 0.375, 0.125, 0.375]]])
+        kept = [False, True, False, True]
+        for options in ({"top_k": 1}, {"top_p": 0.1}, {"top_p": 0.75}, {"min_p": 0.5}):
+            assert (np.array(truncate(equal, numbers(**options)))[0, 0] > 0).tolist() == kept, options
+        assert (np.array(truncate(equal, numbers(top_p=0.76))) > 0).all()
+
+    @pytest.mark.parametrize("vocabulary", [5, 301, 2048, 5000])
+    @pytest.mark.parametrize("top_k", [[0] * 4, [3, 0, 64, 1], [100, 65, 200, 0], [1, 2, 3, 4]])
+    @pytest.mark.parametrize("top_p", [[1.0] * 4, [0.95, 0.5, 1.0, 0.01], [0.999999, 0.9, 0.25, 0.1]])
+    def test_as_by_sorting(self, vocabulary, top_k, top_p):
+        """What sorting all weights in float64 keeps, each row by its own numbers, equal weights among them."""
+        rng = np.random.default_rng(vocabulary)
+        weights = np.exp(rng.normal(0, 4, (4, 4, vocabulary))).astype(np.float32)
+        weights /= weights.max(axis=-1, keepdims=True)
+        weights[:, :2] = np.round(weights[:, :2] * 64) / 64
+        min_p = [0.0, 0.1, 0.0, 1.0]
+        got = truncate(mx.array(weights), StepNumbers(*[mx.ones((4,))] * 3, top_k=mx.array(top_k), top_p=mx.array(top_p),
+                                                      min_p=mx.array(min_p), few=few_candidates(top_k)))
+        for row, (k, p, share) in enumerate(zip(top_k, top_p, min_p)):
+            for own, found in zip(weights[row].astype(np.float64), np.array(got)[row]):
+                rising = np.sort(own)
+                least = max(rising[-min(k, vocabulary)] if k else 0.0, float(np.float32(share)) * rising[-1])
+                dropped = np.cumsum(rising) - rising
+                if p < 1:
+                    least = max(least, rising[(dropped <= (1 - float(np.float32(p))) * own.sum()).sum() - 1])
+                np.testing.assert_array_equal(found, np.where(own >= least, own, 0))
+
+    def test_nothing_is_sorted_as_a_whole(self, monkeypatch):
+        sizes, sort = [], mx.sort
+        monkeypatch.setattr(mx, "sort", lambda x, axis: sizes.append(x.shape[-1]) or sort(x, axis=axis))
+        monkeypatch.setattr(mx, "argsort", None)
+        weights = mx.random.uniform(shape=(1, 2, 9000))
+        for options in ({"top_k": 70}, {"top_p": 0.9}):
+            mx.eval(truncate(weights, numbers(**options)))
+        assert max(sizes) <= truncation.SLICE
 
     def test_acceptance_looks_at_the_whole_distribution(self):
         logits = np.zeros((1, 4, 50))

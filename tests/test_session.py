@@ -212,6 +212,27 @@ def test_temperatures_of_the_schedule():
     assert policy(max_steps=4, temperature=0.0).schedule(0) == pytest.approx(0.8), "greedy keeps the schedule"
 
 
+@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": 90, "top_p": 0.9}])
+def test_a_truncated_draw_is_one_of_the_masked_distribution(tiny, options):
+    """Token by token the inverse cumulative distribution of what top_k and top_p leave, at the request's own numbers."""
+    s = session(tiny, 0, max_tokens=24, entropy_bound=1e9, **options)
+    logits = np.random.default_rng(0).normal(0, 2, (24, 301)).astype(np.float32)
+    canvas = np.array(run(Scripted(tiny, [logits[None]] * 6), [s])[0][0][2])
+    scaled = logits.astype(np.float64) / 0.8
+    weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    rising = np.sort(weights, axis=-1)
+    below = (np.cumsum(rising, axis=-1) - rising <= 1 - options.get("top_p", 1.0) + 1e-12).sum(axis=-1) - 1
+    least = np.take_along_axis(rising, below[:, None], axis=-1)
+    least = np.maximum(least, rising[:, [-options.get("top_k", 301)]])
+    weights[weights < least] = 0
+    running = np.cumsum(weights, axis=-1)
+    u = Draws(0, 301).step(0, 0, 0, 0, 24).u[:, None] * running[:, -1:]
+    assert np.abs(running - u).min() > 1e-6, "no draw hangs on rounding"
+    assert canvas.tolist() == (running <= u).sum(axis=-1).tolist()
+    assert (canvas != scaled.argmax(axis=-1)).sum() > 6, "varied"
+
+
 def test_non_finite_logits_stop_the_run(tiny):
     bad = UNSURE.copy()
     bad[0, 3, 4] = np.nan
@@ -226,3 +247,18 @@ def test_non_finite_logits_stop_the_run(tiny):
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(UserError):
         policy(**{name: value})
+
+
+def test_what_a_canvas_took_is_counted_for_each_canvas_alone(tiny):
+    """Drafter passes and judged rows of one canvas are not those of the next."""
+    own, taken = session(tiny, 0, max_tokens=48, eos=()), {"passes": 3, "judged": 2, "judged_rows": 48}
+    loop = Loop(tiny, [own])
+    while loop.active:
+        if own.canvas is not None and own.step == 1:
+            for name, value in taken.items():
+                setattr(own, name, value * (1 + own.canvas_index))
+        loop.advance()
+    assert len(own.canvases) == 2
+    for index, canvas in enumerate(own.canvases):
+        assert {name: getattr(canvas, name) for name in taken} == {name: value * (1 + index) for name, value in taken.items()}
+    assert {name: getattr(own, name) for name in taken} == dict.fromkeys(taken, 0)

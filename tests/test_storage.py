@@ -109,3 +109,56 @@ def test_a_file_that_shrinks_while_it_is_read(folder):
         tensor.rows(0, 4)
 
 
+
+
+def two(folder, first, second, mapping=None):
+    """A folder of two files with these tensors, and an index if there is a mapping."""
+    for number, tensors in enumerate((first, second), 1):
+        mx.save_safetensors(str(folder / f"model-{number}.safetensors"), tensors)
+    if mapping is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+
+
+@pytest.mark.parametrize("mapping", [None, {"a": "model-1.safetensors", "b": "model-2.safetensors"}])
+def test_a_tensor_in_two_files(tmp_path, mapping):
+    two(tmp_path, {"a": mx.zeros((2,))}, {"a": mx.ones((2,)), "b": mx.ones((2,))}, mapping)
+    with pytest.raises(UserError, match=r"tensor 'a' is in both model-1.safetensors and model-2.safetensors"):
+        read_headers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/model.safetensors", "../model-1.safetensors", "a/../../b", "a\\b", "", "a\0b"])
+def test_an_index_that_leads_out_of_its_folder(tmp_path, name):
+    two(tmp_path, {"a": mx.zeros((2,))}, {"b": mx.ones((2,))}, {"a": name})
+    with pytest.raises(UserError, match="does not lie in that folder"):
+        read_headers(tmp_path)
+
+
+@pytest.mark.parametrize("second", [[0, 8], [4, 12], [0, 4]])
+def test_tensors_that_share_bytes(folder, second):
+    size = second[1] - second[0]
+    entries = {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},
+               "b": {"dtype": "U8", "shape": [size], "data_offsets": second}}
+    header = json.dumps(entries).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0" * 64)
+    with pytest.raises(UserError, match=r"'[ab]' and '[ab]' overlap"):
+        read_headers(folder)
+
+
+def test_a_name_that_stands_twice_in_a_header(folder):
+    entry = b'"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}'
+    header = b"{" + entry + b", " + entry + b"}"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0" * 64)
+    with pytest.raises(UserError, match="names 'a' twice"):
+        read_headers(folder)
+
+
+def test_a_header_that_nests_without_end(folder):
+    header = b"[" * 100_000
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="damaged or cut off"):
+        read_headers(folder)
+
+
+def test_apple_doubles_are_no_weights(folder):
+    (folder / "._model.safetensors").write_bytes(b"attributes")
+    assert read_headers(folder).keys() == {"a", "b"}

@@ -94,6 +94,18 @@ class TestTextStream:
         assert [stream.feed([token]) for token in ids] == ["", "", "鷹"]
 
 
+    def test_the_replacement_character_itself_is_not_held_back(self):
+        """What a model writes may hold it; only the first bytes of a character are waited for."""
+        ids = encode("a\ufffd")
+        stream = TextStream(FAST)
+        assert "".join(stream.feed([token]) for token in ids) == "a\ufffd"
+        assert stream.feed(encode("b")) == "b"
+        broken = TextStream(FAST)
+        assert broken.feed([FAST.get_vocab()["<0xFF>"]]) == "\ufffd", "no character begins with this byte"
+        assert broken.feed([FAST.get_vocab()["<0xE9>"]]) == ""
+        assert broken.finish().endswith("\ufffd")
+
+
 def parse(text, size=None):
     """Parse ``text`` fed whole, or ``size`` ids at a time."""
     parser, ids = ResponseParser(FAST), encode(text)

@@ -208,11 +208,13 @@ class TestCommand:
         (["--trace", "answer.txt"], "answer.txt must end in .html or .jsonl"),
         (["--trace", "/no/such/folder/a.html"], "there is no folder /no/such/folder"),
         (["--trace", "folder.html"], "folder.html cannot be written"),
+        (["--trace", "diary.html"], "diary.html is no trace and stays as it is"),
         (["--trace", "a.html", "--mode", "ar"], "mode 'ar' runs none"),
     ])
     def test_refused_before_anything_is_loaded(self, monkeypatch, capsys, tmp_path, arguments, says):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "folder.html").mkdir()
+        (tmp_path / "diary.html").write_text("<p>Dear diary")
         monkeypatch.setattr("mlx_diffgemma.cli.load", lambda *_, **__: pytest.fail("loaded"))
         code, out, err = command(monkeypatch, capsys, "-p", "fox", *arguments)
         assert (code, out) == (2, "")

@@ -42,13 +42,15 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("lora", "at"), [(DROPOUT, 4), pytest.param(None, 4, marks=pytest.mark.slow),
-                                          pytest.param(DROPOUT, 1, marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at):
+@pytest.mark.parametrize(("lora", "at", "every"), [
+    (DROPOUT, 4, 3), pytest.param(DROPOUT, 4, 2, marks=pytest.mark.slow), pytest.param(None, 4, 3, marks=pytest.mark.slow),
+    pytest.param(DROPOUT, 1, 2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at, every):
+    """Also where the last checkpoint lies between two steps of the optimiser."""
     path = tmp_path / "state.safetensors"
     unbroken = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2)
     unbroken.run()
-    first = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2, save_every=2, steps_per_report=1)
+    first = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2, save_every=every, steps_per_report=1)
 
     def kill(report):
         if report.iteration == at:
@@ -59,7 +61,7 @@ def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at
     second = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2)
     if path.exists():
         second.restore(path)
-        assert second.iteration == 2
+        assert second.iteration == every
     else:
         assert at == 1
     second.run()
@@ -79,6 +81,16 @@ def test_a_longer_run_goes_on_from_a_shorter_one(divisible_folder, tmp_path):
     assert same(weights(whole), weights(longer))
 
 
+def test_a_run_that_ended_between_two_steps_does_not_go_on(divisible_folder, tmp_path):
+    short = trainer(divisible_folder, lora=DROPOUT, iters=1, batch_size=1, canvas_length=4, grad_accumulation_steps=2)
+    short.run()
+    short.save(tmp_path / "s.safetensors")
+    longer = trainer(divisible_folder, lora=DROPOUT, iters=2, batch_size=1, canvas_length=4, grad_accumulation_steps=2)
+    longer.restore(tmp_path / "s.safetensors")
+    with pytest.raises(UserError, match="ended at iteration 1, in the middle of 2 batches"):
+        longer.run()
+
+
 @pytest.mark.slow
 def test_training_lowers_the_loss(divisible_folder):
     run = trainer(divisible_folder, valid=EXAMPLES, iters=40, steps_per_eval=1000, val_batches=-1)
@@ -89,11 +101,14 @@ def test_training_lowers_the_loss(divisible_folder):
 
 def test_validation_sees_the_same_noise_each_time(divisible_folder):
     run = trainer(divisible_folder, valid=EXAMPLES)
-    a, b = run.validate(0), run.validate(0)
+    a = run.validate(0)
+    first = list(run.validation_batches())
+    run.iteration = 3  # also later in the run
+    b = run.validate(0)
+    second = list(run.validation_batches())
     assert (a.canvas, a.causal) == (b.canvas, b.causal)
-    batches = [list(run.validation_batches()) for _ in range(2)]
-    assert all((x.corrupted == y.corrupted).all() for x, y in zip(*batches))
-    assert run.iteration == 0
+    assert all((x.corrupted == y.corrupted).all() for x, y in zip(first, second, strict=True))
+    assert run.iteration == 3
 
 
 @pytest.mark.slow
@@ -152,6 +167,8 @@ class TestMakeBatch:
         rows = [(b.corrupted != b.clean).mean(axis=1) for b in (self.make(seed=seed) for seed in range(200))]
         assert np.mean(rows) == pytest.approx(0.5, abs=0.03)
         assert np.std(rows) > 0.25, "each example has its own share"
+        within = np.mean([own.std() for own in rows])
+        assert within > 0.2, "also within a batch"
         least = self.make(Objective(least=0.0, most=1e-9))
         assert (least.corrupted == least.clean).all()
 

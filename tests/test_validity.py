@@ -27,7 +27,7 @@ from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.session import Session, run
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import FULL, SLIDING, write_checkpoint
-from tests.grammar.strategies import EXPRESSIONS, PHRASES, READ, cases, drawn, records
+from tests.grammar.strategies import EXPRESSIONS, PHRASES, READ, Validator, cases, drawn, in_python, records
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in (
     "Canvas .* did not converge", "The answer is empty", "Possible nested set", "Possible set")]
@@ -119,9 +119,9 @@ def refuse(value):
 
 def check(kind, constraint, text):
     if kind == "regex":
-        assert re.fullmatch(constraint, text), (constraint, text)
+        assert re.fullmatch(in_python(constraint), text), (constraint, text)
     else:
-        validator = jsonschema.Draft202012Validator(constraint, format_checker=CHECKER)
+        validator = Validator(constraint, format_checker=CHECKER)
         validator.validate(json.loads(text, parse_constant=refuse))
 
 

@@ -182,11 +182,11 @@ class TestSampling:
 
 class TestRefused:
     @pytest.mark.parametrize(("source", "message"), [
-        ("missing.mp4", "There is no video missing.mp4"), (".", r"\. is a folder; give the file of the video"),
+        ("missing.mp4", "There is no video missing.mp4"), (".", r"\. is a folder; give a regular file"),
         ("a\0b.mp4", r"'a\\x00b.mp4' is not the path of a file"), ("~nosuchuser/a.mp4", "is not the path of a file"),
         ("https://example.org/a.mp4", "URLs of videos are not fetched here; give the path"),
         ("rtsp://127.0.0.1/a", "URLs of videos"), ("data:video/mp4;base64,AAAA", "URLs of videos"),
-        (np.zeros((2, 2)), "the path of a file or its bytes, not ndarray"), ("/dev/zero", "zero cannot be read as a video"),
+        (np.zeros((2, 2)), "the path of a file or its bytes, not ndarray"), ("/dev/zero", "/dev/zero is a device"),
     ], ids=str)
     def test_no_file(self, source, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

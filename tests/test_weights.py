@@ -1,15 +1,17 @@
+import gc
 import json
 import shutil
 import warnings
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma import device
+from mlx_diffgemma import device, layouts
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.errors import CheckpointWarning, UserError
-from mlx_diffgemma.storage import INDEX
+from mlx_diffgemma.storage import INDEX, read_headers
 from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 
@@ -49,6 +51,38 @@ def test_an_encoder_copy_that_differs_is_refused(folder):
     rewrite(folder, lambda t: t.update({f"model.encoder.language_model.{name}": t[f"model.decoder.{name}"] + 1}))
     with pytest.raises(UserError, match="differs from"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("row", [0, 40, -1])
+def test_copies_are_compared_to_their_last_row(folder, monkeypatch, row):
+    """In slices, as large ones are."""
+    name = "layers.0.mlp.up_proj.weight"
+
+    def differ(tensors):
+        original = tensors[f"model.decoder.{name}"]
+        copy = np.array(original)
+        copy[row, -1] += 1
+        tensors[f"model.encoder.language_model.{name}"] = mx.array(copy).astype(original.dtype)
+
+    rewrite(folder, differ)
+    monkeypatch.setattr(layouts, "SLICE", 4 * 64 * 7)
+    with pytest.raises(UserError, match="differs from"):
+        load_model(folder)
+
+
+def test_originals_go_when_they_are_cast(divisible_folder):
+    """At most one tensor is held twice."""
+    tensors = read_headers(divisible_folder).values()
+    cast = sum(tensor.nbytes // 2 for tensor in tensors)  # float32 to bfloat16
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(divisible_folder, "bfloat16")
+    peak = mx.get_peak_memory() - before
+    assert model.dtype == mx.bfloat16
+    assert cast <= peak < cast + 3 * max(tensor.nbytes for tensor in tensors)
+    assert 3 * max(tensor.nbytes for tensor in tensors) < cast, "else this could not fail"
 
 
 def test_missing_tensor(folder):

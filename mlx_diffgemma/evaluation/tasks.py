@@ -16,23 +16,25 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation import sudoku
+from mlx_diffgemma.files import expand_path, read_lines
+from mlx_diffgemma.grammar.budget import MAX_SECONDS, limited
+from mlx_diffgemma.grammar.checker import Checker, TooMuchWorkError
 from mlx_diffgemma.images import MISSING as IMAGES_MISSING
-from mlx_diffgemma.jsonl import read_lines
 from mlx_diffgemma.nano.tasks import TASKS as NANO
 from mlx_diffgemma.nano.tasks import held_out_examples
 from mlx_diffgemma.prompt import Medium
 from mlx_diffgemma.tokenizer import user_message
 from mlx_diffgemma.video import Clip
+
+MAX_STEPS = 1_000_000  # keywords of a schema that are looked at for one answer
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def tasks_named(names: str) -> list[Task]:
 def tasks_of_file(path: Path) -> list[Task]:
     """One task for each way of scoring that the file uses.  Errors: UserError naming file and line."""
     found: dict[str, list[Question]] = {}
+    path = expand_path(path)
     for kind, question in read_lines(path, partial(_question, folder=path.parent)):
         found.setdefault(kind, []).append(question)
     if not found:
@@ -172,13 +175,11 @@ def _question(entry: Any, folder: Path) -> tuple[str, Question]:
         return "choices", Question(messages, partial(_same, right=right), group, tuple(choices), images)
     if "schema" in entry:
         try:
-            jsonschema.Draft202012Validator.check_schema(entry["schema"])
-        except jsonschema.SchemaError as error:
-            raise UserError(f"'schema' is no JSON schema ({error.message}).") from None
-        for reference in _references(entry["schema"]):
-            _resolve(entry["schema"], reference)
-        validator = jsonschema.Draft202012Validator(entry["schema"])
-        return "schema", Question(messages, partial(_valid, validator=validator), group, images=images)
+            with limited(MAX_SECONDS):
+                checker = Checker(entry["schema"], MAX_STEPS)
+        except UserError as error:
+            raise UserError(f"'schema' cannot be used ({error})") from None
+        return "schema", Question(messages, partial(_valid, checker=checker), group, images=images)
     if not isinstance(answer, str):
         raise UserError("one of 'completion', 'schema', or 'choices' with 'answer' is missing.")
     return "exact", Question(messages, partial(_same, right=answer), group, images=images)
@@ -190,45 +191,27 @@ def _images(names: Any, folder: Path) -> tuple[Medium, ...]:
         return ()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("'images' must be a list of file names.")
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"there is no image {folder / name}.")
-    return tuple(folder / name for name in names)
+    paths = tuple(folder / expand_path(name) for name in names)
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no image {path}.")
+    return paths
 
 
 def _same(text: str, right: str) -> Mark:
     return Mark(float(text.strip() == right.strip()))
 
 
-def _valid(text: str, validator: jsonschema.Draft202012Validator) -> Mark:
+def _valid(text: str, checker: Checker) -> Mark:
     """Partial credit is for JSON of any form."""
     try:
         value = json.loads(text, parse_constant=_refuse)
-        return Mark(float(validator.is_valid(value)), 1.0)
+        return Mark(float(checker.fits(value)), 1.0)
+    except TooMuchWorkError:  # nested or long beyond what is checked
+        return Mark(0.0, 0.0)
     except (ValueError, RecursionError):  # no JSON, or nested or long beyond what is read
         return Mark(0.0, 0.0)
 
 
 def _refuse(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, Mapping):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"]
-        for value in schema.values():
-            yield from _references(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _references(value)
-
-
-def _resolve(schema: Any, reference: str) -> None:
-    """Errors: UserError for a reference to nowhere, or out of the schema, which would be fetched from the net."""
-    place = schema
-    for part in reference.removeprefix("#").split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
-        place = place.get(part) if isinstance(place, Mapping) else None
-    if not reference.startswith("#") or ("/" not in reference and reference != "#") or place is None:
-        raise UserError(f"'schema' refers to {reference!r}, which it does not hold; references look like #/$defs/name.")

@@ -1,9 +1,12 @@
 """Constraints on text: from a regular expression or a JSON schema to what a canvas may say.
 
     language    what texts are: sequences, choices and repeats of characters
-    regex       from a regular expression to a language, as ``re.fullmatch`` understands it
+    budget      how long a compilation may take
+    characters  sets of characters of ECMA-262 and Unicode
+    regex       from a regular expression of ECMA-262 to a language
     decimals    languages of numbers within bounds
     schema      from a JSON schema to a language, or a refusal that names the keyword
+    checker     whether values fit a schema, in bounded time
     automaton   from a language to a minimal automaton over bytes
     tokens      from that to an automaton over the tokens of a vocabulary, and their classes
     program     the dynamic programme over positions, states and classes: marginals, best path, draw

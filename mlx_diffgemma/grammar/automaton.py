@@ -6,20 +6,23 @@ Positions of the language become states of an automaton with several ways, which
 
 from __future__ import annotations
 
-import time
+from array import array
+from bisect import bisect_left
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.grammar.language import Chars, Choice, Concat, Language, Repeat
+from mlx_diffgemma.grammar import budget
+from mlx_diffgemma.grammar.budget import MAX_SECONDS
+from mlx_diffgemma.grammar.language import LAST, Chars, Choice, Concat, Language, Repeat
 
 MAX_STATES = 20_000
 MAX_POSITIONS = 400_000  # of the automaton with several ways, before it has a single one
-MAX_SECONDS = 60.0
+MAX_MEMBERS = 20_000_000  # of the sets of states that become states with a single way; 4 bytes each
+NEVER = np.iinfo(np.int32).max  # steps to an end from where there is none
 MERGE_WORK = 4_000_000  # states times rounds, of which there are up to as many as a text without a loop has bytes
 
 
@@ -46,22 +49,20 @@ class Automaton:
 
 def compile_language(language: Language, seconds: float = MAX_SECONDS) -> Automaton:
     """Errors: UserError for a language without texts, or one that needs more than MAX_STATES states or ``seconds``."""
-    deadline = time.monotonic() + seconds
-    ways = _Ways(deadline)
-    final = ways.state()
-    start = ways.build(language, final)
-    delta, accepting = _single_way(ways, start, final, deadline)
-    automaton = _trimmed(delta, accepting)
-    if automaton is None:
-        raise UserError("The constraint admits no text at all; widen it.")
-    return _merged(automaton)
+    with budget.limited(seconds):
+        ways = _Ways()
+        final = ways.state()
+        start = ways.build(language, final)
+        delta, accepting = _single_way(ways, start, final)
+        automaton = _trimmed(delta, accepting)
+        if automaton is None:
+            raise UserError("The constraint admits no text at all; widen it.")
+        return _merged(automaton)
 
 
-def _too_large(deadline: float) -> UserError:
+def _too_large() -> UserError:
     return UserError(f"The constraint is too large: it needs more than {MAX_STATES:,} states; lower the bounds of its repeats "
-                     "(maxLength, maxItems), or split it." if time.monotonic() < deadline else
-                     "The constraint takes too long to compile; lower the bounds of its repeats (maxLength, maxItems), or "
-                     "split it.")
+                     "(maxLength, maxItems), or split it.")
 
 
 _Building: TypeAlias = Generator[tuple[Language, int], int, int]  # asks for parts that lead to states, and returns the first state
@@ -70,16 +71,16 @@ _Building: TypeAlias = Generator[tuple[Language, int], int, int]  # asks for par
 class _Ways:
     """An automaton with several ways, built from the end of the language to its begin."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self) -> None:
         self.bytes: list[list[tuple[int, int, int]]] = []  # (first byte, last byte, state behind) of each state
         self.jumps: list[list[int]] = []  # states that take no byte to reach
-        self.deadline = deadline
         self._known: dict[tuple[int, int], int] = {}
         self._kept: list[Language] = []  # so that no id is taken twice
 
     def state(self) -> int:
-        if len(self.bytes) >= MAX_POSITIONS or time.monotonic() > self.deadline:
-            raise _too_large(self.deadline)
+        budget.check()
+        if len(self.bytes) >= MAX_POSITIONS:
+            raise _too_large()
         self.bytes.append([])
         self.jumps.append([])
         return len(self.bytes) - 1
@@ -88,6 +89,7 @@ class _Ways:
         """The state from which ``language`` leads to ``end``; shared parts of a language that lead to one end are built once."""
         running, built = [self._build(language, end)], -1  # not by recursion, which objects of many properties would exhaust
         while running:
+            budget.check()
             try:
                 part, behind = next(running[-1]) if built < 0 else running[-1].send(built)
             except StopIteration as finished:
@@ -154,6 +156,9 @@ def utf8(first: int, last: int) -> Iterator[list[tuple[int, int]]]:
     """Ranges of bytes, one a place, that together are the UTF-8 of the characters from ``first`` to ``last``."""
     if first > last:
         return
+    if first > LAST:  # no text in UTF-8 holds this byte
+        yield [(0xFF, 0xFF)]
+        return
     for bound in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF):
         if first <= bound < last:
             yield from utf8(first, bound)
@@ -175,52 +180,106 @@ def utf8(first: int, last: int) -> Iterator[list[tuple[int, int]]]:
     yield list(zip(chr(first).encode(), chr(last).encode(), strict=True))
 
 
-def _single_way(ways: _Ways, start: int, final: int, deadline: float) -> tuple[np.ndarray, np.ndarray]:
-    closures: dict[frozenset[int], frozenset[int]] = {}
+class _Closures:
+    """Sets of states, each with all that no byte leads to, as the bytes of their sorted numbers, which take little memory."""
 
-    def closure(states: frozenset[int]) -> frozenset[int]:
-        if states not in closures:
-            seen, waiting = set(states), list(states)
-            while waiting:
-                for target in ways.jumps[waiting.pop()]:
-                    if target not in seen:
-                        seen.add(target)
-                        waiting.append(target)
-            closures[states] = frozenset(s for s in seen if ways.bytes[s] or s == final)
-        return closures[states]
+    def __init__(self, ways: _Ways, final: int) -> None:
+        self._ways = ways
+        self._final = final
+        self._known: dict[bytes, bytes] = {}
+        self._members = 0
 
-    numbers = {closure(frozenset([start])): 0}
+    def of(self, states: set[int]) -> bytes:
+        """Without those that only lead on."""
+        key = _packed(states)
+        if key not in self._known:
+            self._known[key] = _packed(self._reached(states))
+            self._members += (len(key) + len(self._known[key])) // 4
+            if self._members > MAX_MEMBERS:
+                raise _too_large()
+        return self._known[key]
+
+    def _reached(self, states: set[int]) -> list[int]:
+        seen = set(states)
+        waiting = list(states)
+        while waiting:
+            for target in self._ways.jumps[waiting.pop()]:
+                if target not in seen:
+                    seen.add(target)
+                    waiting.append(target)
+                    if len(seen) % 1024 == 0:
+                        budget.check()
+        return [state for state in seen if self._ways.bytes[state] or state == self._final]
+
+
+def _packed(states: set[int] | list[int]) -> bytes:
+    return array("i", sorted(states)).tobytes()
+
+
+def _unpacked(states: bytes) -> array[int]:
+    found = array("i")
+    found.frombytes(states)
+    return found
+
+
+def _single_way(ways: _Ways, start: int, final: int) -> tuple[np.ndarray, np.ndarray]:
+    closures = _Closures(ways, final)
+    numbers = {closures.of({start}): 0}
     waiting, rows, accepting = list(numbers), list[np.ndarray](), list[bool]()
-    for states in waiting:  # grows while it is read
+    for packed in waiting:  # grows while it is read
+        budget.check()
         row = np.full(256, -1, dtype=np.int32)
-        edges = [edge for state in states for edge in ways.bytes[state]]
-        cuts = sorted({place for low, high, _ in edges for place in (low, high + 1)})
-        for low, high in pairwise(cuts):
-            targets = frozenset(target for a, b, target in edges if a <= low and high - 1 <= b)
-            if targets:
-                behind = closure(targets)
-                if behind not in numbers:
-                    if len(numbers) >= MAX_STATES or time.monotonic() > deadline:
-                        raise _too_large(deadline)
-                    numbers[behind] = len(numbers)
-                    waiting.append(behind)
-                row[low:high] = numbers[behind]
+        states = _unpacked(packed)
+        for low, high, targets in _by_byte([edge for state in states for edge in ways.bytes[state]]):
+            behind = closures.of(targets)
+            if behind not in numbers:
+                budget.check()
+                if len(numbers) >= MAX_STATES:
+                    raise _too_large()
+                numbers[behind] = len(numbers)
+                waiting.append(behind)
+            row[low:high] = numbers[behind]
         rows.append(row)
         accepting.append(final in states)
     return np.stack(rows), np.array(accepting)
 
 
+def _by_byte(edges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, set[int]]]:
+    """(first byte, byte behind the last, targets) of runs of bytes that lead to the same ``edges``' targets."""
+    cuts = sorted({place for low, high, _ in edges for place in (low, high + 1)})
+    targets: list[set[int]] = [set() for _ in cuts]
+    for number, (low, high, target) in enumerate(edges):
+        if number % 1024 == 0:
+            budget.check()
+        for run in range(bisect_left(cuts, low), bisect_left(cuts, high + 1)):
+            targets[run].add(target)
+    for run, reached in enumerate(targets):
+        if reached:
+            yield cuts[run], cuts[run + 1], reached
+
+
+def distances(source: np.ndarray, target: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    """int32 [states]: how many of the steps from ``source`` to ``target`` it takes at least to an ``accepting`` state; NEVER where
+    none is reached."""
+    pairs = np.unique(source.astype(np.int64) * len(accepting) + target)
+    source, target = pairs // len(accepting), pairs % len(accepting)
+    order = np.argsort(target, kind="stable")
+    source, first = source[order], np.searchsorted(target[order], np.arange(len(accepting) + 1))
+    found = np.where(accepting, 0, NEVER).astype(np.int32)
+    frontier, steps = np.flatnonzero(accepting), 0
+    while frontier.size:
+        budget.check()
+        steps += 1
+        before = np.unique(np.concatenate([source[first[state] : first[state + 1]] for state in frontier.tolist()]))
+        frontier = before[found[before] == NEVER]
+        found[frontier] = steps
+    return found
+
+
 def _trimmed(delta: np.ndarray, accepting: np.ndarray) -> Automaton | None:
     """Without the states from which no text can be finished; None where that leaves nothing."""
     sources, _ = np.nonzero(delta >= 0)
-    targets = delta[delta >= 0]
-    alive = accepting.copy()
-    while True:
-        grown = alive.copy()
-        grown[sources[alive[targets]]] = True
-        if (grown == alive).all():
-            break
-        alive = grown
+    alive = distances(sources, delta[delta >= 0], accepting) < NEVER
     if not alive[0]:
         return None
     return _renumbered(delta, accepting, np.where(alive, np.cumsum(alive) - 1, -1), alive)
@@ -236,6 +295,7 @@ def _merged(automaton: Automaton) -> Automaton:
     factors = np.random.default_rng(0).integers(1, 2**63, size=(2, delta.shape[1] + 1), dtype=np.uint64) | np.uint64(1)
     labels, count = automaton.accepting.astype(np.int64), 0
     for _ in range(1 + MERGE_WORK // automaton.states):
+        budget.check()
         behind = np.where(delta >= 0, labels[delta] + 1, 0)
         rows = np.concatenate((labels[:, None], behind), axis=1).astype(np.uint64)
         mixed = rows * np.uint64(0x9E3779B97F4A7C15)

@@ -21,9 +21,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar import calls
 from mlx_diffgemma.grammar import regex as regexes
 from mlx_diffgemma.grammar import schema as schemas
-from mlx_diffgemma.grammar.automaton import MAX_SECONDS, compile_language
+from mlx_diffgemma.grammar.automaton import compile_language
+from mlx_diffgemma.grammar.budget import MAX_SECONDS, limited
 from mlx_diffgemma.grammar.language import Language, choice, concat, text
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Chain, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton, Vocabulary, compile_tokens
@@ -213,7 +215,7 @@ class Constraint:
         column."""
         (places, some), target = self.pieces.of(columns), mx.array(u.astype(np.float32))
         best, temperature = _at(masses.best, mx.array(columns))[:, None], mx.array([[masses.temperature]])
-        if numbers.top_k is None and numbers.top_p is None:
+        if numbers.top_k is None and numbers.top_p is None and numbers.min_p is None:
             sums = mx.where(some, mx.take_along_axis(masses.sums, places, axis=-1), 0.0)
             target = target * sums.sum(axis=-1)
             piece, before = passing(sums, target)
@@ -256,7 +258,9 @@ class Constraint:
         drawn, weight = self.draw(logits, masses, solution.drawn, solution.rest, numbers)
         logprob, probability = mx.array(of_path.astype(np.float32)), weight * mx.array(np.exp(of_drawn).astype(np.float32))
         if numbers.greedy is not None:
-            drawn, probability = argmax, mx.exp(logprob)
+            greedy = numbers.greedy[0]
+            drawn = mx.where(greedy, argmax, drawn)
+            probability = mx.where(greedy, mx.exp(logprob), probability)
         kept = covered = None
         if numbers.tail is not None:
             kept, columns = self.largest(logits, masses, bias, min(KEPT, logits.shape[-1]))
@@ -291,13 +295,14 @@ def compile_constraint(tokenizer: TokenizerWrapper, config: ModelConfig, *, json
 
 
 def compile_named(tokenizer: TokenizerWrapper, config: ModelConfig, json_schemas: Mapping[str, Any], end: int,
-                  seconds: float = MAX_SECONDS) -> Constraint:
+                  seconds: float = MAX_SECONDS, as_json: bool = True) -> Constraint:
     """Of one of some names, each followed by a text that its own JSON schema admits, and then the token ``end``.
 
-    As ``compile_constraint`` else.
+    The text is JSON, or in Gemma's own syntax unless ``as_json``.  As ``compile_constraint`` else.
     """
-    return _remembered(tokenizer, config, (tuple(json_schemas.items()), end), lambda: choice(
-        [concat([text(name), schemas.parse(schema)]) for name, schema in json_schemas.items()]), (end,), seconds)
+    parse = schemas.parse if as_json else calls.parse
+    return _remembered(tokenizer, config, (tuple(json_schemas.items()), end, as_json), lambda: choice(
+        [concat([text(name), parse(schema)]) for name, schema in json_schemas.items()]), (end,), seconds)
 
 
 def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, language: Callable[[], Language],
@@ -312,8 +317,9 @@ def _remembered(tokenizer: TokenizerWrapper, config: ModelConfig, asked: Any, la
             _compiled.move_to_end(key)
             return _compiled[key][1]
     began = time.monotonic()
-    automaton = compile_language(language(), seconds)
-    tokens = compile_tokens(automaton, vocabulary, seconds - (time.monotonic() - began))
+    with limited(seconds):
+        automaton = compile_language(language(), seconds)
+        tokens = compile_tokens(automaton, vocabulary, seconds)
     constraint = Constraint(tokens, eos_ids, time.monotonic() - began, automaton.states)
     with _lock:
         _compiled[key] = vocabulary, constraint

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 LAST = 0x10FFFF
+TOKEN = LAST + 1  # stands for the token <|"|>, which no character can be taken for
 SURROGATES = (0xD800, 0xDFFF)  # halves of pairs, which no text in UTF-8 holds
 
 

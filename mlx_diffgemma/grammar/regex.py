@@ -1,119 +1,424 @@
-"""Regular expressions as Python's ``re.fullmatch`` understands them.
+"""Regular expressions of ECMA-262, those of JavaScript with the flag ``u`` and of JSON Schema.
 
-The expression is parsed by the standard library's own parser, and what a character class holds is asked of ``re`` itself, so
-that the language is the one a user can check with ``re.fullmatch``.  What no automaton can do (references to groups, looking
-ahead and behind, anchors within the text) is refused by name.
+What no automaton can do (references to groups, looking ahead and behind, boundaries of words, anchors within the text) is
+refused by name and position.  Beside the syntax of the flag ``u`` its older form is taken where its meaning is the same in both:
+escapes of punctuation that need none, and brackets and braces that stand for themselves.
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-from typing import Any
-
-try:
-    from re import _parser as parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_parse as parser
+from dataclasses import dataclass, replace
+from typing import NoReturn, TypeAlias
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.grammar.language import ANY, EMPTY, SURROGATES, Chars, Choice, Concat, Language, Repeat, chars
+from mlx_diffgemma.grammar import budget
+from mlx_diffgemma.grammar.characters import (
+    DIGIT,
+    DOT,
+    SPACE,
+    WORD,
+    complement,
+    either_case,
+    of_property,
+)
+from mlx_diffgemma.grammar.language import (
+    ANY,
+    EMPTY,
+    SURROGATES,
+    Chars,
+    Choice,
+    Language,
+    Repeat,
+    chars,
+    choice,
+    concat,
+)
 
-REFUSED = {
-    "GROUPREF": "references to groups", "GROUPREF_EXISTS": "conditional groups", "ASSERT": "looking ahead or behind",
-    "ASSERT_NOT": "looking ahead or behind", "ATOMIC_GROUP": "atomic groups", "POSSESSIVE_REPEAT": "possessive repeats",
+CLASSES = {"d": DIGIT, "w": WORD, "s": SPACE}
+CONTROLS = {"t": 0x09, "n": 0x0A, "v": 0x0B, "f": 0x0C, "r": 0x0D}
+HINTS = {
+    "A": "; write ^",
+    "Z": "; write $",
+    "z": "; write $",
+    "U": "; write \\u{…}",
+    "Q": "",
+    "a": "; write \\x07",
 }
-NAMES = {"AT_BOUNDARY": r"\b", "AT_NON_BOUNDARY": r"\B", "AT_BEGINNING": "^", "AT_BEGINNING_STRING": r"\A", "AT_END": "$",
-         "AT_END_STRING": r"\Z"}
-CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s", "CATEGORY_NOT_SPACE": r"\S",
-              "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}
-KEPT = re.IGNORECASE | re.ASCII | re.DOTALL  # the flags that decide what one character may be
+LARGEST = 10**9  # count of a repeat; the states of an automaton end long before
+REPEATS = re.compile(r"\{([0-9]+)(,([0-9]*))?\}")
+OPEN_REPEAT = re.compile(r"\{,[0-9]+\}")
+GROUP_NAME = re.compile(r"<([^\W\d][\w$]*|\$[\w$]*)>")
+MODIFIERS = re.compile(r"([ims]*)(?:-([ims]*))?:")
+NOTHING = Choice(())
+ANYTHING = Repeat(ANY, 0, None)
+SOMETHING = Repeat(ANY, 1, None)
+# What follows "(?" in groups that cannot be.
+GROUPS = (
+    ("<=", "looking behind, (?<=…)"),
+    ("<!", "looking behind, (?<!…)"),
+    ("=", "looking ahead, (?=…)"),
+    ("!", "looking ahead, (?!…)"),
+    (">", "an atomic group, (?>…)"),
+    ("(", "a conditional group, (?(…)…)"),
+)
 
 
-def parse(pattern: str) -> Language:
-    """The texts that ``re.fullmatch(pattern, text)`` accepts.  Errors: UserError for what is no expression or not supported."""
+@dataclass(frozen=True)
+class _Anchor:
+    """The begin of a text, or else its end."""
+
+    begin: bool
+    at: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    parts: tuple[_Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Either:
+    parts: tuple[_Node, ...]
+
+
+_Node: TypeAlias = (
+    "Language | _Anchor | _Joined | _Either"  # those of our own hold anchors somewhere
+)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    ignore_case: bool = False
+    lines: bool = False
+    dot_all: bool = False
+
+
+def parse(pattern: str, search: bool = False) -> Language:
+    """The texts that ``pattern`` matches as a whole; with ``search`` those in which it matches anywhere.
+
+    Errors: UserError for what is no expression or not supported.
+    """
     if not isinstance(pattern, str):
         raise UserError(f"A regular expression is a text, got {type(pattern).__name__}.")
     try:
-        parsed = parser.parse(pattern)
-        return _sequence(list(parsed), parsed.state.flags, True, True, pattern)
-    except (re.error, OverflowError) as error:
-        raise UserError(f"{_shown(pattern)} is no regular expression: {error}.") from None
+        node = _Parser(pattern).parsed()
+        _check_anchors(node, True, True, pattern)
+        if not search:
+            return _language(node, True, True)
+        if not isinstance(node, _Anchor | _Joined | _Either):
+            return concat([ANYTHING, node, ANYTHING])
+        return _options(
+            [
+                _language(node, True, True),
+                _sequence([SOMETHING, _language(node, False, True)]),
+                _sequence([_language(node, True, False), SOMETHING]),
+                _sequence([SOMETHING, _language(node, False, False), SOMETHING]),
+            ]
+        )
     except RecursionError:
-        raise UserError(f"{_shown(pattern)} is nested too deeply; write it with fewer groups.") from None
+        raise UserError(
+            f"{_shown(pattern)} is nested too deeply; write it with fewer groups."
+        ) from None
 
 
 def _shown(pattern: str) -> str:
     return f"The pattern {pattern if len(pattern) <= 60 else pattern[:57] + '...'!r}"
 
 
-def _sequence(items: list[Any], flags: int, begins: bool, ends: bool, pattern: str) -> Language:
-    """``begins`` and ``ends``: whether the text begins with the first and ends with the last of the items."""
-    parts: list[Language] = []
-    for place, (op, value) in enumerate(items):
-        first = begins and all(str(before) == "AT" for before, _ in items[:place])
-        last = ends and all(str(after) == "AT" for after, _ in items[place + 1 :])
-        parts.append(_item(str(op), value, flags, first, last, pattern))
-    return parts[0] if len(parts) == 1 else Concat(tuple(parts))
+def _language(node: _Node, begins: bool, ends: bool) -> Language:
+    """What ``node`` matches; ``begins`` and ``ends``: whether this is where the text begins and ends."""
+    if isinstance(node, _Anchor):
+        return EMPTY if (begins if node.begin else ends) else NOTHING
+    if isinstance(node, _Joined):
+        return _sequence([_language(part, begins, ends) for part in node.parts])
+    if isinstance(node, _Either):
+        return _options([_language(part, begins, ends) for part in node.parts])
+    return node
 
 
-def _item(op: str, value: Any, flags: int, begins: bool, ends: bool, pattern: str) -> Language:
-    if op == "LITERAL" and not flags & re.IGNORECASE:
-        if SURROGATES[0] <= value <= SURROGATES[1]:
-            raise UserError(f"{_shown(pattern)} holds half of a surrogate pair, which no text has.")
-        return Chars(((value, value),))
-    if op in ("LITERAL", "NOT_LITERAL", "IN"):
-        negated = "^" if op == "NOT_LITERAL" else ""
-        members = value if op == "IN" else [("LITERAL", value)]
-        return _members(f"[{negated}{''.join(_member(str(kind), member) for kind, member in members)}]", flags & KEPT)
-    if op == "ANY":
-        return _members(".", flags & KEPT)
-    if op == "BRANCH":
-        return Choice(tuple(_sequence(list(branch), flags, begins, ends, pattern) for branch in value[1]))
-    if op == "SUBPATTERN":
-        _, added, removed, inner = value
-        if added & (re.ASCII | re.UNICODE):  # of these two one holds
-            flags &= ~(re.ASCII | re.UNICODE)
-        return _sequence(list(inner), (flags | added) & ~removed, begins, ends, pattern)
-    if op in ("MAX_REPEAT", "MIN_REPEAT"):
-        low, high, inner = value
-        # Of what is repeated only what runs once can stand at the text's ends.
-        once = high == 1
-        part = _sequence(list(inner), flags, begins and once, ends and once, pattern)
-        return Repeat(part, low, None if high == parser.MAXREPEAT else high)
-    if op == "AT":
-        name = str(value)
-        if (begins and name in ("AT_BEGINNING", "AT_BEGINNING_STRING")) or (ends and name in ("AT_END", "AT_END_STRING")):
-            return EMPTY
-        raise UserError(f"{_shown(pattern)} has {NAMES.get(name, name)} within the text, which a constraint cannot have; it always "
-                        "holds for the whole text.")
-    raise UserError(f"{_shown(pattern)} uses {REFUSED.get(op, op)}, which a constraint cannot have.")
+def _is_nothing(language: Language) -> bool:
+    return isinstance(language, Choice) and not language.parts
 
 
-def _member(kind: str, value: Any) -> str:
-    if kind == "NEGATE":
-        return "^"
-    if kind == "CATEGORY":
-        return CATEGORIES[str(value)]
-    low, high = value if kind == "RANGE" else (value, value)
-    return f"\\U{low:08x}-\\U{high:08x}"
+def _sequence(parts: list[Language]) -> Language:
+    return NOTHING if any(map(_is_nothing, parts)) else concat(parts)
 
 
-@lru_cache(maxsize=512)
-def _members(pattern: str, flags: int) -> Chars:
-    """The characters that ``pattern``, a class of them, matches, asked of ``re`` about every one there is."""
-    ranges = []
-    for match in re.compile(f"(?:{pattern})+", flags).finditer(_every_character()):
-        first, last = match.start(), match.end() - 1
-        if first < SURROGATES[0]:
-            ranges.append((first, min(last, SURROGATES[0] - 1)))
-        if last >= SURROGATES[0]:
-            gap = SURROGATES[1] + 1 - SURROGATES[0]
-            ranges.append((max(first, SURROGATES[0]) + gap, last + gap))
-    return chars(ranges)
+def _options(parts: list[Language]) -> Language:
+    return choice([part for part in parts if not _is_nothing(part)])
 
 
-@lru_cache(maxsize=1)
-def _every_character() -> str:
-    return "".join(chr(code) for low, high in ANY.ranges for code in range(low, high + 1))
+def _check_anchors(node: _Node, begins: bool, ends: bool, pattern: str) -> None:
+    """Errors: UserError for an anchor that something stands before, or behind."""
+    if isinstance(node, _Anchor) and not (begins if node.begin else ends):
+        raise UserError(
+            f"{_shown(pattern)} has {'^' if node.begin else '$'} within the text, at position {node.at}, which a constraint "
+            "cannot have; it belongs to the begin or the end of a text."
+        )
+    if isinstance(node, _Either):
+        for part in node.parts:
+            _check_anchors(part, begins, ends, pattern)
+    if isinstance(node, _Joined):
+        filled = [place for place, part in enumerate(node.parts) if not isinstance(part, _Anchor)]
+        first, last = (filled[0], filled[-1]) if filled else (len(node.parts), -1)
+        for place, part in enumerate(node.parts):
+            _check_anchors(part, begins and place <= first, ends and place >= last, pattern)
 
+
+class _Parser:
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.at = 0
+        self.names: set[str] = set()
+
+    def parsed(self) -> _Node:
+        node = self._alternatives(_Flags())
+        if self.at < len(self.pattern):
+            self._wrong("a ) that closes no group")
+        return node
+
+    def _wrong(self, what: str, at: int | None = None) -> NoReturn:
+        where = self.at if at is None else at
+        raise UserError(
+            f"{_shown(self.pattern)} is no regular expression of ECMA-262: {what} at position {where}."
+        )
+
+    def _refuse(self, what: str, at: int) -> NoReturn:
+        raise UserError(
+            f"{_shown(self.pattern)} uses {what} at position {at}, which a constraint cannot have."
+        )
+
+    def _next(self) -> str:
+        """The next character, or nothing at the end."""
+        return self.pattern[self.at : self.at + 1]
+
+    def _taken(self, text: str) -> bool:
+        if not self.pattern.startswith(text, self.at):
+            return False
+        self.at += len(text)
+        return True
+
+    def _alternatives(self, flags: _Flags) -> _Node:
+        parts = [self._terms(flags)]
+        while self._taken("|"):
+            parts.append(self._terms(flags))
+        if len(parts) == 1:
+            return parts[0]
+        plain = [part for part in parts if not isinstance(part, _Anchor | _Joined | _Either)]
+        return choice(plain) if len(plain) == len(parts) else _Either(tuple(parts))
+
+    def _terms(self, flags: _Flags) -> _Node:
+        parts: list[_Node] = []
+        while self._next() not in ("", "|", ")"):
+            budget.check()
+            parts.append(self._term(flags))
+        plain = [part for part in parts if not isinstance(part, _Anchor | _Joined | _Either)]
+        if len(plain) == len(parts):
+            return concat(plain)
+        return parts[0] if len(parts) == 1 else _Joined(tuple(parts))
+
+    def _term(self, flags: _Flags) -> _Node:
+        at = self.at
+        if self._next() in ("^", "$"):
+            if flags.lines:
+                self._refuse(f"{self._next()} for lines, with the flag m,", at)
+            self.at += 1
+            return _Anchor(self.pattern[at] == "^", at)
+        atom = self._atom(flags)
+        counts = self._counts()
+        if counts is None:
+            return atom
+        if not isinstance(atom, _Anchor | _Joined | _Either):
+            return Repeat(atom, *counts)
+        if counts == (1, 1):
+            return atom
+        if counts == (0, 1):
+            return _Either((atom, EMPTY))
+        return self._refuse("a repeat of ^ or $", at)
+
+    def _counts(self) -> tuple[int, int | None] | None:
+        """How often what was read comes; None where nothing says so."""
+        at = self.at
+        simple: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+        if self._next() in simple:
+            counts = simple[self._next()]
+            self.at += 1
+        elif match := REPEATS.match(self.pattern, at):
+            self.at = match.end()
+            low = self._count(match[1], at)
+            high = low if match[2] is None else self._count(match[3], at) if match[3] else None
+            counts = low, high
+            if high is not None and high < low:
+                self._wrong("a repeat whose bounds are out of order", at)
+        else:
+            return None
+        self._taken("?")  # lazily or not, the texts are the same
+        return counts
+
+    def _count(self, digits: str, at: int) -> int:
+        if len(digits) > 12 or int(digits) > LARGEST:
+            self._refuse(f"a repeat of more than {LARGEST:,}", at)
+        return int(digits)
+
+    def _atom(self, flags: _Flags) -> _Node:
+        at, character = self.at, self._next()
+        if character in ("*", "+", "?") or REPEATS.match(self.pattern, at):
+            self._wrong("nothing to repeat")
+        if OPEN_REPEAT.match(self.pattern, at):
+            self._wrong("a repeat without its lower bound (write {0,…})")
+        self.at += 1
+        if character == "(":
+            return self._group(flags, at)
+        if character == "[":
+            return self._set(flags, at)
+        if character == ".":
+            return ANY if flags.dot_all else DOT
+        found = self._escape(at, False) if character == "\\" else ord(character)
+        return self._one(found, flags, at)
+
+    def _one(self, found: int | Chars, flags: _Flags, at: int) -> Chars:
+        if isinstance(found, int):
+            self._check_half(found, at)
+            found = Chars(((found, found),))
+        return either_case(found) if flags.ignore_case else found
+
+    def _check_half(self, code: int, at: int) -> None:
+        if SURROGATES[0] <= code <= SURROGATES[1]:
+            self._refuse("half of a surrogate pair, which no text has,", at)
+
+    def _group(self, flags: _Flags, at: int) -> _Node:
+        if self._taken("?"):
+            flags = self._group_kind(flags, at)
+        node = self._alternatives(flags)
+        if not self._taken(")"):
+            self._wrong("a group that is not closed", at)
+        return node
+
+    def _group_kind(self, flags: _Flags, at: int) -> _Flags:
+        """The flags within a group, behind its ``(?``."""
+        if self._taken(":"):
+            return flags
+        for begin, what in GROUPS:
+            if self.pattern.startswith(begin, self.at):
+                self._refuse(what, at)
+        if match := GROUP_NAME.match(self.pattern, self.at):
+            if match[1] in self.names:
+                self._wrong(f"a second group with the name {match[1]!r}", at)
+            self.names.add(match[1])
+            self.at = match.end()
+            return flags
+        if match := MODIFIERS.match(self.pattern, self.at):
+            added, removed = match[1], match[2] or ""
+            if len(set(added + removed)) < len(added + removed) or not (added or removed):
+                self._wrong("flags of a group that are given twice, or none", at)
+            self.at = match.end()
+            names = {"i": "ignore_case", "m": "lines", "s": "dot_all"}
+            return replace(flags, **{names[flag]: flag in added for flag in added + removed})
+        hint = "; write (?<name>…)" if self._next() == "P" else ""
+        if re.match(r"[aiLmsux]+\)", self.pattern[self.at : self.at + 9]):
+            hint = "; flags are given to a group, as in (?i:…)"
+        return self._wrong(f"a group of an unknown kind{hint}", at)
+
+    def _set(self, flags: _Flags, at: int) -> Chars:
+        negated = self._taken("^")
+        ranges: list[tuple[int, int]] = []
+        while not self._taken("]"):
+            if not self._next():
+                self._wrong("a set of characters that is not closed", at)
+            budget.check()
+            begin = self.at
+            first = self._member()
+            if self._next() == "-" and self.pattern[self.at + 1 : self.at + 2] not in ("", "]"):
+                dash = self.at
+                self.at += 1
+                last = self._member()
+                if isinstance(first, int) and isinstance(last, int):
+                    if last < first:
+                        self._wrong("a range whose ends are out of order", begin)
+                    ranges.append((first, last))
+                    continue
+                self.at = dash  # beside a class it stands for itself
+            ranges += first.ranges if isinstance(first, Chars) else [(first, first)]
+        found = chars(ranges)
+        if flags.ignore_case:
+            found = either_case(found)
+        return complement(found) if negated else _without_halves(found)
+
+    def _member(self) -> int | Chars:
+        at, character = self.at, self._next()
+        self.at += 1
+        found = self._escape(at, True) if character == "\\" else ord(character)
+        if isinstance(found, int):
+            self._check_half(found, at)
+        return found
+
+    def _escape(self, at: int, in_set: bool) -> int | Chars:
+        """What an escape stands for, a character or a class; its backslash has been read."""
+        character = self._next()
+        self.at += 1
+        if character.lower() in CLASSES:
+            found = CLASSES[character.lower()]
+            return found if character.islower() else complement(found)
+        if character in ("p", "P"):
+            return self._property(at, character == "P")
+        if character in CONTROLS:
+            return CONTROLS[character]
+        if character == "b" and in_set:
+            return 0x08
+        if character == "-" or not (character.isalnum() or character == ""):
+            return ord(character)
+        if character == "0" and not self._next().isdigit():
+            return 0
+        if character == "x":
+            return self._hexadecimal(2, at)
+        if character == "u":
+            return self._code(at)
+        if character == "c" and re.match("[A-Za-z]", self._next()):
+            self.at += 1
+            return ord(self.pattern[self.at - 1]) % 32
+        return self._no_escape(character, at, in_set)
+
+    def _no_escape(self, character: str, at: int, in_set: bool) -> NoReturn:
+        if character in ("b", "B") and not in_set:
+            self._refuse(f"\\{character}, the boundary of a word,", at)
+        if (character == "k" or character.isdigit()) and character != "0" and not in_set:
+            self._refuse("a reference to a group", at)
+        self._wrong(f"the escape \\{character}{HINTS.get(character, '')}", at)
+
+    def _property(self, at: int, negated: bool) -> Chars:
+        match = re.compile(r"\{([^{}]*)\}").match(self.pattern, self.at)
+        found = of_property(match[1]) if match else None
+        if match is None or found is None:
+            self._wrong(
+                f"a property {match[1] if match else ''!r:.60} that Unicode does not have", at
+            )
+        self.at = match.end()
+        return complement(found) if negated else found
+
+    def _code(self, at: int) -> int:
+        r"""Of \uXXXX, \u{X…}, or \uXXXX\uXXXX for a pair of surrogates."""
+        if match := re.compile(r"\{([0-9A-Fa-f]+)\}").match(self.pattern, self.at):
+            self.at = match.end()
+            digits = match[1].lstrip("0")
+            if len(digits) > 6 or int(digits or "0", 16) > 0x10FFFF:
+                self._wrong("a character beyond \\u{10FFFF}", at)
+            return int(digits or "0", 16)
+        code = self._hexadecimal(4, at)
+        low = re.compile(r"\\u([Dd][C-Fc-f][0-9A-Fa-f]{2})").match(self.pattern, self.at)
+        if 0xD800 <= code <= 0xDBFF and low:
+            self.at = low.end()
+            return 0x10000 + (code - 0xD800) * 0x400 + int(low[1], 16) - 0xDC00
+        return code
+
+    def _hexadecimal(self, count: int, at: int) -> int:
+        digits = self.pattern[self.at : self.at + count]
+        if not re.fullmatch(f"[0-9A-Fa-f]{{{count}}}", digits):
+            self._wrong(f"an escape without its {count} hexadecimal digits", at)
+        self.at += count
+        return int(digits, 16)
+
+
+def _without_halves(these: Chars) -> Chars:
+    """Of a range from one character to another those that a text can hold."""
+    return complement(complement(these))

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
-import jsonschema
-
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.grammar import regex
+from mlx_diffgemma.grammar import budget, regex
+from mlx_diffgemma.grammar.checker import Checker, canonical, check_schema
 from mlx_diffgemma.grammar.decimals import number
 from mlx_diffgemma.grammar.language import (
     ANY,
@@ -49,9 +47,9 @@ KNOWN = GENERAL | ANNOTATIONS | {keyword for keywords in OF_TYPE.values() for ke
 # Words that change nothing at these values.
 NEUTRAL: dict[str, Any] = {"uniqueItems": False, "minProperties": 0, "unevaluatedProperties": True, "unevaluatedItems": True,
                            "dependentRequired": {}, "dependentSchemas": {}, "patternProperties": {}}
-DATE = (r"(?a:[1-9]\d{3}-"
+DATE = (r"(?:[1-9]\d{3}-"
         r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8])))")
-TIME = r"(?a:(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d))"
+TIME = r"(?:(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d))"
 FORMATS = {
     "date": DATE, "time": TIME, "date-time": DATE + "T" + TIME,
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
@@ -77,30 +75,21 @@ def parse(schema: Any) -> Language:
     if not isinstance(schema, dict | bool):
         raise UserError(f"A JSON schema is an object, got {type(schema).__name__}.")
     try:
-        _check_schema(schema, "")
+        check_schema(schema)
         return _Translator(schema).value(schema, "", ())
     except RecursionError:
         raise UserError("The JSON schema is nested too deeply; write it with fewer levels.") from None
-
-
-def _check_schema(schema: Any, which: str) -> None:
-    try:
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise UserError(f"This is no JSON schema{which}: {error.message} at {_place(error.absolute_path)}.") from None
-
-
-def _place(path: Sequence[Any]) -> str:
-    return "#/" + "/".join(str(step) for step in path)
 
 
 class _Translator:
     def __init__(self, root: Any) -> None:
         self.root = root
         self._known: dict[str, Language] = {}  # what references lead to
+        self._checker: Checker | None = None
 
     def value(self, schema: Any, where: str, inside: tuple[str, ...]) -> Language:
         """``inside``: the references being followed."""
+        budget.check()
         if schema is True or schema == {}:
             return _free(FREE_DEPTH)
         if schema is False:
@@ -129,13 +118,19 @@ class _Translator:
         return kinds or (["string"] if "format" in schema else list(TYPES))
 
     def _listed(self, schema: Mapping[str, Any], where: str) -> Language:
-        validator = jsonschema.Draft202012Validator({**schema, **{k: self.root[k] for k in ("$defs", "definitions")
-                                                                  if isinstance(self.root, dict) and k in self.root}})
         values = [schema["const"]] if "const" in schema else schema["enum"]
-        fitting = [value for value in values if validator.is_valid(value)]
+        rest = {key: value for key, value in schema.items() if key not in ANNOTATIONS and key not in ("const", "enum")}
+        if "const" in schema and "enum" in schema:
+            rest["enum"] = schema["enum"]
+        fitting = [value for value in values if self._fits(value, rest)] if rest else values
         if not fitting:
             raise UserError(f"No value that is listed at #{where} fits the rest of the schema there; the schema admits nothing.")
         return choice([_json(value) for value in fitting])
+
+    def _fits(self, value: Any, part: Mapping[str, Any]) -> bool:
+        if self._checker is None:
+            self._checker = Checker(self.root, max_steps=None)
+        return self._checker.fits(value, part)
 
     def _combined(self, keyword: str, schema: Mapping[str, Any], where: str, inside: tuple[str, ...]) -> Language:
         beside = [key for key in schema if key not in ANNOTATIONS and key != keyword]
@@ -163,6 +158,7 @@ class _Translator:
         a required property with other constants tells apart."""
         for place, one in enumerate(parts):
             for other in parts[place + 1 :]:
+                budget.check()
                 if not self._apart(self._resolved(one), self._resolved(other)):
                     raise UserError(f"The JSON schema uses 'oneOf' at #{where} with parts that one value could fit at once; use "
                                     "'anyOf', or give them different types or a required constant each.")
@@ -174,7 +170,7 @@ class _Translator:
             return False
         left, right = _constants(one), _constants(other)
         if left is not None and right is not None:
-            return not any(_same(a, b) for a in left for b in right)
+            return {canonical(value) for value in left}.isdisjoint(canonical(value) for value in right)
         if not _kinds(one) & _kinds(other):
             return True
         if depth and one.get("type") == other.get("type") == "object":
@@ -209,7 +205,7 @@ class _Translator:
                             "write the levels out.")
         if reference not in self._known:
             target = self._target(reference, where)
-            _check_schema(target, f", where {reference!r} leads")
+            check_schema(target, f", where {reference!r} leads")
             self._known[reference] = self.value(target, reference.removeprefix("#"), (*inside, reference))
         return self._known[reference]
 
@@ -231,7 +227,7 @@ class _Translator:
             raise UserError(f"The JSON schema has {given[0]!r} beside other bounds of a string at #{where}; say it all "
                             "in one pattern.")
         if "pattern" in schema:
-            return concat([QUOTE, _quoted(regex.parse(_whole(schema["pattern"]))), QUOTE])
+            return concat([QUOTE, _quoted(regex.parse(schema["pattern"], search=True)), QUOTE])
         if "format" in schema:
             if schema["format"] not in FORMATS:
                 raise UserError(f"The JSON schema uses the format {schema['format']!r} at #{where}; known are "
@@ -280,7 +276,7 @@ def _constants(schema: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return jsonschema.Draft202012Validator({"const": one}).is_valid(other)
+    return bool(canonical(one) == canonical(other))
 
 
 def _narrows(inner: Any, outer: Any) -> bool:
@@ -288,13 +284,9 @@ def _narrows(inner: Any, outer: Any) -> bool:
     return inner is not None and all(kind in outer or (kind == "integer" and "number" in outer) for kind in inner)
 
 
-def _whole(pattern: str) -> str:
-    """What ``re.search`` finds anywhere in a string is also found when it is the whole string."""
-    return f"(?:{pattern})" if not re.match(r"\(\?[aiLmsux]+\)", pattern) else pattern
-
-
 def _json(value: Any) -> Language:
     """Exactly this value, compact or with a blank behind each comma and colon."""
+    budget.check()
     if isinstance(value, dict):
         members = [concat([_json(key), COLON, _json(inner)]) for key, inner in value.items()]
     elif isinstance(value, list):
@@ -310,6 +302,7 @@ def _json(value: Any) -> Language:
 
 def _quoted(language: Language) -> Language:
     """As it is written between the quotes of a JSON string."""
+    budget.check()
     if isinstance(language, Chars):
         plain = without(language, ESCAPED)
         parts: list[Language] = [plain] if plain.ranges else []

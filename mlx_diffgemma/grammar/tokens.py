@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,13 +16,15 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.grammar.automaton import MAX_SECONDS, Automaton
-from mlx_diffgemma.tokenizer import MARKERS
+from mlx_diffgemma.grammar import budget
+from mlx_diffgemma.grammar.automaton import NEVER, Automaton, distances
+from mlx_diffgemma.grammar.budget import MAX_SECONDS
+from mlx_diffgemma.tokenizer import MARKERS, QUOTE
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 AT_ONCE = 16  # states whose tokens are looked up together
 MAX_EDGES = 400_000
-NEVER = np.iinfo(np.int32).max
+MAX_CELLS = 50_000_000  # states times classes of tokens; 4 bytes each
 
 
 class Vocabulary:
@@ -102,7 +103,11 @@ def token_bytes(tokenizer: TokenizerWrapper, size: int) -> dict[int, bytes]:
             for old, new in replaced:
                 text = text.replace(old, new)
             found[token] = text.encode("utf-8", "surrogatepass")
-    return {token: text for token, text in found.items() if text}
+    found = {token: text for token, text in found.items() if text and 0xFF not in text}
+    quote = tokenizer.get_vocab().get(QUOTE)
+    if quote is not None and quote < size:
+        found[quote] = b"\xff"  # in no text; see grammar.calls
+    return found
 
 
 def _decoding(decoder: dict[str, Any] | None) -> tuple[list[tuple[str, str]], dict[str, int]]:
@@ -174,7 +179,11 @@ class TokenAutomaton:
 
 def compile_tokens(automaton: Automaton, vocabulary: Vocabulary, seconds: float = MAX_SECONDS) -> TokenAutomaton:
     """Errors: UserError when no text of the automaton can be written in the vocabulary, or it takes more than ``seconds``."""
-    deadline = time.monotonic() + seconds
+    with budget.limited(seconds):
+        return _compiled_tokens(automaton, vocabulary)
+
+
+def _compiled_tokens(automaton: Automaton, vocabulary: Vocabulary) -> TokenAutomaton:
     numbers, waiting = np.full(automaton.states, -1, dtype=np.int64), [0]
     numbers[0] = 0
     reached = [0]
@@ -182,9 +191,7 @@ def compile_tokens(automaton: Automaton, vocabulary: Vocabulary, seconds: float 
     hashes = np.zeros(len(spellings.ends), dtype=np.uint64)
     while waiting:
         taken, waiting = np.array(waiting[:AT_ONCE]), waiting[AT_ONCE:]
-        if time.monotonic() > deadline:
-            raise UserError("The constraint takes too long to compile for this vocabulary; lower the bounds of its repeats "
-                            "(maxLength, maxItems), or split it.")
+        budget.check()
         origins, nodes, targets = _followed(spellings, taken.astype(np.int32))
         np.add.at(hashes, nodes, _mixed(origins.astype(np.int64) * automaton.states + targets))
         found = np.zeros(automaton.states, dtype=np.bool_)
@@ -199,14 +206,19 @@ def compile_tokens(automaton: Automaton, vocabulary: Vocabulary, seconds: float 
     class_of = class_of.reshape(-1)
     if len(values) and values[0] == 0:  # tokens that may never come, which go last
         representatives, class_of = representatives[1:], np.where(class_of == 0, len(values) - 1, class_of - 1)
+    if (cells := len(reached) * len(representatives)) > MAX_CELLS:
+        raise UserError(f"The constraint is too large for this vocabulary: {cells:,} pairs of states and classes of tokens, of at "
+                        f"most {MAX_CELLS:,}; lower the bounds of its repeats (maxLength, maxItems), or split it.")
     behind = np.full((len(reached), len(representatives)), -1, dtype=np.int32)
-    for cls, token in enumerate(representatives.tolist()):
+    for number, token in enumerate(representatives.tolist()):
+        budget.check()
         state = np.array(reached)
         for byte in vocabulary.texts[token]:
             state = np.where(state >= 0, automaton.delta[state, byte], -1)
-        behind[:, cls] = np.where(state >= 0, numbers[state], -1)
+        behind[:, number] = np.where(state >= 0, numbers[state], -1)
     accepting = automaton.accepting[reached]
-    distance = _distances(behind, accepting)
+    source, cls = np.nonzero(behind >= 0)
+    distance = distances(source, behind[source, cls], accepting)
     if distance[0] == NEVER:
         raise UserError("No text of the constraint can be written with this model's vocabulary; widen it.")
     # States from which no text can be finished in tokens are not entered.
@@ -240,19 +252,3 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _distances(behind: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    source, cls = np.nonzero(behind >= 0)
-    pairs = np.unique(source * len(accepting) + behind[source, cls])
-    source, target = pairs // len(accepting), pairs % len(accepting)
-    order = np.argsort(target, kind="stable")
-    source, first = source[order], np.searchsorted(target[order], np.arange(len(accepting) + 1))
-    distance = np.where(accepting, 0, NEVER).astype(np.int32)
-    frontier, steps = np.flatnonzero(accepting), 0
-    while frontier.size:
-        steps += 1
-        before = np.unique(np.concatenate([source[first[state] : first[state + 1]] for state in frontier.tolist()]))
-        frontier = before[distance[before] == NEVER]
-        distance[frontier] = steps
-    return distance

@@ -27,6 +27,7 @@ VARIANTS = ("eager", "grouped_mm", "float64")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A float64 copy of a model beyond this many parameters would not fit beside it.
 FLOAT64_LIMIT = 2_000_000_000
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, OSError)  # what transformers raises for settings it does not take
 PADDED_TO = 1260  # patches: a multiple of the smallest budget, of squares of nine and of four
 
 
@@ -68,14 +69,22 @@ class Reference:
             raise UserError("torch sees no CUDA device here; run with --device cpu.")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        config = DiffusionGemmaConfig.from_pretrained(folder)
+        try:
+            config = DiffusionGemmaConfig.from_pretrained(folder)
+        except REFUSALS as error:
+            raise UserError(f"The reference refuses config.json of {folder}: {_sentence(error)}; correct it, or compare another "
+                            "checkpoint.") from None
         if not _raw_vision(folder):
             # Without vision weights the reference builds a random tower of 150 M parameters; the smallest one will do.
             config.vision_config = Gemma4VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                                       num_attention_heads=1, num_key_value_heads=1, head_dim=16,
                                                       position_embedding_size=16)
-        model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, config=config, dtype=DTYPES[dtype],
-                                                                experts_implementation="eager")
+        try:
+            model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, config=config, dtype=DTYPES[dtype],
+                                                                    experts_implementation="eager")
+        except REFUSALS as error:
+            raise UserError(f"The reference cannot load {folder}: {_sentence(error)}; correct the file it names, or compare "
+                            "another checkpoint.") from None
         self.model = model.to(device).eval()
         self.device, self.config = device, config
         self.variants = [name for name in VARIANTS if name != "float64" or self._fits_float64(dtype)]
@@ -183,8 +192,13 @@ class Reference:
         length = self.config.canvas_length
         recorder = _Recorder(prompts, draws, length, self.device)
         with self.variant(variant) as model, recorder.installed(model):
-            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=canvases * length, **generation)
-        ends = set(model.generation_config.eos_token_id)
+            try:
+                model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=canvases * length, **generation)
+            except REFUSALS as error:
+                raise UserError(f"The reference refuses generation_config.json: {_sentence(error)}; correct it, or compare "
+                                "another checkpoint.") from None
+            ends = model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
         return [recorder.row(row, ends) for row in range(len(prompts))]
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,9 +317,15 @@ def _router_margins(model: torch.nn.Module) -> Iterator[Callable[[], np.ndarray]
 
 
 def _raw_vision(folder: Path) -> bool:
-    from mlx_diffgemma.config import read_json
+    from mlx_diffgemma.files import read_json
 
     return bool(read_json(folder / "config.json").get("vision_config"))
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what transformers says, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

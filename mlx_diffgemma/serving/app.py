@@ -11,9 +11,9 @@ import contextlib
 import functools
 import logging
 import operator
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from starlette.requests import Request as HTTPRequest
 from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
 from mlx_diffgemma.drafting import DraftModel
 from mlx_diffgemma.errors import ContextError, UserError
+from mlx_diffgemma.grammar.budget import MAX_SECONDS
 from mlx_diffgemma.infill import LENGTHS, Filling, Hole, check_options
 from mlx_diffgemma.options import GenerationOptions
 from mlx_diffgemma.policy import Policy
@@ -48,11 +49,12 @@ from mlx_diffgemma.serving.jobs import (
     Piece,
     Usage,
 )
-from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck
+from mlx_diffgemma.serving.limits import BodyLimit, Counted, HostCheck, KeyCheck, Strictness
 from mlx_diffgemma.serving.metrics import Metrics
+from mlx_diffgemma.serving.preparation import Preparation
 from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, DecisionQuestion, DecisionRequest, Sampling
 from mlx_diffgemma.serving.responses import DONE, Envelope, decision_body, error_body, event, model_body, usage_body, warned
-from mlx_diffgemma.tokenizer import chat_ids
+from mlx_diffgemma.tokenizer import chat_ids, encode_prompt
 from mlx_diffgemma.trace import PAGE, Tracer
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,9 @@ class Settings:
     """``model``: the name it is served under.  ``defaults``: options of generations that a request may override.  ``api_key``: what
     requests must bring.  ``allowed_origins``: of web pages that may ask, besides our own.  ``allowed_hosts``: names by which the
     server may be called, any if empty or one of them is ``*``.  ``max_body`` in bytes.  ``allow_files``, ``allow_urls``: whether
-    images may be paths on this machine, and remote."""
+    images may be paths on this machine, and remote.  ``compile_seconds``: that one constraint may take.  ``strict``: fields that
+    are not known or have no effect are refused.  ``aliases``: further names of the model; ``any_model``: it answers to every
+    name."""
 
     model: str
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -80,12 +84,18 @@ class Settings:
     allow_files: bool = False
     allow_urls: bool = False
     draft: DraftModel | None = None
+    compile_seconds: float = MAX_SECONDS
+    allow_control_tokens: bool = False  # read what looks like a control token in what users write as one
+    strict: bool = False
+    aliases: Sequence[str] = ()
+    any_model: bool = False
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The application in front of an ``engine`` that has been started."""
     server = _Server(engine, settings)
     app = FastAPI(title="mlx-diffgemma", description="DiffusionGemma over OpenAI's protocol.", docs_url=None, redoc_url=None)
+    app.add_middleware(Strictness, strict=settings.strict)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(KeyCheck, key=settings.api_key)
@@ -138,7 +148,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: errors[401]})
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.model]}
+        return {"object": "list", "data": server.models}
 
     @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
     async def model(name: str) -> dict[str, Any]:
@@ -189,32 +199,63 @@ class _Server:
         config = engine.model.config
         self.model = model_body(settings.model, int(time.time()), context_length=config.text.max_position_embeddings,
                                 canvas_length=config.canvas_length, vision=config.vision is not None)
+        served = settings.model
+        self.models = [self.model, *(self.model | {"id": name} for name in settings.aliases)]
+        self._names = set(map(_plain, (served, served.rstrip("/").rsplit("/", 1)[-1], "default", *settings.aliases)))
         # Templates, tokens, images and constraints of requests; the engine's own thread is for the model.
-        self._workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="prepare")
-        self._preparing = 0  # requests
+        self._preparation = Preparation(settings.compile_seconds)
+        self._preparing = 0  # requests, those in the patient lane not counted
 
     def check_model(self, name: str) -> None:
-        if name not in (self.settings.model, self.settings.model.rstrip("/").rsplit("/", 1)[-1], "default"):
-            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is.")
+        if not self.settings.any_model and _plain(name) not in self._names:
+            raise _UnknownModelError(f"The model {name!r} is not served here; {self.settings.model!r} is. Call it so, or start the "
+                                     "server with --alias and this name, or with --any-model.")
 
-    async def _prepared(self, prepare: Callable[..., T], *given: Any) -> T:
-        """What becomes of a request before it is submitted.  Errors: BusyError where the queue has no place for it."""
+    async def _prepared(self, http: HTTPRequest, prepare: Callable[..., T], *given: Any) -> T:
+        """What becomes of a request before it is submitted.
+
+        Errors: BusyError where the queue has no place for it, _GoneError where the client hangs up meanwhile.
+        """
         self.engine.check_queue(self._preparing)
+        gone = threading.Event()
+        task = functools.partial(prepare, *given)
+        work = asyncio.ensure_future(self._counted(_client(http), gone.is_set, task))
+        watching = asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise _GoneError("The client has gone.")
+            return work.result()
+        finally:
+            gone.set()
+            work.cancel()
+            watching.cancel()
+
+    async def _counted(self, client: str, abandoned: Callable[[], bool], task: Callable[[], T]) -> T:
+        """Among those that are being prepared; whose constraint takes long holds no place of the queue meanwhile."""
+        counted = True
+
+        def leave() -> None:
+            nonlocal counted
+            self._preparing -= counted
+            counted = False
+
+        def wait_longer() -> None:
+            leave()
+            self.engine.check_patience(len(self._preparation.patient.turns))
+
         self._preparing += 1
         try:
-            return await self._on_worker(prepare, *given)
+            return await self._preparation.run(client, abandoned, task, wait_longer)
         finally:
-            self._preparing -= 1
-
-    async def _on_worker(self, prepare: Callable[..., T], *given: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, functools.partial(prepare, *given))
+            leave()
 
     # Chat
 
     async def chat(self, body: ChatRequest, http: HTTPRequest) -> Response:
         self.check_model(body.model)
         box = _Mailbox()
-        choices = await self._prepared(self._chat_choices, body)
+        choices = await self._prepared(http, self._chat_choices, body)
         envelope = Envelope("chat.completion", body.model)
         return await self._answer(body, http, box, choices, envelope)
 
@@ -225,7 +266,8 @@ class _Server:
         template = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
         check_variables(tokenizer, template)
         try:
-            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None, **template)
+            ids = chat_ids(tokenizer, messages, think=body.thinks, tools=tools or None,
+                           allow_control_tokens=self.settings.allow_control_tokens, **template)
         except (TypeError, AttributeError) as error:
             if not template:
                 raise
@@ -241,14 +283,21 @@ class _Server:
         box, envelope = _Mailbox(), Envelope("text_completion", body.model)
         if body.suffix:
             return await self._infill(body, http, box, envelope)
-        choices = await self._prepared(lambda: self._choices(body, body.prompt, (), None, Choice, body.logprobs is not None,
-                                                             body.logprobs or 0))
+        choices = await self._prepared(http, lambda: self._choices(body, self._prompt(body), (), None, Choice,
+                                                                   body.logprobs is not None, body.logprobs or 0))
         echo = (body.prompt if isinstance(body.prompt, str) else self.engine.tokenizer.decode(body.prompt)) if body.echo else ""
         return await self._answer(body, http, box, choices, envelope, echo)
 
+    def _prompt(self, body: CompletionRequest) -> str | Sequence[int]:
+        """The ids of a prompt, in whose text nothing is a control token unless the server allows it; one without text stays."""
+        if isinstance(body.prompt, str) and body.prompt.strip():
+            return encode_prompt(self.engine.tokenizer, body.prompt, literal=not self.settings.allow_control_tokens)
+        return body.prompt
+
     async def _infill(self, body: CompletionRequest, http: HTTPRequest, box: _Mailbox, envelope: Envelope) -> Response:
-        filling = await self._prepared(self._filling, body)
+        filling = await self._prepared(http, self._filling, body)
         job = InfillJob(filling, box.put)
+        job.warnings += body.notes
         began = time.perf_counter()
         await self._run(job, http, box)
         self._count(job.usage, began)
@@ -285,7 +334,8 @@ class _Server:
         engine = self.engine
         given = self.settings.defaults | body.options()
         options = GenerationOptions.from_keywords(given)
-        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images)
+        clamp = not self.settings.strict
+        asked = Request.prepare(engine.model, engine.tokenizer, prompt, options, images=images, clamp=clamp)
         self._check_prompt(len(asked.ids))
         check_room(engine.model, [len(asked.ids)], 1, asked.patches)
         policy: Policy = options.policy(engine.model)
@@ -295,12 +345,17 @@ class _Server:
         for index in range(body.n or 1):
             request = asked
             if index:
-                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images)
+                request = Request.prepare(engine.model, engine.tokenizer, prompt, options, seed=asked.seed + index, images=images,
+                                          clamp=clamp)
             if kind is Call:
                 assert functions is not None
                 request = functions.request(engine.model, engine.tokenizer, request)
             found.append(kind(index, request, policy, tracer, engine.tokenizer, functions, body.stops, logprobs, top_logprobs,
                               one_call=isinstance(body, ChatRequest) and body.parallel_tool_calls is False))
+        found[0].warnings += body.notes
+        if options.max_tokens is not None and options.max_tokens > asked.limit:
+            found[0].warnings.append(f"max_tokens: {options.max_tokens:,} exceed the context behind this prompt; the limit is "
+                                     f"{asked.limit:,}.")
         return found
 
     def _check_prompt(self, length: int) -> None:
@@ -314,10 +369,10 @@ class _Server:
         jobs = [AnswerJob(choices, box.put, drafts=bool(options and options.include_drafts))]
         self.engine.submit(jobs[0])  # a full queue is told before a stream begins
         if body.stream:
-            return StreamingResponse(self._stream(body, jobs, box, envelope, echo), media_type="text/event-stream",
+            return StreamingResponse(self._stream(body, _client(http), jobs, box, envelope, echo), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         pieces: list[list[Piece]] = [[] for _ in choices]
-        async with box.until_gone(http), contextlib.aclosing(self._events(jobs, box)) as events:
+        async with box.until_gone(http), contextlib.aclosing(self._events(_client(http), jobs, box)) as events:
             async for one in events:
                 if isinstance(one, Piece):
                     pieces[one.index].append(one)
@@ -325,7 +380,7 @@ class _Server:
         warnings = warned(warning for choice in choices for warning in choice.warnings)
         return JSONResponse(envelope.whole(_usage(jobs), choices=whole, seed=choices[0].request.seed, **warnings))
 
-    async def _stream(self, body: Sampling, jobs: list[AnswerJob], box: _Mailbox, envelope: Envelope, echo: str,
+    async def _stream(self, body: Sampling, client: str, jobs: list[AnswerJob], box: _Mailbox, envelope: Envelope, echo: str,
                       ) -> AsyncGenerator[str, None]:
         choices = jobs[0].choices
         calls, lengths, began = [0] * len(choices), [0] * len(choices), [False] * len(choices)
@@ -337,7 +392,7 @@ class _Server:
                 for index in range(len(choices)):
                     yield event(envelope.chunk([envelope.delta(Piece(index, echo))], **none))
                     lengths[index] = len(echo)
-            async with contextlib.aclosing(self._events(jobs, box)) as events:
+            async with contextlib.aclosing(self._events(client, jobs, box)) as events:
                 async for one in events:
                     if one is None:
                         yield ": still here\n\n"
@@ -359,10 +414,11 @@ class _Server:
             yield event(_error_body(error))
         yield DONE
 
-    async def _events(self, jobs: list[AnswerJob], box: _Mailbox) -> AsyncGenerator[Event | None, None]:
+    async def _events(self, client: str, jobs: list[AnswerJob], box: _Mailbox) -> AsyncGenerator[Event | None, None]:
         """Pieces and drafts of the one of ``jobs`` that was submitted, and of the calls that have to be made again, whose jobs are
         added; None for silence."""
         began, first = time.perf_counter(), True
+        gone = threading.Event()
         try:
             async for one in box.events():
                 if first and isinstance(one, Piece):
@@ -372,7 +428,8 @@ class _Server:
             for choice, place in [(own, place) for own in jobs[0].choices for place in own.broken]:
                 last = place == choice.broken[-1]
                 try:
-                    again = await self._on_worker(choice.again, self.engine.model, place, last)
+                    task = functools.partial(choice.again, self.engine.model, place, last)
+                    again = await self._preparation.run(client, gone.is_set, task)
                 except UserError as error:
                     choice.warnings.append(f"A call could not be made again: {error}")
                     if last:
@@ -385,6 +442,7 @@ class _Server:
                     yield one
             self._count(_usage(jobs), began)
         finally:
+            gone.set()
             jobs[-1].cancel()
 
     async def _run(self, job: Job, http: HTTPRequest, box: _Mailbox) -> None:
@@ -406,13 +464,13 @@ class _Server:
     async def decide(self, body: DecisionRequest, http: HTTPRequest) -> Response:
         self.check_model(body.model)
         box = _Mailbox()
-        job = await self._prepared(self._decision, body, box)
+        job = await self._prepared(http, self._decision, body, box)
         began = time.perf_counter()
         await self._run(job, http, box)
         self._count(job.usage, began)
         envelope = Envelope("decisions", body.model)
         return JSONResponse(envelope.whole(job.usage, decisions=[decision_body(own) for own in job.decisions],
-                                           **warned(filter(None, map(unlikely, job.decisions)))))
+                                           **warned([*body.notes, *filter(None, map(unlikely, job.decisions))])))
 
     def _decision(self, body: DecisionRequest, box: _Mailbox) -> DecisionJob:
         model, tokenizer = self.engine.model, self.engine.tokenizer
@@ -421,7 +479,8 @@ class _Server:
         labels = [label_ids(tokenizer, question) for question in questions]
         lengths = [canvas_for(model, own, body.canvas_length) for own in labels]
         media = prepare_media(images, model.config, body.image_tokens)
-        ids, placed = place(chat_ids(tokenizer, messages), media, model.config.image_tokens, tokenizer)
+        ids, placed = place(chat_ids(tokenizer, messages, allow_control_tokens=self.settings.allow_control_tokens), media,
+                            model.config.image_tokens, tokenizer)
         token_limit(len(ids), None, max(lengths), model.config.text.max_position_embeddings)
         self._check_prompt(len(ids))
         check_room(model, [len(ids)])
@@ -463,6 +522,11 @@ class _Mailbox:
             watching.cancel()
 
 
+def _client(http: HTTPRequest) -> str:
+    """Who asks, as far as shares are concerned: the address, since all that know the server's key have the same."""
+    return http.client.host if http.client else ""
+
+
 async def _disconnected(http: HTTPRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -471,6 +535,11 @@ async def _disconnected(http: HTTPRequest) -> None:
 def _usage(jobs: Sequence[AnswerJob]) -> Usage:
     """Of an answer, with the calls that were made again for it."""
     return functools.reduce(operator.add, (job.usage for job in jobs))
+
+
+def _plain(name: str) -> str:
+    """The name of a model as Ollama's clients and others would write it too: in any case, and with the tag ``latest``."""
+    return name.casefold().removesuffix(":latest")
 
 
 def _question(asked: DecisionQuestion) -> Question:

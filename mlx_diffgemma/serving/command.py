@@ -6,6 +6,7 @@ import ipaddress
 import re
 import signal
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.flags import Adapter, Draft, DraftRules, Dtype, Model, Preset, Revision, Sampler, Steps, Threshold, drafter_of
 from mlx_diffgemma.generate import load
+from mlx_diffgemma.grammar.budget import MAX_SECONDS
 from mlx_diffgemma.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.model import DiffusionGemma
 
 MISSING = "The server needs further packages: pip install 'mlx-diffgemma[server]'."
+SWITCH_SECONDS = 0.001  # for which one thread holds Python's lock while another wants it; Python's own 0.005 delays each step
 LAST_WORDS = 2  # seconds that answers have to be sent once nothing runs any longer
 HOST = re.compile(r"[*]|[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f.]*(:[0-9A-Fa-f.]*){2,}\]?")  # a name or an address
 LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -59,11 +62,20 @@ def serve_command(
     prompt_cache_bytes: Annotated[int, typer.Option(min=0, help="Of what prompts leave for later ones that begin alike; 0 keeps "
                                                     "nothing.")] = 2 * 2**30,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longer prompts are refused. Default: the context.")] = None,
+    max_compile_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that the schema or expression of one request may "
+                                                       "take to compile.")] = MAX_SECONDS,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 32 * 2**20,
     allow_image_files: Annotated[bool, typer.Option("--allow-image-files", help="Requests may name images by their path on this "
                                                     "machine.")] = False,
+    allow_control_tokens: Annotated[bool, typer.Option("--allow-control-tokens", help="Read what looks like a control token in "
+                                                       "messages and prompts as one; without it, it is plain text.")] = False,
     allow_image_urls: Annotated[bool, typer.Option("--allow-image-urls", help="Requests may name images elsewhere, which are then "
                                                    "fetched.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a request whose fields are not known here, or have no effect. "
+                                         "Default: the answer names them in its warnings.")] = False,
+    aliases: Annotated[list[str], typer.Option("--alias", help="A further name of the model in requests; may be given "
+                                               "again.")] = [],  # noqa: B006
+    any_model: Annotated[bool, typer.Option("--any-model", help="Answer requests for a model of any name.")] = False,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers have to finish when the server is told to "
                                        "stop.")] = 10,
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}.")] = "info",
@@ -101,7 +113,8 @@ def serve_command(
     def serve() -> None:
         try:
             settings = Settings(model, defaults, api_key, allowed_origins, hosts, max_body, max_prompt_tokens, allow_image_files,
-                                allow_image_urls, drafter[0])
+                                allow_image_urls, drafter[0], max_compile_seconds, allow_control_tokens, strict, aliases,
+                                any_model)
             server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level=log_level, server_header=False,
                                                    timeout_graceful_shutdown=LAST_WORDS))
             servers.append(server)
@@ -125,6 +138,7 @@ def serve_command(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     engine.run(ready)
     # Only now that nothing runs any longer: until here clients were told what became of their requests, new ones that it closes.
     for server in servers:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jinja2
 from jinja2 import meta
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_diffgemma.dialect import read_arguments
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.images import open_image
 from mlx_diffgemma.prompt import Medium
-from mlx_diffgemma.serving.protocol import Message, ToolCall, broken
+from mlx_diffgemma.serving.protocol import Message, ToolCall
+from mlx_diffgemma.templates import syntax
 
 # Variables of templates, and arguments of apply_chat_template, that are not for a request to set.
 RESERVED = ("messages", "tools", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors", "documents",
@@ -25,7 +25,7 @@ RESERVED = ("messages", "tools", "tokenize", "add_generation_prompt", "chat_temp
 
 def template_messages(messages: Sequence[Message], allow_files: bool = False, allow_urls: bool = False,
                       ) -> tuple[list[dict[str, Any]], list[Medium]]:
-    """(Messages as chat templates read them, without thoughts; their images, in the order of their markers).
+    """(Messages as ``tokenizer.chat_ids`` takes them; their images, in the order of their markers).
 
     Images are data URLs; remote ones and paths only where they are allowed.  Errors: UserError for an image that cannot be read or
     is not allowed, and for a tool's answer to a call that nobody made.
@@ -45,7 +45,10 @@ def template_messages(messages: Sequence[Message], allow_files: bool = False, al
             found["content"] = message.content or ""
         if message.tool_calls:
             names |= {call.id: call.function.name for call in message.tool_calls}
-            found["tool_calls"] = [_template_call(call, place) for call in message.tool_calls]
+            found["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        thought = message.reasoning_content or message.reasoning
+        if message.role == "assistant" and isinstance(thought, str) and thought:
+            found["reasoning_content"] = thought
         if message.tool_call_id is not None:
             if message.tool_call_id not in names:
                 raise UserError(f"messages.{place}: no call before it has the id {message.tool_call_id!r}.")
@@ -54,14 +57,10 @@ def template_messages(messages: Sequence[Message], allow_files: bool = False, al
     return made, images
 
 
-def _template_call(call: ToolCall, place: int) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict) or broken(arguments):
-        raise UserError(f"messages.{place}: the arguments of the call {call.id!r} are no JSON object.")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    """Arguments that are no JSON object do not end a conversation: they stand as a text, see ``dialect.read_arguments``."""
+    return {"id": call.id, "type": "function",
+            "function": {"name": call.function.name, "arguments": read_arguments(call.function.arguments)}}
 
 
 def check_variables(tokenizer: TokenizerWrapper, names: Iterable[str]) -> None:
@@ -82,6 +81,6 @@ def check_variables(tokenizer: TokenizerWrapper, names: Iterable[str]) -> None:
 def _variables(template: str) -> frozenset[str] | None:
     """What a template reads of what it is given; None where that cannot be told."""
     try:
-        return frozenset(meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)))
-    except jinja2.TemplateError:  # it has tags of its own
+        return frozenset(meta.find_undeclared_variables(syntax(template)))
+    except UserError:  # it cannot be read, which is told when it is rendered
         return None

@@ -179,6 +179,14 @@ class Engine:
             if self._waiting() + more >= self.max_queue:
                 raise BusyError(self._retry_after())
 
+    def check_patience(self, waiting: int) -> None:
+        """Errors: BusyError where so many ``waiting`` for a constraint to be compiled are as many as may wait, ClosedError behind
+        ``close``."""
+        with self._changed:
+            self._check_open()
+            if waiting >= self.max_queue:
+                raise BusyError(self._retry_after())
+
     def _check_open(self) -> None:
         if self._closing:
             raise ClosedError("The server is shutting down.")
@@ -338,7 +346,7 @@ class Engine:
         self.figures.encoded += sum(sizes)
         for row in taken:
             session = row.session
-            if row.fresh and (not session.pending.size or session.cache.length == row.border):
+            if row.fresh and (not session.pending.size or session.cache.length in (row.border, session.repeated)):
                 self.prefixes.keep(keyed(session.ids, session.images), session.cache)
             if session.pending.size:
                 self._reading.append(row)
@@ -346,12 +354,18 @@ class Engine:
                 self._read(row)
 
     def _chunk(self, row: _Row) -> int:
-        """How many positions of a prompt are encoded next: up to its border first."""
+        """How many positions of a prompt are encoded next: up to its border, and to where the next turn goes on, first."""
         session = row.session
         size = next_chunk(session.pending.size, session.cache.length, session.images, self.prefill_step_size)
-        ahead = row.border - session.cache.length
-        split = any(image.start < row.border < image.stop for image in session.images)
-        return ahead if 1 < ahead < size and not split else size
+        borders = [row.border]
+        if row.fresh and self.prefixes.budget:
+            borders.append(session.repeated)
+        for border in sorted(borders):
+            ahead = border - session.cache.length
+            split = any(image.start < border < image.stop for image in session.images)
+            if 1 < ahead < size and not split:
+                return ahead
+        return size
 
     def _read(self, row: _Row) -> None:
         """Its prompt is in the cache."""

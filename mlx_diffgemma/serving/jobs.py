@@ -5,14 +5,12 @@ A job is made on a thread of the server, where everything that can be refused is
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import jsonschema
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -20,6 +18,8 @@ from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.decide import Decision, Labels, Question, decision_of, labels_in_turns
 from mlx_diffgemma.demands import Demands, Stretch
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.grammar.budget import TooLongError
+from mlx_diffgemma.grammar.checker import Checker, TooMuchWorkError
 from mlx_diffgemma.grammar.constraint import compile_named
 from mlx_diffgemma.infill import Filling
 from mlx_diffgemma.model import DiffusionGemma
@@ -28,7 +28,7 @@ from mlx_diffgemma.prompt import PlacedImage
 from mlx_diffgemma.request import GenerationResponse, Request, malformed_warning, token_limit
 from mlx_diffgemma.serving.engine import Job
 from mlx_diffgemma.session import Canvas, CanvasStep, Session
-from mlx_diffgemma.tokenizer import TOOL_END, TOOL_START, ResponseParser
+from mlx_diffgemma.tokenizer import TOOL_END, TOOL_START, ResponseParser, calls_as_json
 from mlx_diffgemma.trace import Tracer
 
 CALL = "call:"  # what stands before a function's name
@@ -104,10 +104,11 @@ class Stops:
         if self.found:
             return ""
         self._held += text
-        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        # The one that is whole first ends the text, so that it does not matter in which pieces this comes.
+        ends = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
+        if ends:
             self.found = True
-            return self._held[: min(places)]
+            return self._held[: min(ends)[1]]
         keep = 0 if last else max((size for stop in self.stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
                                   default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -221,11 +222,12 @@ class Call(Choice):
         response = self.request.add_canvas(session.canvases[-1], session.finished)
         if not session.finished:
             return Piece(self.index)
-        text = "".join(self.tracer.pieces([token for token in self.tokens if token not in self.request.eos_ids]))
-        name, brace, arguments = text.removeprefix(CALL).partition("{")
         assert response.finish_reason != "length", "a constrained answer ends within the limit"
-        return Piece(self.index, calls=({"name": name, "arguments": json.loads(brace + arguments)},),
-                     finish_reason=self.finish_reason)
+        begin, end = Functions.markers(self._tokenizer)
+        written = [token for token in self.tokens if token != end]
+        calls = ResponseParser(self._tokenizer).feed([begin, *written, end]).tool_calls
+        assert len(calls) == 1, "a constrained answer is a call"
+        return Piece(self.index, calls=calls, finish_reason=self.finish_reason)
 
 
 class Functions:
@@ -240,21 +242,33 @@ class Functions:
             schema.setdefault("type", "object")
             if schema["type"] != "object":
                 raise UserError(f"The parameters of the function {name!r} are the schema of an object, not of {schema['type']!r}.")
-            try:
-                jsonschema.Draft202012Validator.check_schema(schema)
-            except jsonschema.SchemaError as error:
-                raise UserError(f"The parameters of the function {name!r} are no JSON schema: {error.message}") from None
+        self._checkers = {name: self._checker(name, schema) for name, schema in self.parameters.items()}
+
+    @staticmethod
+    def _checker(name: str, schema: Mapping[str, Any]) -> Checker:
+        try:
+            return Checker(schema)
+        except TooLongError:
+            raise
+        except UserError as error:
+            raise UserError(f"The parameters of the function {name!r} cannot be used: {error}") from None
+        except RecursionError:
+            raise UserError(f"The parameters of the function {name!r} are nested too deeply; write them with fewer "
+                            "levels.") from None
 
     def fits(self, call: Mapping[str, Any]) -> bool:
-        """Whether {name, arguments} is one of them with what it takes."""
-        schema = self.parameters.get(str(call.get("name")))
-        if schema is None or not isinstance(call.get("arguments"), dict):
+        """Whether {name, arguments} is one of them with what it takes, by a bounded number of steps."""
+        checker = self._checkers.get(str(call.get("name")))
+        if checker is None or not isinstance(call.get("arguments"), dict):
             return False
-        return bool(jsonschema.Draft202012Validator(schema).is_valid(call["arguments"]))
+        try:
+            return checker.fits(call["arguments"])
+        except TooMuchWorkError:  # it is made again under the schema, which then holds by construction
+            return False
 
     def request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request) -> Request:
         """As ``asked``, but for a ``Call`` of one of them.  Errors: UserError for parameters that cannot be guaranteed."""
-        begin, _ = self._markers(tokenizer)
+        begin, _ = self.markers(tokenizer)
         return self._request(model, tokenizer, asked, [begin], list(self.parameters))
 
     def broken(self, tokens: Sequence[int], tokenizer: TokenizerWrapper) -> list[int]:
@@ -284,15 +298,16 @@ class Functions:
     def _request(self, model: DiffusionGemma, tokenizer: TokenizerWrapper, asked: Request, before: Sequence[int],
                  names: Sequence[str]) -> Request:
         """For a call of one of ``names`` behind the prompt and ``before``."""
-        _, end = self._markers(tokenizer)
-        constraint = compile_named(tokenizer, model.config, {CALL + name: self.parameters[name] for name in names}, end)
+        _, end = self.markers(tokenizer)
+        constraint = compile_named(tokenizer, model.config, {CALL + name: self.parameters[name] for name in names}, end,
+                                   as_json=calls_as_json(tokenizer))
         ids, text = [*asked.ids, *before], model.config.text
         limit = min(asked.limit, token_limit(len(ids), None, model.config.canvas_length, text.max_position_embeddings))
         return Request(ids, limit, asked.seed, ResponseParser(tokenizer), (end,), asked.opened, asked.images, asked.patches,
                        Demands((end,), limit, stretches=[Stretch(constraint)]))
 
     @staticmethod
-    def _markers(tokenizer: TokenizerWrapper) -> tuple[int, int]:
+    def markers(tokenizer: TokenizerWrapper) -> tuple[int, int]:
         begin, end = (tokenizer.get_vocab().get(marker) for marker in (TOOL_START, TOOL_END))
         if begin is None or end is None:
             raise UserError("This model has no tokens for calls of tools; leave the tools out.")
@@ -310,7 +325,8 @@ class AnswerJob(Job):
     def rounds(self, model: DiffusionGemma) -> Iterator[Sequence[Session]]:
         first, cache = self.choices[0], None
         if len(self.choices) > 1 and not first.policy.drafter:  # the prompt is read once for all
-            reader = Session.reading(model, first.request.ids, images=first.request.images)
+            reader = Session.reading(model, first.request.ids, images=first.request.images,
+                                     repeated=first.request.repeated)
             yield [reader]
             cache, self.reused = reader.cache, reader.reused
         self._by_session = {id(choice.begin(model, cache and cache.copy())): choice for choice in self.choices}

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from mlx_diffgemma.serving.protocol import STRICT
 from mlx_diffgemma.serving.responses import error_body
 
 Scope = MutableMapping[str, Any]
@@ -103,6 +104,20 @@ class Counted:
             await send(message)
 
         await self.app(scope, receive, seen if scope["type"] == "http" else send)
+
+
+class Strictness:
+    """Sets for each request whether what is not known in its body is refused."""
+
+    def __init__(self, app: Application, strict: bool) -> None:
+        self.app, self.strict = app, strict
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        token = STRICT.set(self.strict)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            STRICT.reset(token)
 
 
 async def respond(send: Send, status: int, body: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None) -> None:

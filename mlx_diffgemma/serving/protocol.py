@@ -6,11 +6,24 @@ Source: the OpenAI API reference, chat completions and completions.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    StrictBool,
+    field_validator,
+    model_validator,
+)
 
 from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.options import GenerationOptions
@@ -19,7 +32,26 @@ NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function
 HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+STRICT: ContextVar[bool] = ContextVar("strict", default=False)  # whether what is not known or has no effect is refused
+NOTES: ContextVar[list[str] | None] = ContextVar("notes", default=None)  # of the body that is being read
+
+
+def note(text: str) -> None:
+    """For the ``warnings`` of the answer."""
+    notes = NOTES.get()
+    if notes is not None:
+        notes.append(text)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool) or (STRICT.get() and not isinstance(value, int)):
+        raise ValueError("Input should be a valid integer")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # "16" and 16.0 as well
+Length = Annotated[Whole | str, Field(union_mode="left_to_right")]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 
 
 def _limit(tokens: int) -> int:
@@ -28,7 +60,7 @@ def _limit(tokens: int) -> int:
     return tokens
 
 
-Limit = Annotated[StrictInt, Field(ge=-1, description="-1: none."), AfterValidator(_limit)]
+Limit = Annotated[Whole, Field(ge=-1, description="-1: none."), AfterValidator(_limit)]
 
 
 def broken(value: Any) -> bool:
@@ -47,37 +79,82 @@ def broken(value: Any) -> bool:
 
 
 class Strict(BaseModel):
+    """A part of a request.
+
+    Null is absent.  What is not known here is dropped and noted (see ``Body.notes``), in the history of a conversation without a
+    note; where STRICT is set it is refused.
+    """
+
     model_config = ConfigDict(extra="forbid")
 
     # Fields that are accepted with these values, which change nothing; "any" accepts whatever is sent.
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...] | str]] = {}
     REFUSED: ClassVar[dict[str, str]] = {}  # and why
+    RENAMED: ClassVar[dict[str, str]] = {}  # other servers' names of our fields
+    HISTORY: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
-    def drop_neutral(cls, data: Any) -> Any:
+    def sift(cls, data: Any) -> Any:
         """Take out what changes nothing, and refuse what would and cannot be honoured."""
         if not isinstance(data, dict):
             return data
-        kept = dict(data)
-        for name, allowed in cls.NEUTRAL.items():
-            if name not in kept:
-                continue
-            value = kept.pop(name)
-            # By kind as well, since 0 == False.
-            if allowed != "any" and value is not None and not any(value == own and isinstance(value, bool) == isinstance(own, bool)
-                                                                  for own in allowed):
-                instead = f" or send {' or '.join(map(repr, allowed))}" if allowed else ""
-                raise ValueError(f"{name}: {value!r:.100} cannot be honoured; leave it out{instead}.")
+        strict = STRICT.get()
+        kept = dict(data) if strict else {name: value for name, value in data.items() if value is not None}
         for name, why in cls.REFUSED.items():
-            if kept.get(name) is not None:
+            if kept.pop(name, None) is not None:
                 raise ValueError(f"{name}: not supported, {why}.")
-            kept.pop(name, None)
+        for name, own in cls.RENAMED.items():
+            if not strict and name in kept:
+                if own in kept:
+                    raise ValueError(f"{name}: is {own} here; send one of them.")
+                kept[own] = kept.pop(name)
+        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values() if field.alias)}
+        for name in list(kept):
+            if name in cls.NEUTRAL:
+                cls._check_neutral(name, kept.pop(name))
+            elif name not in known and not strict:
+                del kept[name]
+                if not cls.HISTORY:
+                    note(f"{name}: not known here; it was ignored.")
         return kept
+
+    @classmethod
+    def _check_neutral(cls, name: str, value: Any) -> None:
+        """Errors: ValueError, where STRICT is set, for a value that would change something."""
+        allowed = cls.NEUTRAL[name]
+        # By kind as well, since 0 == False.
+        if allowed == "any" or value is None or any(value == own and isinstance(value, bool) == isinstance(own, bool)
+                                                    for own in allowed):
+            return
+        if STRICT.get():
+            instead = f" or send {' or '.join(map(repr, allowed))}" if allowed else ""
+            raise ValueError(f"{name}: {value!r:.100} cannot be honoured; leave it out{instead}.")
+        if not cls.HISTORY:
+            note(f"{name}: {value!r:.100} has no effect here.")
 
 
 class Body(Strict):
     """What is sent as a whole."""
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the request was passed over, for the ``warnings`` of the answer."""
+        return list(dict.fromkeys(self._notes))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def collect_notes(cls, data: Any, handler: ModelWrapValidatorHandler[Body]) -> Body:
+        notes = list[str]()
+        token = NOTES.set(notes)
+        try:
+            found = handler(data)
+        finally:
+            NOTES.reset(token)
+        found._notes = notes
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -90,45 +167,57 @@ class Body(Strict):
         return data
 
 
+# Fields of other servers (llama.cpp, vLLM, Ollama, OpenRouter), and the values of them that change nothing here.
+OF_OTHERS: dict[str, tuple[Any, ...] | str] = {
+    "typical_p": (1,), "top_a": (0,), "tfs_z": (1,), "mirostat": (0,), "dry_multiplier": (0,), "xtc_probability": (0,),
+    "dynatemp_range": (0,), "length_penalty": (1,), "use_beam_search": (False,), "early_stopping": (False,), "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "cache_prompt": "any", "keep_alive": "any",
+    "usage": "any", "provider": "any", "transforms": ([],), "stream_reasoning": "any", "separate_reasoning": "any",
+    "return_progress": (False,), "timings_per_token": (False,), "return_tokens": (False,), "return_token_ids": (False,),
+}
+
+
 class Sampling(Body):
     """Options of a generation; those that OpenAI does not have are named as in ``GenerationOptions`` and mean the same."""
 
     NEUTRAL = {
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "min_p": (0,),
         "user": "any", "store": (False, True), "metadata": "any", "safety_identifier": "any", "prompt_cache_key": "any",
-        "prompt_cache_retention": "any", "service_tier": "any", "best_of": (1,),
+        "prompt_cache_retention": "any", "service_tier": "any", "best_of": (1,), **OF_OTHERS,
     }
+    RENAMED = {"repeat_penalty": "repetition_penalty", "guided_regex": "regex", "guided_choice": "choices"}
 
     model: Text
     temperature: Number | None = Field(None, description="1: the checkpoint's schedule; T scales it; 0: the most probable token.")
     top_p: Number | None = None
-    top_k: StrictInt | None = Field(None, description="0 or -1: off.")
-    seed: Seed | None = Field(None, description="Same seed, same text. Absent: a fresh one, told in the response.")
-    n: Annotated[StrictInt, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
+    top_k: Whole | None = Field(None, description="0 or -1: off.")
+    seed: Seed | None = Field(None, description="Same seed, same text. Absent or -1: a fresh one, told in the response.")
+    n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(None, description="Choice i has the seed + i.")
     max_tokens: Limit | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    max_denoising_steps: StrictInt | None = None
+    max_denoising_steps: Whole | None = None
     entropy_bound: Number | None = None
     t_min: Number | None = None
     t_max: Number | None = None
     confidence_threshold: Number | None = None
-    stability_threshold: StrictInt | None = None
+    stability_threshold: Whole | None = None
     self_conditioning: str | None = None
     coverage: Number | None = None
     preset: str | None = None
     diffusion_sampler: str | None = None
     threshold: Number | None = None
-    min_denoising_steps: StrictInt | None = None
-    temperature_steps: StrictInt | None = None
-    plateau: StrictInt | None = None
-    drop_tail: StrictInt | None = None
-    canvas_length: StrictInt | str | None = None
-    reroll_empty: StrictInt | None = None
-    retry_unconverged: StrictInt | None = None
-    image_tokens: StrictInt | None = None
-    regex: str | None = Field(None, description="The answer matches this expression as a whole.")
+    min_denoising_steps: Whole | None = None
+    temperature_steps: Whole | None = None
+    plateau: Whole | None = None
+    drop_tail: Whole | None = None
+    canvas_length: Length | None = None
+    reroll_empty: Whole | None = None
+    retry_unconverged: Whole | None = None
+    image_tokens: Whole | None = None
+    regex: str | None = Field(None, description="The whole answer matches this expression of ECMA-262.")
     choices: list[str] | None = Field(None, description="The answer is one of these texts.")
 
     @model_validator(mode="after")
@@ -157,7 +246,7 @@ class Sampling(Body):
         known = GenerationOptions.__dataclass_fields__
         given = {name: getattr(self, name) for name in type(self).model_fields if name in known}
         given = {name: value for name, value in given.items() if value is not None} | self.constraints
-        return given | {name: off for name, off in (("top_k", 0), ("max_tokens", None)) if given.get(name) == -1}
+        return given | {name: off for name, off in (("top_k", 0), ("max_tokens", None), ("seed", None)) if given.get(name) == -1}
 
 
 class StreamOptions(Strict):
@@ -176,6 +265,7 @@ class Part(Strict):
     """A piece of a message's content."""
 
     NEUTRAL = {"cache_control": "any"}  # what prompts have in common is kept without being told
+    HISTORY = True
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -188,13 +278,37 @@ class Part(Strict):
         return self
 
 
+THOUGHTS = ("thinking", "redacted_thinking", "reasoning")  # parts of an answer that are dropped from the history
+TEXTS = {"output_text": "text", "input_text": "text", "refusal": "refusal"}  # other names of text, and the field it is in
+
+
+def _part(sent: Any) -> Any:
+    """A part as other protocols, and other answers of the same, write it, as ours."""
+    if isinstance(sent, str):
+        return {"type": "text", "text": sent}
+    kind = sent.get("type") if isinstance(sent, dict) else None
+    if isinstance(kind, str) and kind in TEXTS:
+        return {"type": "text", "text": sent.get(TEXTS[kind])}
+    if kind in ("image_url", "input_image") and isinstance(sent.get("image_url"), str):
+        return {"type": "image_url", "image_url": {"url": sent["image_url"], "detail": sent.get("detail")}}
+    return sent
+
+
 class CalledFunction(Strict):
+    HISTORY = True
+
     name: Annotated[str, Field(pattern=NAME)]
-    arguments: str
+    arguments: str = ""
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def as_text(cls, arguments: Any) -> Any:
+        return json.dumps(arguments) if isinstance(arguments, dict) and not STRICT.get() else arguments
 
 
 class ToolCall(Strict):
     NEUTRAL = {"index": "any"}
+    HISTORY = True
 
     id: str
     type: Literal["function"] = "function"
@@ -202,13 +316,32 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning": "any",
-               "reasoning_content": "any", "reasoning_details": "any"}  # thoughts are dropped from the history
+    """One of the conversation so far; clients send back what any server, or they themselves, put into it."""
+
+    NEUTRAL = {"name": "any", "refusal": (), "audio": (), "annotations": ([],), "function_call": (), "reasoning_details": "any"}
+    HISTORY = True
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: Any = None  # thoughts between calls are kept where the chat template keeps them
+    reasoning: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def as_ours(cls, data: Any) -> Any:
+        """Parts in our form, and a refusal as the text that the assistant said."""
+        if not isinstance(data, dict) or STRICT.get():
+            return data
+        content = data.get("content")
+        if isinstance(content, list):
+            content = [_part(sent) for sent in content if not (isinstance(sent, dict) and sent.get("type") in THOUGHTS)]
+        if content is None and isinstance(data.get("refusal"), str):
+            content = data["refusal"]
+        if content is None and data.get("role") == "tool":
+            content = ""
+        return {**data, "content": content}
 
     @model_validator(mode="after")
     def check_fields(self) -> Message:
@@ -236,7 +369,7 @@ def _image_tokens(messages: Sequence[Message], given: int | None) -> int | None:
 
 
 class Function(Strict):
-    NEUTRAL = {"strict": (False, True)}  # arguments always keep to the parameters
+    NEUTRAL = {"strict": (False, True), "cache_control": "any"}  # arguments always keep to the parameters
 
     name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
@@ -244,6 +377,8 @@ class Function(Strict):
 
 
 class Tool(Strict):
+    NEUTRAL = {"cache_control": "any"}
+
     type: Literal["function"]
     function: Function
 
@@ -285,10 +420,9 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
-    NEUTRAL = {**Sampling.NEUTRAL, "modalities": (["text"],), "verbosity": ("medium",),
-               "function_call": ("none",)}
-    REFUSED = {"functions": "send tools", "audio": "the model writes text", "prediction": "a canvas is not begun from a text",
-               "web_search_options": "this server searches nothing"}
+    NEUTRAL = {**Sampling.NEUTRAL, "modalities": (["text"],), "verbosity": ("medium",), "function_call": ("none", "auto"),
+               "prediction": (), "web_search_options": ()}
+    REFUSED = {"functions": "send tools", "audio": "the model writes text"}
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Limit | None = None
@@ -300,7 +434,24 @@ class ChatRequest(Sampling):
         None, description="'none' or absent: no thought; whatever else: the model thinks first.")
     chat_template_kwargs: dict[str, Any] | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def gather(cls, data: Any) -> Any:
+        """Options of other servers that say by themselves what ours say within others."""
+        if not isinstance(data, dict) or STRICT.get():
+            return data
+        kept = dict(data)
+        thinks = kept.pop("enable_thinking", None)
+        if thinks is not None:
+            kept["chat_template_kwargs"] = {"enable_thinking": thinks} | (kept.get("chat_template_kwargs") or {})
+        schema = kept.pop("guided_json", None)
+        if schema is not None:
+            if kept.get("response_format") is not None:
+                raise ValueError("guided_json: is response_format here; send one of them.")
+            kept["response_format"] = {"type": "json_schema", "json_schema": {"name": "guided_json", "schema": schema}}
+        return kept
 
     @model_validator(mode="after")
     def check_together(self) -> ChatRequest:
@@ -362,12 +513,12 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``.  With a ``suffix`` what stands between it and the prompt is filled in."""
 
-    prompt: Text | Annotated[list[StrictInt], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
+    prompt: Text | Annotated[list[Whole], Field(min_length=1)] = Field(description="A text, or ids; or a list of one of them.")
     suffix: str | None = None
     instruction: str | None = Field(None, description="Beside a suffix: the user's message to which the whole text is the answer.")
-    min_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Beside a suffix: tokens to fill in at least.")
+    min_tokens: Annotated[Whole, Field(ge=1)] | None = Field(None, description="Beside a suffix: tokens to fill in at least.")
     echo: StrictBool | None = None
-    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -408,7 +559,7 @@ class DecisionQuestion(Strict):
 
     question: str = ""
     labels: list[str] | None = None
-    scale: Annotated[list[StrictInt], Field(min_length=2, max_length=2)] | None = None
+    scale: Annotated[list[Whole], Field(min_length=2, max_length=2)] | None = None
     template: str = ""
 
     @model_validator(mode="after")
@@ -426,10 +577,10 @@ class DecisionRequest(Body):
     model: Text
     messages: Annotated[list[Message], Field(min_length=1)]
     questions: Annotated[list[DecisionQuestion], Field(min_length=1, max_length=256)]
-    reads: Annotated[StrictInt, Field(ge=1, le=64)] = 1
+    reads: Annotated[Whole, Field(ge=1, le=64)] = 1
     seed: Seed = 0
-    canvas_length: StrictInt | None = None
-    image_tokens: StrictInt | None = None
+    canvas_length: Whole | None = None
+    image_tokens: Whole | None = None
 
     @model_validator(mode="after")
     def check_images(self) -> DecisionRequest:

@@ -20,9 +20,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_diffgemma.config import read_json
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path, open_binary, read_json, write_text
 from mlx_diffgemma.model import DiffusionGemma, ExpertLinear, QuantizedExpertLinear
+from mlx_diffgemma.storage import read_tensors
+from mlx_diffgemma.values import Values
 
 TYPES = ("lora", "dora", "full")
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -30,6 +32,7 @@ DENSE = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 ROUTER = ("router.proj",)
 CONDITIONING = tuple(f"model.decoder.self_conditioning.{name}_proj" for name in ("gate", "up", "down"))
+MOST_RANK = 2**16
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 MARK = "mlx_diffgemma"  # in adapter_config.json: what only this package writes
 
@@ -60,13 +63,13 @@ class AdapterOptions:
         if unknown or missing:
             raise UserError(f"lora_parameters must hold rank, scale and dropout, and may hold keys; "
                             f"{f'unknown: {unknown[0]}' if unknown else f'missing: {missing[0]}'}.")
-        rank, dropout = self.lora_parameters["rank"], self.lora_parameters["dropout"]
-        if not all(isinstance(self.lora_parameters[name], (int, float)) for name in ("scale", "dropout")):
-            raise UserError("The scale and the dropout of lora_parameters must be numbers.")
-        if not isinstance(rank, int) or rank < 1:
-            raise UserError(f"The rank must be a whole number of at least 1, got {rank}.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout must lie between 0 and 1, got {dropout}.")
+        values = Values(self.lora_parameters, "options", "lora_parameters.")
+        values.integer("rank", low=1, high=MOST_RANK)
+        values.number("scale")
+        if values.number("dropout", low=0.0, high=1.0) == 1.0:
+            raise values.refuse("dropout", "below 1")
+        if not all(isinstance(key, str) for key in values.sequence("keys", [])):
+            raise values.refuse("keys", "a list of module names")
         if self.fine_tune_type == "dora" and set(self.keys) & set(EXPERTS):
             raise UserError("DoRA of the experts is not supported; use lora, or leave the experts out.")
 
@@ -170,7 +173,7 @@ def write_config(folder: Path, base: str, layers: int, options: AdapterOptions, 
     if options.fine_tune_type == "full":
         content["lora_parameters"] = None
     content[MARK] = {"base": base}
-    (folder / CONFIG).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(content, indent=1, default=str) + "\n")
 
 
 @dataclass(frozen=True)
@@ -186,26 +189,26 @@ class Adapter:
     @classmethod
     def read(cls, folder: Path) -> Adapter:
         """Errors: UserError when it is not whole."""
+        folder = expand_path(folder)
         if not folder.is_dir():
             raise UserError(f"There is no adapter folder {folder}.")
         config, path = read_json(folder / CONFIG), folder / WEIGHTS
         if not path.exists():
             raise UserError(f"{folder} has no {WEIGHTS}; train the adapter to its first checkpoint.")
-        given = config.get("lora_parameters") or {}
+        values = Values(config, str(folder / CONFIG))
+        given = values.part("lora_parameters").content
         names = ("rank", "scale", "dropout", "keys")
-        kind = config.get("fine_tune_type", "lora")
-        layers = config.get("num_layers", -1)
-        if not isinstance(layers, int):
-            raise UserError(f"{folder / CONFIG}: num_layers must be a whole number, got {layers!r}.")
+        kind = values.text("fine_tune_type", "lora", TYPES)
+        layers = values.integer("num_layers", -1, low=-1)
         options = (AdapterOptions(kind, layers, {name: given[name] for name in names if name in given})
                    if kind != "full" else AdapterOptions(kind, -1))
-        return cls(folder, options, (config.get(MARK) or {}).get("base"), read_weights(path))
+        return cls(folder, options, values.part(MARK).text("base", None), read_weights(path))
 
     @property
     def digest(self) -> str:
         """Of its files."""
         found = hashlib.sha256((self.folder / CONFIG).read_bytes())
-        with (self.folder / WEIGHTS).open("rb") as file:
+        with open_binary(self.folder / WEIGHTS) as file:
             while block := file.read(2**24):
                 found.update(block)
         return found.hexdigest()
@@ -224,6 +227,7 @@ def load_adapter(model: DiffusionGemma, folder: Path) -> None:
 
     Errors: UserError when it is not whole, was made for another base model, or holds tensors that this one has no place for.
     """
+    folder = expand_path(folder)
     adapter = Adapter.read(folder)
     adapter.check(model_fingerprint(model), model.config.fused)
     if adapter.options.fine_tune_type != "full":
@@ -235,10 +239,7 @@ def load_adapter(model: DiffusionGemma, folder: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, mx.array]:
     """Errors: UserError when the file is missing or damaged."""
-    try:
-        return dict(mx.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cannot be read ({error}); copy or train it again.") from None
+    return read_tensors(path)[0]
 
 
 def put_weights(model: DiffusionGemma, places: Mapping[str, mx.array], weights: Mapping[str, mx.array], path: Path) -> None:

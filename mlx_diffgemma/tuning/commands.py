@@ -15,8 +15,9 @@ from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.generate import load
 from mlx_diffgemma.tuning.adapters import TYPES
-from mlx_diffgemma.tuning.run import OPTIMIZERS, Run, TuningOptions, read_config
+from mlx_diffgemma.tuning.run import OPTIMIZERS, Run, TuningOptions, check_target, read_config
 from mlx_diffgemma.tuning.trainer import Report
+from mlx_diffgemma.values import Values
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 DEFAULTS = TuningOptions()
@@ -29,7 +30,8 @@ def _default(value: object) -> str:
 
 
 def lora(
-    model: Annotated[str, typer.Option(help=f"'{nano.NAME}' (built in), a folder, or a Hub id; quantised ones too.")] = nano.NAME,
+    model: Annotated[str | None, typer.Option(help=f"'{nano.NAME}' (built in), a folder, or a Hub id; quantised ones too. "
+                                              + _default(nano.NAME))] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16.")] = None,
     train: Annotated[bool, typer.Option("--train", help="Train; without it, --test alone scores the adapter's base.")] = False,
@@ -51,6 +53,8 @@ def lora(
     canvas_length: Annotated[int | None, typer.Option(help="Default: the checkpoint's.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Longer examples are left out, and counted. "
                                                        + _default(DEFAULTS.max_seq_length))] = None,
+    allow_control_tokens: Annotated[bool | None, typer.Option("--allow-control-tokens", help="Read what looks like a control token "
+                                                              "in the data as one; without it, it is plain text.")] = None,
     mask_prompt: Annotated[bool | None, typer.Option("--mask-prompt", help="Leave the prompt out of the causal term.")] = None,
     canvas_weight: Annotated[float | None, typer.Option(help=f"Of the canvas's loss. {_default(DEFAULTS.canvas_weight)}")] = None,
     causal_weight: Annotated[float | None, typer.Option(help=f"Of the next-token loss. {_default(DEFAULTS.causal_weight)}")] = None,
@@ -74,6 +78,8 @@ def lora(
     options, chosen = _options(locals())
     if not (chosen["train"] or options.test):
         raise UserError("Nothing to do; give --train, or --test, or both.")
+    if chosen["train"]:
+        check_target(options, resume)
     network, tokenizer = load(chosen["model"], revision=revision, dtype=dtype)
     run = Run.prepare(network, tokenizer, options, chosen["model"], resume, ignore_memory or not chosen["train"])
     for name, split in run.splits.items():
@@ -84,14 +90,15 @@ def lora(
         errors.print(f"going on at iteration {run.trainer.iteration}")
     if chosen["train"]:
         _train(run)
-        run.plot()
     tested = run.test() if options.test else None
     if tested:
         errors.print(_line(tested, "test"))
     if as_json:
         record = {"adapter_path": str(run.folder), "iteration": run.trainer.iteration,
                   "reports": [asdict(report) for report in run.trainer.reports], "test": asdict(tested) if tested else None}
-        print(json.dumps(record))
+        print(json.dumps(record), flush=True)
+    if chosen["train"]:
+        run.plot()
 
 
 def _options(given: dict[str, Any]) -> tuple[TuningOptions, dict[str, Any]]:
@@ -99,15 +106,16 @@ def _options(given: dict[str, Any]) -> tuple[TuningOptions, dict[str, Any]]:
     own = {name: given[name] for name in OWN}
     flags = {name: value for name, value in given.items() if name not in OWN and value is not None}
     file = read_config(given["config"]) if given["config"] else {}
-    for name in ("model", "train"):
-        if name in file:
-            value = file.pop(name)
-            own[name] = own[name] if own[name] not in (nano.NAME, False) else value
-    merged = file | flags
+    values = Values(file, str(given["config"]))
+    own["model"] = own["model"] or values.text("model", nano.NAME)
+    own["train"] = values.flag("train", False) or own["train"]
+    rest = {name: value for name, value in file.items() if name not in ("model", "train")}
+    TuningOptions.read(rest, values.source)  # a wrong value is refused also where the command line overrides it
+    merged = rest | flags
     if own["rank"] is not None:
-        base = merged.get("lora_parameters") or ADAPTER.lora_parameters
+        base = values.part("lora_parameters").content or ADAPTER.lora_parameters
         merged["lora_parameters"] = {**base, "rank": own["rank"]}
-    return TuningOptions.from_mapping(merged), own
+    return TuningOptions.from_mapping(merged, values.source if file else "lora"), own
 
 
 def _train(run: Run) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.jsonl import read_lines
+from mlx_diffgemma.files import read_lines
 from mlx_diffgemma.tokenizer import answer_ids, chat_ids, encode_prompt
 
 SPLITS = ("train", "valid", "test")
@@ -40,20 +40,23 @@ class Split:
     longest: int = 0
 
 
-def load_splits(folder: Path, tokenizer: TokenizerWrapper, end: int, limit: int) -> dict[str, Split]:
+def load_splits(folder: Path, tokenizer: TokenizerWrapper, end: int, limit: int, allow_control_tokens: bool = False,
+                ) -> dict[str, Split]:
     """train, valid and test of ``folder``, as far as there are files; examples of more than ``limit`` tokens are left out.
 
-    ``end`` ends a text.  Errors: UserError naming file and line.
+    ``end`` ends a text.  What looks like a control token in the data is text, unless ``allow_control_tokens``.  Errors: UserError
+    naming file and line.
     """
     if not folder.is_dir():
         raise UserError(f"There is no data folder {folder}; it should hold train.jsonl, and valid.jsonl and test.jsonl if wanted.")
-    return {name: load_split(path, tokenizer, end, limit) for name in SPLITS if (path := folder / f"{name}.jsonl").exists()}
+    paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
+    return {name: load_split(path, tokenizer, end, limit, allow_control_tokens) for name, path in paths.items() if path.exists()}
 
 
-def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int) -> Split:
+def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int, allow_control_tokens: bool = False) -> Split:
     """Errors: UserError for a line that is no JSON, lacks a field or has an empty answer; for a file without examples."""
     examples, lengths = [], []
-    for example in read_lines(path, lambda entry: _example(entry, tokenizer, end)):
+    for example in read_lines(path, lambda entry: _example(entry, tokenizer, end, allow_control_tokens)):
         lengths.append(example.ids.size)
         if example.ids.size <= limit:
             examples.append(example)
@@ -65,29 +68,29 @@ def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int) ->
     return Split(tuple(examples), len(lengths) - len(examples), max(lengths))
 
 
-def _example(entry: Any, tokenizer: TokenizerWrapper, end: int) -> Example:
+def _example(entry: Any, tokenizer: TokenizerWrapper, end: int, allow_control_tokens: bool) -> Example:
     if not isinstance(entry, Mapping):
         raise UserError(f"an object is expected, got {type(entry).__name__}.")
     if entry.get("images"):
         raise UserError("models are tuned on text only; leave out the lines with 'images'.")
     if "messages" in entry:
-        return _chat(entry["messages"], entry.get("tools"), tokenizer)
+        return _chat(entry["messages"], entry.get("tools"), tokenizer, allow_control_tokens)
     if "prompt" in entry or "completion" in entry:
         for name in ("prompt", "completion"):
             if not isinstance(entry.get(name), str):
                 raise UserError(f"{name!r} is missing or no text.")
         return _chat([{"role": "user", "content": entry["prompt"]}, {"role": "assistant", "content": entry["completion"]}],
-                     entry.get("tools"), tokenizer)
+                     entry.get("tools"), tokenizer, allow_control_tokens)
     if not isinstance(entry.get("text"), str):
         found = ", ".join(entry) or "nothing"
         raise UserError(f"one of 'messages', 'prompt' with 'completion', or 'text' is missing; found {found}.")
-    ids = encode_prompt(tokenizer, entry["text"])
+    ids = encode_prompt(tokenizer, entry["text"], literal=not allow_control_tokens)
     if len(ids) < 2:
         raise UserError("'text' is empty.")
     return Example(np.array([*ids, end] if ids[-1] not in tokenizer.eos_token_ids else ids, dtype=np.int32), 1)
 
 
-def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper) -> Example:
+def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper, allow_control_tokens: bool) -> Example:
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise UserError("'messages' must be a list of objects with a role.")
     if len(messages) < 2 or messages[-1]["role"] not in ("assistant", "model"):
@@ -97,5 +100,6 @@ def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper) -> Example:
         raise UserError("models are tuned on text only; leave out the messages with images or other parts that are no text.")
     if not messages[-1].get("content") and not messages[-1].get("tool_calls"):
         raise UserError("the assistant's message is empty.")
-    prompt, answer = chat_ids(tokenizer, messages[:-1], tools=tools), answer_ids(tokenizer, messages, tools)
+    prompt = chat_ids(tokenizer, messages[:-1], tools=tools, allow_control_tokens=allow_control_tokens)
+    answer = answer_ids(tokenizer, messages, tools, allow_control_tokens)
     return Example(np.array([*prompt, *answer], dtype=np.int32), len(prompt))

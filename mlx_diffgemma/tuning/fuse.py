@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_diffgemma.convert import ConvertOptions, Merge, Merger, Progress, carry_out
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import expand_path
 from mlx_diffgemma.layouts import Arrangement
 from mlx_diffgemma.tuning.adapters import Adapter, fingerprint
 
@@ -28,7 +29,7 @@ def fuse(model: str, adapter_path: str | Path = "adapters", save_path: str | Pat
     """
     if dequantize and requantize:
         raise UserError("Either --dequantize or --requantize, not both at once.")
-    adapter = Adapter.read(Path(adapter_path).expanduser())
+    adapter = Adapter.read(expand_path(adapter_path))
     options = ConvertOptions(dtype=dtype, dequantize=dequantize)
     return carry_out(model, save_path, options, merger(adapter, requantize, options), upload_repo, revision, overwrite, resume,
                      progress)

@@ -44,7 +44,7 @@ class Objective:
         if not 0 <= self.least < self.most <= 1:
             raise UserError(f"The share of corrupted positions must satisfy 0 <= least < most <= 1, got {self.least} and "
                             f"{self.most}.")
-        if min(self.canvas, self.causal) < 0 or not self.canvas + self.causal:
+        if not min(self.canvas, self.causal) >= 0 or not self.canvas + self.causal > 0:
             raise UserError(f"The weights of the loss must not be negative nor all 0, got {self.canvas} and {self.causal}.")
 
 

@@ -7,6 +7,8 @@ state.safetensors to go on from, and losses.csv and losses.png.
 from __future__ import annotations
 
 import csv
+import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optimizers
 import yaml
 from mlx.utils import tree_flatten
@@ -21,8 +24,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import build_schedule
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import check_folder, expand_path, make_folder, read_json, read_text, replacing, write_tensors, write_text
+from mlx_diffgemma.fingerprint import fingerprint
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.tuning.adapters import (
+    CONFIG,
+    MARK,
     WEIGHTS,
     AdapterOptions,
     model_fingerprint,
@@ -34,12 +41,12 @@ from mlx_diffgemma.tuning.adapters import (
 from mlx_diffgemma.tuning.data import Split, load_splits
 from mlx_diffgemma.tuning.memory import check_training_memory
 from mlx_diffgemma.tuning.objective import Objective
-from mlx_diffgemma.tuning.state import write_safely
 from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions
+from mlx_diffgemma.values import Values
 
 OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon, "sgd": optimizers.SGD,
               "adafactor": optimizers.Adafactor}
-STATE = "state.safetensors"
+STATE, LOSSES, PLOT = "state.safetensors", "losses.csv", "losses.png"
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class TuningOptions:
     lr_schedule: Mapping[str, Any] | None = None
     max_seq_length: int = 2048
     mask_prompt: bool = False
+    allow_control_tokens: bool = False
     canvas_weight: float = 1.0
     causal_weight: float = 1.0
     self_conditioning_probability: float = 0.5
@@ -64,22 +72,38 @@ class TuningOptions:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
 
     @classmethod
-    def from_mapping(cls, given: Mapping[str, Any]) -> TuningOptions:
-        """Flat names, as in mlx-lm's YAML.  Errors: UserError naming what is unknown or out of range."""
-        parts: dict[type, dict[str, Any]] = {cls: {}, TrainingOptions: {}, AdapterOptions: {}}
-        places = {f.name: kind for kind in parts for f in fields(kind) if f.name not in ("training", "adapter")}
+    def from_mapping(cls, given: Mapping[str, Any], source: str = "options") -> TuningOptions:
+        """Read flat names, as in mlx-lm's YAML.
+
+        Args:
+            given: values by option name; null counts as absent.
+            source: the name of the file, for errors.
+
+        Returns:
+            The options.
+
+        Raises:
+            UserError: a name is unknown, or a value is of another kind or out of range.
+        """
+        own, training, adapter = cls.read(given, source)
+        return cls(**own, training=TrainingOptions(**training), adapter=AdapterOptions(**adapter))
+
+    @staticmethod
+    def read(given: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+        """The values of ``PARTS``, by name; arguments and errors are those of ``from_mapping``, without the ranges."""
+        known = sorted({f.name for kind in PARTS for f in fields(kind)} - {"training", "adapter"})
         for name, value in given.items():
-            if name not in places:
-                raise UserError(f"Unknown option {name!r}; known are {', '.join(sorted(places))}.")
-            parts[places[name]][name] = value
-        return cls(**parts[cls], training=TrainingOptions(**parts[TrainingOptions]),
-                   adapter=AdapterOptions(**parts[AdapterOptions]))
+            if name not in known and not _changes_nothing(name, value):
+                raise UserError(f"{source}: unknown option {name!r}; known are {', '.join(known)}.")
+        return [Values(given, source).kinds_of(kind) for kind in PARTS]
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise UserError(f"Unknown optimizer {self.optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.max_seq_length < 1:
+            raise UserError(f"max_seq_length must be at least 1, got {self.max_seq_length}.")
         if self.training.grad_checkpoint and self.adapter.fine_tune_type != "full" and self.adapter.lora_parameters["dropout"]:
             raise UserError("grad_checkpoint computes layers twice, and dropout would differ the second time; leave one of them "
                             "out.")
@@ -91,10 +115,30 @@ class TuningOptions:
     def build_optimizer(self) -> optimizers.Optimizer:
         """Errors: UserError for a schedule or arguments the optimiser does not take."""
         try:
-            rate = build_schedule(dict(self.lr_schedule)) if self.lr_schedule else self.learning_rate
-            return OPTIMIZERS[self.optimizer](learning_rate=rate, **self.optimizer_config.get(self.optimizer, {}))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self._made_optimizer().update(nn.Linear(2, 2), {"weight": mx.ones((2, 2))})
+            return self._made_optimizer()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"lr_schedule or optimizer_config cannot be used: {error}.") from None
+
+    def _made_optimizer(self) -> optimizers.Optimizer:
+        rate = build_schedule(dict(self.lr_schedule)) if self.lr_schedule else self.learning_rate
+        return OPTIMIZERS[self.optimizer](learning_rate=rate, **self.optimizer_config.get(self.optimizer, {}))
+
+
+PARTS = (TuningOptions, TrainingOptions, AdapterOptions)
+# Options of mlx-lm's YAML that have no meaning here, with the values under which they change nothing; () is any value.
+MLX_LM: dict[str, tuple[Any, ...]] = {
+    "clear_cache_threshold": (),
+    "project_name": (),
+    "config": (),
+    "report_to": ("",),
+    "test_batches": (-1,),
+    "trust_remote_code": (False,),
+}
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    return name in MLX_LM and (value is None or not MLX_LM[name] or value in MLX_LM[name])
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,15 +150,40 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]
 
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML file of options.  Errors: UserError when it is missing or no mapping."""
+    path = expand_path(path)
+    text = read_text(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}).") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} must hold options, one a line.")
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is nested too deeply"
+        raise UserError(f"{path} is not valid YAML ({reason}).") from None
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{path} must hold options by name, one a line, such as `iters: 100`.")
     return dict(content)
+
+
+def check_target(options: TuningOptions, resume: bool) -> Path:
+    """The adapter's folder, before anything is loaded.  Errors: UserError when it cannot be written or is not a run's."""
+    folder = expand_path(options.adapter_path)
+    check_folder(folder, ours=(STATE, WEIGHTS, CONFIG))
+    if (folder / STATE).exists():
+        if not resume:
+            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --adapter-path.")
+    elif (folder / WEIGHTS).exists() or ((folder / CONFIG).exists() and MARK not in read_json(folder / CONFIG)):
+        raise UserError(f"{folder} holds an adapter already, and no run to go on with; give another --adapter-path.")
+    return folder
+
+
+def _identity(options: TuningOptions, model: DiffusionGemma) -> dict[str, Any]:
+    """What decides the result beside what the trainer knows, by the names of options."""
+    return {
+        "model": fingerprint(model),
+        "learning_rate": options.learning_rate,
+        "lr_schedule": options.lr_schedule,
+        "optimizer_config": options.optimizer_config.get(options.optimizer),
+        "fine_tune_type": options.adapter.fine_tune_type,
+        "lora_parameters": {**options.adapter.lora_parameters, "keys": options.adapter.keys},
+    }
 
 
 @dataclass
@@ -132,31 +201,31 @@ class Run:
                 resume: bool = False, ignore_memory: bool = False) -> Run:
         """Errors: UserError for data, options or an adapter folder that cannot be used, and for a run that does not fit the memory
         of this machine, unless ``ignore_memory``."""
-        folder = Path(options.adapter_path)
+        folder = check_target(options, resume)
         state = folder / STATE
-        if state.exists() and not resume:
-            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --adapter-path.")
         length = options.training.canvas_length
         if length is not None and length > model.config.canvas_length:
             raise UserError(f"canvas_length {length} exceeds the {model.config.canvas_length} positions this checkpoint was made "
                             "for.")
-        splits = load_splits(Path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length)
+        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length,
+                             options.allow_control_tokens)
         if "train" not in splits:
             raise UserError(f"{options.data} has no train.jsonl.")
         mx.random.seed(options.training.seed)
         base = model_fingerprint(model)
+        identity = _identity(options, model)
         prepare(model, options.adapter)
         if not ignore_memory:
             longest = max(example.ids.size for split in splits.values() for example in split.examples)
             check_training_memory(model, longest, options.training)
         trainer = Trainer(model, splits["train"].examples, splits["valid"].examples if "valid" in splits else (),
-                          options.objective, options.training, options.build_optimizer())
+                          options.objective, options.training, options.build_optimizer(), identity=identity)
         if resume and state.exists():
             trainer.restore(state)
         elif options.resume_adapter_file:
-            path = Path(options.resume_adapter_file)
+            path = expand_path(options.resume_adapter_file)
             put_weights(model, dict(tree_flatten(model.trainable_parameters())), read_weights(path), path)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         flat = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("training", "adapter")}
         write_config(folder, base, len(model.layers), options.adapter, model=model_name, **flat, **vars(options.training))
         return cls(options, trainer, splits, folder, resume and trainer.iteration > 0)
@@ -168,8 +237,8 @@ class Run:
 
     def save(self) -> None:
         weights = dict(tree_flatten(self.trainer.model.trainable_parameters()))
-        write_safely(self.folder / f"{self.trainer.iteration:07d}_adapters.safetensors", weights)
-        write_safely(self.folder / WEIGHTS, weights)
+        write_tensors(self.folder / f"{self.trainer.iteration:07d}_adapters.safetensors", weights)
+        write_tensors(self.folder / WEIGHTS, weights)
         self.trainer.save(self.folder / STATE)
         self.write_losses()
 
@@ -183,10 +252,11 @@ class Run:
         return tester.validate(0.0)
 
     def write_losses(self) -> None:
-        with (self.folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Report)])
-            writer.writeheader()
-            writer.writerows(vars(report) for report in self.trainer.reports)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [f.name for f in fields(Report)])
+        writer.writeheader()
+        writer.writerows(vars(report) for report in self.trainer.reports)
+        write_text(self.folder / LOSSES, text.getvalue())
 
     def plot(self) -> Path | None:
         """losses.png, where matplotlib is installed."""
@@ -206,6 +276,8 @@ class Run:
             axis.set(xlabel="iteration", ylabel="nats", title=f"{name} loss", yscale="log")
             axis.legend()
         figure.tight_layout()
-        figure.savefig(path := self.folder / "losses.png", dpi=110)
+        path = self.folder / PLOT
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format="png")
         plt.close(figure)
         return path

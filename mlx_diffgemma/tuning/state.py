@@ -1,4 +1,4 @@
-"""Files that a run of training leaves behind, each there whole or not at all, and the state it goes on from."""
+"""The state that a run of training goes on from."""
 
 from __future__ import annotations
 
@@ -13,34 +13,79 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import parse_json, write_tensors
+from mlx_diffgemma.storage import read_tensors
+
+Named = Iterable[tuple[str, mx.array]]
 
 
-def write_safely(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.stem}.partial.safetensors")
-    mx.save_safetensors(str(unfinished), tensors, metadata or {})
-    unfinished.replace(path)
+def write_state(path: Path, weights: Named, optimizer: optimizers.Optimizer, run: Mapping[str, Any],
+                counters: Mapping[str, Any], gradients: Named = ()) -> None:
+    """Write all that a run goes on from into one file.
 
+    Args:
+        path: The file.
+        weights: What is trained, by name.
+        optimizer: Its state is kept.
+        run: What decides the run's result, by name.
+        counters: What ``read_state`` gives back.
+        gradients: Of the batches since the optimiser's last step.
 
-def write_state(path: Path, weights: Iterable[tuple[str, mx.array]], optimizer: optimizers.Optimizer, run: str,
-                counters: Mapping[str, Any]) -> None:
-    """``weights`` by name, the optimiser's state and the counters, in one file; ``run`` is the fingerprint of the run."""
+    Raises:
+        UserError: It cannot be written.
+    """
     tensors = {f"weights.{name}": value for name, value in weights}
     tensors |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    write_safely(path, tensors, {"counters": json.dumps(counters), "run": run})
+    tensors |= {f"gradients.{name}": value for name, value in gradients}
+    write_tensors(path, tensors, {"counters": json.dumps(counters), "run": _as_text(run)})
 
 
-def read_state(path: Path, model: nn.Module, optimizer: optimizers.Optimizer, run: str) -> dict[str, Any]:
-    """Put what ``write_state`` wrote back in place; the counters.  Errors: UserError for a damaged file or that of another run."""
+def read_state(path: Path, model: nn.Module, optimizer: optimizers.Optimizer,
+               run: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, mx.array]]]:
+    """Put weights and the optimiser's state back in place; (the counters, the gradients) that were written with them.
+
+    Args:
+        path: What ``write_state`` wrote.
+        model: Gets the weights.
+        optimizer: Gets its state.
+        run: Of the run that is to go on.
+
+    Raises:
+        UserError: The file is damaged, or of a run that differs; names in what.
+    """
     try:
-        tensors, metadata = mx.load(str(path), return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); start the run anew.") from None
-    if metadata.get("run") != run:
-        raise UserError(f"{path} belongs to a run with other options; start anew in another folder, or repeat those options.")
-    weights, state = ([(name.removeprefix(kind), value) for name, value in tensors.items() if name.startswith(kind)]
-                      for kind in ("weights.", "optimizer."))
+        tensors, metadata = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{error} Or begin the run again in another folder.") from None
+    if metadata.get("run") != _as_text(run):
+        raise UserError(f"{path} belongs to a run with other options{_difference(metadata.get('run', ''), run)}; begin again in "
+                        "another folder, or repeat those options.")
+    weights, state, gradients = ([(name.removeprefix(kind), value) for name, value in tensors.items() if name.startswith(kind)]
+                                 for kind in ("weights.", "optimizer.", "gradients."))
+    counters = parse_json(metadata.get("counters", ""), f"The record in {path}")
     model.update(tree_unflatten(weights))
     optimizer.state = tree_unflatten(state)
-    counters: dict[str, Any] = json.loads(metadata["counters"])
-    return counters
+    return counters, gradients
+
+
+def _as_text(run: Mapping[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True, default=str)
+
+
+def _difference(written: str, run: Mapping[str, Any]) -> str:
+    """What differs, for a message."""
+    try:
+        before = parse_json(written, "")
+    except UserError:
+        before = None
+    if not isinstance(before, dict):
+        return ", or of an earlier version"
+    now = parse_json(_as_text(run), "")
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    shown = [_shown(name, before.get(name), now.get(name)) for name in names]
+    return f" ({', '.join(shown)})"
+
+
+def _shown(name: str, before: object, now: object) -> str:
+    long = max(len(str(before)), len(str(now))) > 40
+    return name if long else f"{name} was {before}, is {now}"

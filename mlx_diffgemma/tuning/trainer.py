@@ -5,10 +5,10 @@ Every random number depends on the seed and on the iteration alone, so a checkpo
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
@@ -33,8 +33,8 @@ class TrainingOptions:
     """``iters`` batches of ``batch_size`` examples; the optimiser steps after every ``grad_accumulation_steps``.
 
     ``canvas_length`` None is the checkpoint's.  ``max_grad_norm`` 0 does not clip.  Losses are reported every
-    ``steps_per_report``, validation runs every ``steps_per_eval`` over ``val_batches`` (-1: all), a checkpoint is written every
-    ``save_every`` and at the end.
+    ``steps_per_report``, validation runs every ``steps_per_eval`` over ``val_batches`` (-1: all, 0: none), a checkpoint is
+    written every ``save_every`` and at the end.
     """
 
     iters: int = 1000
@@ -55,7 +55,11 @@ class TrainingOptions:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.canvas_length is not None and self.canvas_length < 1:
             raise UserError(f"canvas_length must be at least 1, got {self.canvas_length}.")
-        if self.max_grad_norm < 0:
+        if self.val_batches < -1:
+            raise UserError(f"val_batches must be -1 (all), 0 (no validation) or more, got {self.val_batches}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed}.")
+        if not self.max_grad_norm >= 0:
             raise UserError(f"max_grad_norm must be 0 (off) or more, got {self.max_grad_norm}.")
 
 
@@ -88,12 +92,16 @@ class Trainer:
     iteration: int = 0
     tokens: int = 0
     reports: list[Report] = field(default_factory=list)
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what else decides the result, by the names of options
+    gradients: Any = None  # of the batches since the optimiser's last step
 
     def __post_init__(self) -> None:
         if not self.train:
             raise UserError("There is nothing to train on; give a train.jsonl with at least one example.")
         if not tree_flatten(self.model.trainable_parameters()):
             raise UserError("Nothing of the model is trainable with these options.")
+        if not self.options.val_batches:
+            self.valid = ()
         self.length = self.options.canvas_length or self.model.config.canvas_length
         self.end = self.model.config.generation.eos_token_ids[0]
         self.optimizer.init(self.model.trainable_parameters())
@@ -102,7 +110,7 @@ class Trainer:
         """From the present iteration to the last."""
         options, began, sums = self.options, time.perf_counter(), _Sums()
         value_and_grad = nn.value_and_grad(self.model, self._loss)
-        gradients: Any = None
+        self._check_closed()
         self.model.train()
         mx.reset_peak_memory()
 
@@ -117,12 +125,12 @@ class Trainer:
             batch = self.batch(self.iteration)
             mx.random.seed(self.options.seed * 1_000_003 + self.iteration)  # for dropout
             (_, found), gradient = value_and_grad(self.model, batch)
-            gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
+            self.gradients = gradient if self.gradients is None else tree_map(mx.add, self.gradients, gradient)
             self.iteration += 1
             if self.iteration % options.grad_accumulation_steps == 0 or self.iteration == options.iters:
-                self._update(gradients)
-                gradients = None
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state, gradients, found.canvas, found.causal)
+                self._update(self.gradients)
+                self.gradients = None
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.gradients, found.canvas, found.causal)
             sums.add(found, batch)
             if self.iteration % options.steps_per_report == 0 or self.iteration == options.iters:
                 tell(self._report(sums, began))
@@ -132,6 +140,13 @@ class Trainer:
         if self.valid:
             tell(self.validate(began))
         self.model.eval()
+
+    def _check_closed(self) -> None:
+        """Errors: UserError for a run that ended between two steps of the optimiser, which a longer one would not have taken."""
+        count = self.options.grad_accumulation_steps
+        if self.gradients is None and self.iteration % count and self.iteration < self.options.iters:
+            raise UserError(f"The run ended at iteration {self.iteration}, in the middle of {count} batches that make one step, "
+                            "and cannot go on bit for bit; begin it again in another folder.")
 
     def _loss(self, model: DiffusionGemma, batch: Batch) -> tuple[mx.array, Losses]:
         found = losses(model, batch, self.objective, self.options.grad_checkpoint)
@@ -194,21 +209,33 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Weights that are trained, the optimiser's state and the counters, in one file put in place at once."""
         counters = {"iteration": self.iteration, "tokens": self.tokens, "reports": [vars(report) for report in self.reports]}
-        write_state(path, tree_flatten(self.model.trainable_parameters()), self.optimizer, self.fingerprint(), counters)
+        write_state(path, tree_flatten(self.model.trainable_parameters()), self.optimizer, self.fingerprint(), counters,
+                    tree_flatten(self.gradients) if self.gradients is not None else ())
 
     def restore(self, path: Path) -> None:
         """Go on from ``path``.  Errors: UserError for a damaged file or that of another run."""
-        counters = read_state(path, self.model, self.optimizer, self.fingerprint())
+        counters, gradients = read_state(path, self.model, self.optimizer, self.fingerprint())
+        self.gradients = tree_unflatten(gradients) if gradients else None
         self.iteration, self.tokens = counters["iteration"], counters["tokens"]
         self.reports = [Report(**report) for report in counters["reports"]]
 
-    def fingerprint(self) -> str:
-        """What decides the result but for the number of iterations."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the result but for the number of iterations, by name."""
         options = {name: value for name, value in vars(self.options).items()
                    if name not in ("iters", "save_every", "steps_per_report", "steps_per_eval", "val_batches", "grad_checkpoint")}
         shapes = [(name, value.shape) for name, value in tree_flatten(self.model.trainable_parameters())]
-        return json.dumps([options, vars(self.objective), len(self.train), type(self.optimizer).__name__, len(shapes),
-                           sum(math.prod(shape) for _, shape in shapes)])
+        return {**options, **vars(self.objective), **self.identity, "optimizer": type(self.optimizer).__name__,
+                "data": examples_digest(self.train), "trained weights": len(shapes),
+                "trained numbers": sum(math.prod(shape) for _, shape in shapes)}
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """Of all tokens in their order, and of where the answers begin."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(f"{example.ids.size} {example.answer} ".encode())
+        found.update(np.ascontiguousarray(example.ids, dtype=np.int32).tobytes())
+    return found.hexdigest()
 
 
 class _Sums:

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from types import MethodType, SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from drafter import save_drafter
-from drafter.canvas import DraftPolicy, DraftRules
+from drafter.canvas import CanvasDraft, DraftPolicy, DraftRules
 from mlx_diffgemma import batch_generate, stream_generate
 from mlx_diffgemma.cache import Cache
 from mlx_diffgemma.drafting import Draft
@@ -442,6 +443,21 @@ class TestAtOnce:
         assert response.tokens == tuple(tokens.tolist())
         assert response.tokens_per_forward == tokens.size
         assert (response.is_canvas, response.logprobs.size) == (True, tokens.size)
+
+
+@pytest.mark.parametrize(("length", "confidence", "whole"), [
+    (5, 0.65, True),  # 0.65 ** 6 = 0.075 with the end token, above 0.1 times six tenths of the canvas
+    (5, 0.60, False),  # 0.047
+    (10, 0.79, False),  # 0.095, of a text that fills the canvas
+    (10, 0.80, True),  # 0.107
+])
+def test_trust_is_scaled_by_the_texts_share_of_the_canvas(length, confidence, whole):
+    session = SimpleNamespace(canvas=mx.zeros((10,), dtype=mx.int32), eos_ids=(1,), length=10)
+    drafts = SimpleNamespace(rules=DraftRules(trust=0.1), borrowed=SimpleNamespace(tokens=lambda places: places))
+    drafts._right = MethodType(CanvasDraft._right, drafts)
+    places = mx.array([7] * length + [1] * (10 - length))
+    draft = CanvasDraft._draft(drafts, session, places, mx.full((10,), confidence), mx.zeros((10, 1)), 1)
+    assert draft.whole == whole
 
 
 def test_rules_from_text():

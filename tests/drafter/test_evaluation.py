@@ -70,6 +70,16 @@ def test_the_figures_of_a_way():
     assert (itself.ratio, itself.loss, itself.loss_bound, itself.same, itself.right) == (1.0, 0.0, 0.0, 1.0, None)
 
 
+def test_the_interval_of_a_loss_is_that_of_its_mean():
+    """400 questions, a loss of 0 or 100 points each: the mean's upper bound lies 1.96 standard errors above it."""
+    def runs(scores):
+        return [[Answered(score, (Canvas(np.array([7]), np.zeros(1), 1, 2, True, True),), (np.zeros(2),)) for score in scores]]
+
+    found = way_result("x", runs([0.0, 1.0] * 200), runs([1.0] * 400), SHARES, False)
+    assert found.loss == 50.0
+    assert found.loss_bound - found.loss == pytest.approx(100 * 1.96 * 0.5 / 20, rel=0.15)
+
+
 def test_drift():
     """It is sum (p - q)^2, whatever the spread inside of each."""
     rng = np.random.default_rng(0)

@@ -1,9 +1,14 @@
 """What a constraint asks of logits, and how it is compiled and kept."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import AutoTokenizer
 
+from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import constraint as constraints
 from mlx_diffgemma.grammar.constraint import ALONE, PIECE, Constraint, compile_constraint
@@ -158,6 +163,21 @@ class TestDraw:
         own = members(wide, 8)
         assert set(drawn.tolist()) == set(own[np.argsort(-given[0, own])[:3]].tolist())
 
+    @pytest.mark.parametrize("column", [8, 9])
+    def test_top_p_within_the_column(self, wide, column):
+        """Stratified, as the softmax of what holds that share of the column's mass."""
+        given, count = logits(6)[:1], 2000
+        own = members(wide, column)
+        shares = np.exp((given[0, own].astype(np.float64) - given[0, own].max()) / 5.0)
+        shares /= shares.sum()
+        rising = np.sort(shares)
+        shares[shares < rising[(np.cumsum(rising) - rising <= 0.05).sum() - 1]] = 0
+        u = (np.arange(count) + 0.5) / count
+        drawn, _ = drawn_of(wide, np.repeat(given, count, axis=0), np.full(count, column), u, numbers(5.0, top_p=mx.array([0.95])))
+        often = np.bincount(drawn, minlength=VOCABULARY)[own]
+        assert (often > 0).sum() > 5
+        np.testing.assert_allclose(often, shares / shares.sum() * count, atol=1.1)
+
 
 class TestCompile:
     def compiled(self, nano_pair, **options):
@@ -173,6 +193,22 @@ class TestCompile:
         assert self.compiled(nano_pair, regex="true") is not self.compiled(nano_pair, json_schema="true")
         one, other = ({"properties": {a: {"type": "null"}, b: {"type": "null"}}} for a, b in ("ab", "ba"))
         assert self.compiled(nano_pair, json_schema=one) is not self.compiled(nano_pair, json_schema=other)
+
+    def test_tokenizers_are_told_apart(self, nano_pair):
+        """Each by its own tokens, also where the constraint is the same and the other's was compiled before."""
+        model, tokenizer = nano_pair
+        other = AutoTokenizer.from_pretrained(nano.FOLDER)
+        swapped = {"a": tokenizer.get_vocab()["b"], "b": tokenizer.get_vocab()["a"]}
+        state = json.loads(other.backend_tokenizer.to_str())
+        state["model"]["vocab"] = {**state["model"]["vocab"], **swapped}
+        other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(state))
+        other = TokenizerWrapper(other)
+        one, two = (compile_constraint(own, model.config, regex="a") for own in (tokenizer, other))
+        assert one is not two
+        for own, constraint in ((tokenizer, one), (other, two)):
+            token = own.get_vocab()["a"]
+            assert constraint.automaton.accepts(np.array([token]))
+            assert not constraint.automaton.accepts(np.array([own.get_vocab()["b"]]))
 
     def test_the_latest_are_kept(self, nano_pair, monkeypatch):
         monkeypatch.setattr(constraints, "REMEMBERED", 2)

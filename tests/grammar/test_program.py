@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from mlx_diffgemma.grammar.automaton import NEVER, distances
 from mlx_diffgemma.grammar.program import Band, Chain, Span, solve
-from mlx_diffgemma.grammar.tokens import NEVER, TokenAutomaton, _distances
+from mlx_diffgemma.grammar.tokens import TokenAutomaton
 from tests.variants import few
 
 V, END = 6, 5
@@ -17,7 +18,8 @@ def automaton(rng):
     states, classes = rng.integers(1, 5), rng.integers(1, 4)
     behind = np.where(rng.random((states, classes)) < 0.6, rng.integers(0, states, (states, classes)), -1).astype(np.int32)
     accepting = rng.random(states) < 0.5
-    distance = _distances(behind, accepting)
+    source, cls = np.nonzero(behind >= 0)
+    distance = distances(source, behind[source, cls], accepting)
     behind = np.where((behind >= 0) & (distance[behind] < NEVER), behind, -1).astype(np.int32)
     class_of = np.append(rng.permutation(np.append(np.arange(classes), rng.integers(0, classes + 1, END - classes))), classes)
     return None if distance[0] == NEVER else TokenAutomaton(behind, accepting, class_of.astype(np.int32), distance)

@@ -1,7 +1,8 @@
-"""A language is what ``re.fullmatch`` accepts."""
+"""A language is what ECMA-262 says that the expression matches."""
 
+import json
 import re
-import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import regex
 from mlx_diffgemma.grammar.automaton import compile_language
-from tests.grammar.strategies import ALPHABET, EXPRESSIONS
+from tests.grammar.strategies import ALPHABET, EXPRESSIONS, in_python
 from tests.grammar.walks import walk
 
+TABLE = json.loads((Path(__file__).parent / "ecma.json").read_text(encoding="utf-8"))  # made by ecma.mjs, with a JavaScript engine
 
-def compiled(pattern):
-    return compile_language(regex.parse(pattern))
+
+def compiled(pattern, search=False):
+    return compile_language(regex.parse(pattern, search))
 
 
 SOUND = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
@@ -25,74 +28,194 @@ CASES = given(EXPRESSIONS, st.lists(st.text(ALPHABET, max_size=5), min_size=10, 
 
 def check(pattern, texts, seed):
     """On random texts, on texts of the automaton, and on these with one character changed."""
-    with warnings.catch_warnings(record=True):
+    expected = re.compile(in_python(pattern))
+    for search, matches in ((False, expected.fullmatch), (True, expected.search)):
         try:
-            automaton = compiled(pattern)
+            automaton = compiled(pattern, search)
         except UserError as error:
             if "no text at all" not in str(error):
                 raise
-            return
-        expected = re.compile(pattern)
-    rng = np.random.default_rng(seed)
-    for free in (0, 2, 6, 12):
-        own = walk(automaton, rng, free).decode()
-        assert expected.fullmatch(own), own
-        place = rng.integers(0, len(own) + 1)
-        texts += [own[:place] + rng.choice(list(ALPHABET)) + own[place + rng.integers(0, 2) :], own.swapcase(), own + "\n"]
-    for text in texts:
-        assert automaton.accepts(text.encode()) == bool(expected.fullmatch(text)), text
+            continue
+        rng, more = np.random.default_rng(seed), list(texts)
+        for free in (0, 2, 6, 12):
+            own = walk(automaton, rng, free).decode()
+            assert matches(own), own
+            place = rng.integers(0, len(own) + 1)
+            more += [own[:place] + rng.choice(list(ALPHABET)) + own[place + rng.integers(0, 2) :], own.swapcase(), own + "\n"]
+        for text in more:
+            assert automaton.accepts(text.encode()) == bool(matches(text)), (search, text)
 
 
 @SOUND
 @CASES
-def test_language_is_that_of_fullmatch(pattern, texts, seed):
+def test_language_is_that_of_an_oracle(pattern, texts, seed):
     check(pattern, texts, seed)
 
 
 @pytest.mark.slow
 @settings(SOUND, max_examples=1000)
 @CASES
-def test_language_is_that_of_fullmatch_at_length(pattern, texts, seed):
+def test_language_is_that_of_an_oracle_at_length(pattern, texts, seed):
     check(pattern, texts, seed)
 
 
-@pytest.mark.parametrize("pattern",
-                         [r"\d+", "a.c", "[^a-z]", "(?i)straße", "(?i)[k]", "(?a)(?u:\\w)", "(?a)\\w", "(?u:(?a:\\d))", "."])
-def test_every_character(pattern):
-    """Of all planes, one for one."""
-    automaton, expected = compiled(pattern), re.compile(pattern)
-    for code in [*range(0x3000), *range(0xFF00, 0x10500), 0xD7FF, 0xE000, *range(0x1D7C0, 0x1D800), 0x10FFFF]:
-        if not 0xD800 <= code <= 0xDFFF:
-            assert automaton.accepts(chr(code).encode()) == bool(expected.fullmatch(chr(code))), hex(code)
+def codes(ranges):
+    return {code for first, last in ranges for code in range(first, last + 1)}
 
 
-@pytest.mark.parametrize(("pattern", "named"), [
-    (r"(a)\1", "references to groups"), (r"(?P<x>a)(?P=x)", "references to groups"), (r"(a)?(?(1)b|c)", "conditional groups"),
-    ("(?=a)a", "looking ahead or behind"), ("(?<=a)b", "looking ahead or behind"), ("(?!a)b", "looking ahead or behind"),
-    ("(?<!a)b", "looking ahead or behind"), (r"\ba", r"\b"), (r"a\Bb", r"\B"), ("a^b", "^ within"), ("a$b", "$ within"),
-    (r"a\Ab", r"\A within"), (r"a\Zb", r"\Z within"), ("(^a)*", "^ within"), ("(a$)+b", "$ within"), ("a$\n", "$ within"),
-    ("(?L)a", "no regular expression"), ("(a", "no regular expression"), ("[z-a]", "no regular expression"),
-    ("a**", "multiple repeat"),
-    ("\ud800", "surrogate"), ("(" * 2000 + "a" + ")" * 2000, "nested too deeply"), (5, "got int"),
-])
-def test_what_cannot_be_is_refused_by_name(pattern, named):
+class TestJavaScript:
+    """A JavaScript engine said what matches."""
+
+    @pytest.mark.parametrize("pattern", sorted(TABLE["characters"]))
+    def test_every_character(self, pattern):
+        """Of the first two planes, those that the engine's release of Unicode knows; later ones change a property of a few."""
+        found = codes(regex.parse(pattern).ranges)
+        differ = (found ^ codes(TABLE["characters"][pattern])) & codes(TABLE["assigned"])
+        assert len(differ) <= (40 if "\\p" in pattern.lower() else 0), [hex(code) for code in sorted(differ)]
+
+    @pytest.mark.parametrize("pattern", sorted(TABLE["patterns"]))
+    def test_texts(self, pattern):
+        if not TABLE["patterns"][pattern]:
+            with pytest.raises(UserError, match="no text at all"):
+                compiled(pattern, search=True)
+            return
+        automaton = compiled(pattern, search=True)
+        assert {text: automaton.accepts(text.encode()) for text in TABLE["texts"]} == {
+            text: text in TABLE["patterns"][pattern] for text in TABLE["texts"]
+        }
+
+    @pytest.mark.parametrize("pattern", TABLE["errors"])
+    def test_errors(self, pattern):
+        with pytest.raises(UserError, match="The pattern .* at position [0-9]+"):
+            regex.parse(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        (r"(a)\1", "reference to a group at position 3"),
+        (r"(?<x>a)\k<x>", "reference to a group at position 7"),
+        ("(?=a)a", "looking ahead, (?=…) at position 0"),
+        ("a(?<=a)b", "looking behind, (?<=…) at position 1"),
+        ("(?!a)b", "looking ahead, (?!…)"),
+        ("(?<!a)b", "looking behind, (?<!…)"),
+        (r"\ba", r"\b, the boundary of a word, at position 0"),
+        (r"a\Bb", r"\B, the boundary"),
+        ("a^b", "^ within the text, at position 1"),
+        ("a$b", "$ within the text, at position 1"),
+        ("(^a)*", "repeat of ^ or $ at position 0"),
+        ("(a$)+b", "repeat of ^ or $"),
+        ("a$\n", "$ within"),
+        ("x*^y", "^ within"),
+        ("(?>ab?)c", "an atomic group"),
+        ("(?(1)b|c)", "a conditional group"),
+        ("(?m:^a)", "^ for lines"),
+        ("(?i)a", "flags are given to a group, as in (?i:…) at position 0"),
+        ("(?P<x>a)", "write (?<name>…)"),
+        (r"\Aa", "write ^ at position 0"),
+        (r"a\Z", "write $"),
+        (r"a\z", "write $"),
+        (r"\U0001F600", "write \\u{…}"),
+        ("a{,2}", "write {0,…}"),
+        (r"\a", r"write \x07"),
+        ("(a", "a group that is not closed at position 0"),
+        ("a)", "closes no group at position 1"),
+        ("[z-a]", "out of order at position 1"),
+        ("[a", "not closed at position 0"),
+        ("a**", "nothing to repeat at position 2"),
+        ("a*+b", "nothing to repeat"),
+        ("^*", "nothing to repeat"),
+        ("a{3,2}", "out of order"),
+        ("a{10000000000}", "a repeat of more than"),
+        (r"\p{Nonsense}", "'Nonsense' that Unicode does not have"),
+        (r"\p{Greek}", "does not have"),
+        (r"\p", "a property"),
+        (r"\x4", "hexadecimal"),
+        (r"\u12", "hexadecimal"),
+        (r"\u{110000}", "beyond"),
+        (r"(?<a>x)(?<a>y)", "a second group with the name 'a'"),
+        (r"\ud83d", "half of a surrogate pair"),
+        ("\ud800", "half of a surrogate pair"),
+        (r"[\ude00]", "half of a surrogate pair"),
+        ("\\", "the escape"),
+        (r"\_a\q", r"\q at position 3"),
+        ("(" * 2000 + "a" + ")" * 2000, "nested too deeply"),
+        (5, "got int"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_and_position(pattern, named):
     with pytest.raises(UserError, match=re.escape(named)):
         regex.parse(pattern)
 
 
-@pytest.mark.skipif(not hasattr(re, "NOFLAG"), reason="Python 3.10 knows neither")
-@pytest.mark.parametrize(("pattern", "named"), [("(?>ab?)c", "atomic groups"), ("a*+b", "possessive repeats")])
-def test_what_cannot_be_is_refused_by_name_from_python_3_11_on(pattern, named):
-    with pytest.raises(UserError, match=named):
-        regex.parse(pattern)
+@pytest.mark.parametrize(
+    ("pattern", "text", "other"),
+    [
+        ("", "", "a"),
+        ("^$", "", "a"),
+        ("(^a|b)c$", "ac", "abc"),
+        (r"(?<year>\d{4})-\d\d", "2024-01", "٢٠٢٤-01"),
+        ("^(?:yes|no)$", "no", "yes\n"),
+        ("(?i:a)b", "Ab", "AB"),
+        ("(?i:a(?-i:b))", "Ab", "AB"),
+        (r"\$\{\}", "${}", "{}"),
+        ("a{0}b", "b", "ab"),
+        ("(?:a$)?", "a", "b"),
+        ("a{2}?", "aa", "a"),
+        ("(?s:.)", "\n", ""),
+        (".", "a", "\u2028"),
+        (r"\-\_\@\"\/", '-_@"/', ""),
+        ("{a}]", "{a}]", "a"),
+        (r"[\w-.]+", "a-.", "+"),
+        ("[]|a", "a", ""),
+        ("[^]", "\n", ""),
+        (r"\ud83d\ude00+", "😀😀", ""),
+        (r"[\ud83d\ude00-😃]", "😂", "a"),
+        (r"\cJ\0", "\n\0", ""),
+        (r"\p{L}+", "éж", "1"),
+        (r"\P{L}", "1", "a"),
+        (r"[\p{Lu}\d]+", "Ж9", "ж"),
+        (r"\p{Script=Greek}", "α", "a"),
+        ("^^a$$", "a", ""),
+        ("[\\b]", "\b", "b"),
+    ],
+)
+def test_whole_texts(pattern, text, other):
+    automaton = compiled(pattern)
+    assert automaton.accepts(text.encode())
+    assert not automaton.accepts(other.encode())
 
 
-@pytest.mark.parametrize(("pattern", "text"), [
-    ("", ""), ("^$", ""), ("(^a|b)c$", "ac"), ("(?x) a b  # both", "ab"), ("(?P<year>\\d{4})-\\d\\d", "2024-01"), ("(?m)^a$", "a"),
-    ("(?:|a)*b", "aab"), ("^(?:yes|no)$", "no"), ("(?i:a)b", "Ab"), (r"\$\{\}", "${}"), ("a{0}b", "b"), ("(?:a$)?", "a"),
-    ("a{,2}", "aa"),
-])
-def test_plain_patterns(pattern, text):
-    assert re.fullmatch(pattern, text)
-    assert compiled(pattern).accepts(text.encode())
-    assert not compiled(pattern).accepts(text.encode() + b"\n")
+@pytest.mark.parametrize(
+    ("pattern", "inside", "outside"),
+    [
+        ("b", ["b", "abc", "\nb"], ["", "a"]),
+        ("^b", ["b", "bc"], ["ab"]),
+        ("b$", ["b", "ab"], ["ba", "b\n"]),
+        ("^b$", ["b"], ["bb"]),
+        ("(^|,)b(,|$)", ["b", "a,b", "b,c", "a,b,c"], ["ab", "bc", "a,bc"]),
+        ("^a|b$", ["a", "ax", "xb"], ["xa", "bx"]),
+        ("", ["", "a"], []),
+        ("^", ["", "a"], []),
+        ("a*$", ["", "b"], []),
+        ("$^", [""], ["a"]),
+        ("(^b)?c", ["bc", "c", "xc", "xbc"], ["b"]),
+    ],
+)
+def test_a_search_finds_it_anywhere(pattern, inside, outside):
+    automaton = compiled(pattern, search=True)
+    assert all(automaton.accepts(text.encode()) for text in inside)
+    assert not any(automaton.accepts(text.encode()) for text in outside)
+
+
+def test_long_patterns_take_time_in_proportion():
+    """A tenth of the text, a tenth of the work: counted in steps of the parser, not in seconds."""
+    steps = []
+    for size in (1_000, 10_000):
+        with pytest.MonkeyPatch.context() as patch:
+            count = []
+            patch.setattr(regex.budget, "check", lambda count=count: count.append(1))
+            regex.parse("a" * size)
+        steps.append(len(count))
+    assert steps[1] <= 10 * steps[0] + 10
+    assert len(regex.parse("a" * 1000).parts) == 1000

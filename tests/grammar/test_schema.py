@@ -4,7 +4,6 @@ import json
 import re
 from decimal import Decimal
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import schema as schemas
 from mlx_diffgemma.grammar.automaton import compile_language
-from tests.grammar.strategies import READ, bounded, cases, compact, plain, valid
+from tests.grammar.strategies import READ, Validator, bounded, cases, compact, plain, valid
 from tests.grammar.walks import walk
 
 SOUND = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -25,7 +24,7 @@ def compiled(schema):
 
 def check(schema, text, seed):
     automaton = compiled(schema)
-    validator = jsonschema.Draft202012Validator(schema)
+    validator = Validator(schema)
     assert validator.is_valid(json.loads(text))
     assert automaton.accepts(text.encode()), text
     rng = np.random.default_rng(seed)
@@ -136,7 +135,43 @@ class TestForm:
 
     def test_references_are_translated_once(self):
         defs = {"a0": {"type": "null"}} | {f"a{i}": {"prefixItems": [{"$ref": f"#/$defs/a{i - 1}"}] * 2} for i in range(1, 40)}
-        schemas.parse({"$defs": defs, "$ref": "#/$defs/a39"})
+        with pytest.MonkeyPatch.context() as patch:
+            translated, value = [], schemas._Translator.value
+
+            def counted(self, schema, where, inside):
+                translated.append(where)
+                return value(self, schema, where, inside)
+
+            patch.setattr(schemas._Translator, "value", counted)
+            schemas.parse({"$defs": defs, "$ref": "#/$defs/a39"})
+        # Each definition, its two references, and the items after them; the root.
+        assert len(translated) == 1 + 39 * 4 + 1
+
+    def test_references_that_are_shared_mean_what_they_say(self):
+        pair = {"prefixItems": [{"$ref": "#/$defs/a"}] * 2, "type": "array", "minItems": 2, "items": False}
+        defs = {"a": {"enum": [1, 2]}, "b": pair}
+        automaton = compiled({"$defs": defs, "$ref": "#/$defs/b"})
+        texts = ("[1,1]", "[1,2]", "[2,1]", "[2,2]", "[1,3]", "[1]", "1", "[[1],1]")
+        found = [text for text in texts if automaton.accepts(text.encode())]
+        assert found == ["[1,1]", "[1,2]", "[2,1]", "[2,2]"]
+
+    @pytest.mark.parametrize("schema", [
+        {"type": "string"},
+        {"type": "string", "pattern": "(?s:.)"},
+        {"type": "string", "minLength": 1, "maxLength": 1},
+    ])
+    def test_every_character_that_json_escapes(self, schema):
+        """As it is, an escaped one is refused; escaped, it is admitted and read back as itself."""
+        automaton = compiled(schema)
+        for code in [*range(0x30), 0x5B, 0x5C, 0x5D, 0x7E, 0x7F, 0x80, 0x2028]:
+            raw, written = f'"{chr(code)}"', json.dumps(chr(code), ensure_ascii=False)
+            assert automaton.accepts(written.encode()), hex(code)
+            assert automaton.accepts(raw.encode()) == (raw == written), hex(code)
+
+    def test_a_pattern_is_searched_for(self):
+        automaton = compiled({"type": "string", "pattern": "b[\\n]c"})
+        assert automaton.accepts(rb'"ab\ncd"')
+        assert not automaton.accepts(rb'"ab\rcd"')
 
     @pytest.mark.parametrize(("schema", "inside", "outside"), [
         ({"type": "string", "anyOf": [True, {"maxLength": 2}]}, '"abc"', "1"),
@@ -181,6 +216,7 @@ class TestRefusals:
         ({"format": "date", "pattern": "a"}, "beside other bounds"),
         ({"$ref": "#"}, "comes back to '#'"), ({"properties": {"a": {"$ref": "#"}}}, "comes back"),
         ({"$defs": {"a": {"items": {"$ref": "#/$defs/b"}}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "comes back"),
+        ({"enum": [1], "$ref": "http://127.0.0.1:9/x"}, "refers to 'http"),
         ({"$ref": "other.json"}, "'other.json'.*within"), ({"$ref": "#here"}, "'#here'.*within"),
         ({"$ref": "#/$defs/x"}, "does not hold"),
         ({"$ref": "#/$comment", "$comment": "x"}, "no JSON schema, where '#/.comment' leads"),

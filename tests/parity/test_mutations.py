@@ -31,9 +31,20 @@ def normed_router_input(monkeypatch):
 
 
 def no_value_norm(monkeypatch):
-    """Values as projected: the norm without a weight is left out where it takes three axes, which only values do."""
-    norm = model.rms_norm
-    monkeypatch.setattr(model, "rms_norm", lambda x, w, eps: x if w is None and x.ndim == 3 else norm(x, w, eps))
+    """Values as projected, where they are projected: the norm of all heads leaves out the last ones."""
+    norm, call, normed = model.rms_norm, model.Attention.__call__, []
+
+    def remembering(self, *args):
+        normed[:] = [self.heads + self.kv_heads]
+        return call(self, *args)
+
+    def leaving_values(x, weight, eps):
+        if weight is not None or x.ndim != 3:
+            return norm(x, weight, eps)
+        return mx.concatenate((norm(x[:, : normed[0]], None, eps), x[:, normed[0] :]), axis=1)
+
+    monkeypatch.setattr(model.Attention, "__call__", remembering)
+    monkeypatch.setattr(model, "rms_norm", leaving_values)
 
 
 def whole_window(monkeypatch):
