@@ -23,7 +23,7 @@ def quantise_as(recipe: str) -> Callable[[str, nn.Module], bool | dict[str, Any]
     rows = recipe_named(recipe)
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        precision = rows.precision(kind_of(path)) if hasattr(module, "to_quantized") else None
+        precision = rows.precision_of(kind_of(path), module.weight.shape[-1]) if hasattr(module, "to_quantized") else None
         return vars(precision) if precision else False
 
     return predicate

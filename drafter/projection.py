@@ -20,7 +20,7 @@ from drafter.run import DraftShape, macs
 from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.estimate import BANDWIDTH_SHARE, STEPS, Chip, estimate
+from mlx_diffgemma.estimate import STEPS, Chip, estimate
 from mlx_diffgemma.files import expand_path, read_json
 from mlx_diffgemma.recipes import Recipe
 
@@ -30,7 +30,7 @@ HALF = 2  # bytes of a drafter's weight
 @dataclass(frozen=True)
 class Projection:
     """Tokens a second by steps a canvas: without a drafter, and with one if the steps fell as on ``all`` canvases of the record
-    or as on its ``longest``; and left to right, plain and drafted."""
+    or as on its ``longest``; and left to right, plain and drafted.  What is plain is what ``estimate`` says without a record."""
 
     plain: dict[int, float]
     drafted_as_all: dict[int, float]
@@ -53,7 +53,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def project(config: ModelConfig, recipe: Recipe, chip: Chip, context: int, record: Mapping[str, Any]) -> Projection:
     """For a model of ``config`` and a drafter of the default shape for it, with sparse self-conditioning."""
     found, own = estimate(config, recipe, chip, context), DraftShape().config(config)
-    rate, memory, length = chip.flops_share * chip.flops, BANDWIDTH_SHARE * chip.bandwidth, config.canvas_length
+    rate, memory, length = chip.flops_share * chip.flops, chip.bandwidth_share * chip.bandwidth, config.canvas_length
 
     def causal(rows: float, head: bool) -> float:
         """Seconds of a causal pass of so many rows."""
@@ -65,21 +65,22 @@ def project(config: ModelConfig, recipe: Recipe, chip: Chip, context: int, recor
         return max(HALF * _parameters(own) / memory, 2 * macs(own) * rows / rate)
 
     reference, drafter = ({way["name"]: way for way in record["ways"]}[name] for name in ("reference", "drafter"))
-    passes = drafter["passes"] * draft(length) + drafter["commits"] * causal(length, head=False)
+    # A commit counts as one more step, as it does in ``estimate``; a drafter may save some of them.
+    commits = drafter["commits"] / reference["commits"] if reference["commits"] else 0.0
+    passes = drafter["passes"] * draft(length)
     if drafter["judged_passes"]:
         passes += drafter["judged_passes"] * causal(drafter["judged_rows"] / drafter["judged_passes"] * length, head=True)
 
     def drafted(share: float) -> dict[int, float]:
-        return {steps: length / (steps * share * found.step_seconds + passes) for steps in STEPS}
+        return {steps: length / ((steps * share + commits) * found.step_seconds + passes) for steps in STEPS}
 
-    plain, quick = ({way["name"]: way for way in record["ar"] if not way["temperature"]}[name] for name in ("plain", "drafted"))
+    quick = {way["name"]: way for way in record["ar"] if not way["temperature"]}["drafted"]
     rows = quick["rows"] / quick["forwards"]
     block = causal(rows, head=True) + draft(rows)
     return Projection(
-        plain={steps: length / (steps * found.step_seconds + reference["commits"] * causal(length, head=False)) for steps in STEPS},
+        plain=found.rates,
         drafted_as_all=drafted(drafter["steps"] / reference["steps"]), drafted_as_longest=drafted(drafter["longest_steps"]),
-        causal=plain["tokens"] / plain["forwards"] / causal(1, head=True),
-        causal_drafted=quick["tokens"] / quick["forwards"] / block)
+        causal=found.causal_rate, causal_drafted=quick["tokens"] / quick["forwards"] / block)
 
 
 def _read(config: ModelConfig, recipe: Recipe, rows: float, cache: float) -> float:

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from mlx_diffgemma.chat import Chat
     from mlx_diffgemma.config import ModelConfig
     from mlx_diffgemma.convert import Conversion
+    from mlx_diffgemma.estimate import Estimate
     from mlx_diffgemma.evaluation.run import EvaluationReport, TaskResult
 
 DEFAULTS = GenerationOptions()
@@ -431,7 +432,7 @@ def info(model: Annotated[str, typer.Argument(help=f"'{nano.NAME}', a folder, or
     """Print what a checkpoint is: shapes, parameters, memory, quantisation."""
     from mlx_diffgemma import hub
     from mlx_diffgemma.config import ModelConfig
-    from mlx_diffgemma.info import inspect
+    from mlx_diffgemma.info import CONTEXT, inspect
 
     found = inspect(hub.resolve(model, revision, before_weights=ModelConfig.from_folder))
     if as_json:
@@ -443,7 +444,8 @@ def info(model: Annotated[str, typer.Argument(help=f"'{nano.NAME}', a folder, or
         ("folder", found.folder),
         ("parameters", f"{found.parameters / 1e6:,.1f} M, {found.active / 1e6:,.1f} M active"),
         ("stored", f"{found.stored_bytes / 1e9:,.3f} GB ({', '.join(f'{k} {v / 1e9:,.3f}' for k, v in found.dtypes.items())})"),
-        ("this machine allows", f"{found.memory_limit / 1e9:,.1f} GB"),
+        ("needs here", f"{found.memory_needed / 1e9:,.3g} GB with {CONTEXT:,} tokens of context; this machine allows "
+         f"{found.memory_limit / 1e9:,.1f} GB"),
         ("quantisation", found.quantisation),
         ("bits per weight", f"{found.bits_per_weight:.2f}"),
         ("layers", f"{len(text.layers)}: " + "".join("F" if layer.window is None else "s" for layer in text.layers)
@@ -472,6 +474,8 @@ def convert_command(
     q_mode: Annotated[str | None, typer.Option(help="Mode of the experts: " + ", ".join(MODES) + ".")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "--quant-predicate", help="Which tensors get how many bits: "
                                                + ", ".join(RECIPES) + ". See docs/recipes.md.")] = None,
+    fit: Annotated[str | None, typer.Option(help="With -q: the largest recipe that fits a Mac with this much memory and 8,192 "
+                                            "tokens of context, 24GB for instance, or 'auto' for this machine.")] = None,
     dtype: StoredDtype = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Undo a quantisation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and whether it fits this machine; of a "
@@ -486,6 +490,8 @@ def convert_command(
     from mlx_diffgemma import hub
     from mlx_diffgemma.convert import ConvertOptions, convert, plan
 
+    if fit is not None:
+        recipe = _fitting(hf_path, revision, fit, quantize, recipe, (q_bits, q_group_size, q_mode))
     options = ConvertOptions(quantize, recipe, q_bits, q_group_size, q_mode, dtype, dequantize)
     if (chosen := options.chosen()) and chosen.warning:
         errors.print(f"warning: {chosen.warning}", markup=False)
@@ -496,6 +502,25 @@ def convert_command(
         target = convert(hf_path, mlx_path, quantize, q_group_size, q_bits, q_mode, dtype, upload_repo, revision, dequantize,
                          recipe, overwrite, resume, progress)
     _print_written(target, as_json)
+
+
+def _fitting(model: str, revision: str | None, fit: str, quantize: bool, recipe: str | None,
+             changes: tuple[Any, ...]) -> str:
+    """The name of the recipe that --fit chooses, which is said on standard error.  Errors: UserError."""
+    from mlx_diffgemma import hub, macs
+    from mlx_diffgemma.config import ModelConfig
+
+    if not quantize:
+        raise UserError("--fit chooses a recipe to quantise by; add -q.")
+    if recipe is not None or changes != (None, None, None):
+        raise UserError("--fit chooses the recipe itself; leave --recipe and the --q- options out, or leave --fit out.")
+    macs.limit_of(fit)  # a size that is none is refused before the network is asked
+    config = ModelConfig.from_folder(hub.small_files(model, revision))
+    if config.quantization:
+        raise UserError(f"{model} is quantised already, so --fit has nothing to choose; convert the original checkpoint.")
+    found = macs.fit(config, fit)
+    errors.print(f"recipe {found}", markup=False)
+    return found.recipe.name
 
 
 @app.command("fuse")
@@ -555,7 +580,8 @@ def _print_conversion(conversion: Conversion, as_json: bool) -> None:
 
     size, weights = compute_dtype(mx.bfloat16).size, conversion.memory_bytes
     limit, longest = memory_limit(), conversion.config.text.max_position_embeddings
-    needs = {n: cost.run_bytes(conversion.config, weights, n, size) for n in sorted({min(c, longest) for c in cost.CONTEXTS})}
+    contexts = sorted({min(c, longest) for c in cost.CONTEXTS})
+    needs = {n: weights + sum(cost.forward_bytes(conversion.config, n, size)) for n in contexts}
     if as_json:
         print(json.dumps({
             "classes": [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in conversion.rows()],
@@ -572,7 +598,7 @@ def _print_conversion(conversion: Conversion, as_json: bool) -> None:
     output.print(table)
     files = len(conversion.shards())
     output.print(f"{files} file{'s' if files > 1 else ''} would be written; bits are per weight. Weights, K/V cache and the "
-                 f"logits\nof a step take of the {_count(limit, 'B')} this machine allows, by tokens of context:")
+                 f"widest\npart of a forward take of the {_count(limit, 'B')} this machine allows, by tokens of context:")
     for context, needed in needs.items():
         output.print(f"  {context:>7,}  {_count(needed, 'B'):>8}  {'fits' if needed <= limit else 'DOES NOT FIT'}")
 
@@ -580,7 +606,8 @@ def _print_conversion(conversion: Conversion, as_json: bool) -> None:
 @app.command()
 def estimate(
     chip: Annotated[str | None, typer.Option(help="A chip of the table, 'M3 Max' for instance. Default: this machine's.")] = None,
-    recipe: Annotated[str, typer.Option(help="How the weights are stored: " + ", ".join(RECIPES) + ".")] = "4bit",
+    recipe: Annotated[str | None, typer.Option(help="How the weights are stored: " + ", ".join(RECIPES) + ". Default: the "
+                                               "recipe of --model, else 4bit.")] = None,
     context: Annotated[int, typer.Option(help="Tokens before the canvas.")] = 512,
     model: Annotated[str | None, typer.Option(help="A folder or Hub id, of which only the config is read. Default: the released "
                                               "26B shape.")] = None,
@@ -591,41 +618,52 @@ def estimate(
     training: Annotated[bool, typer.Option("--training", help="What each way of fine-tuning takes with examples of --context "
                                            "tokens, and on which Mac it fits.")] = False,
     batch_size: Annotated[int, typer.Option(help="With --training: examples a batch.")] = 1,
+    macs: Annotated[bool, typer.Option("--macs", help="Which recipe fits which Mac, and how much context beside it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Estimate step time, memory and tokens a second from the config alone."""
     from mlx_diffgemma import hub
-    from mlx_diffgemma.config import ModelConfig, released_config
-    from mlx_diffgemma.estimate import BANDWIDTH_SHARE, CHIPS, chip_named, measure, this_chip
+    from mlx_diffgemma.config import ModelConfig
+    from mlx_diffgemma.cost import released_with_tower
+    from mlx_diffgemma.estimate import CHIPS, chip_named, measure, this_chip
     from mlx_diffgemma.estimate import estimate as count
     from mlx_diffgemma.recipes import recipe_named
 
     if drafting is not None and (training or dense):
         raise UserError("--drafting projects canvases with sparse self-conditioning; leave --training and --dense out.")
-    if training and (chip is not None or measured or dense or recipe != "4bit"):
+    if training and (chip is not None or measured or dense or recipe is not None):
         raise UserError("--training counts all recipes and needs no chip; leave --chip, --measure, --recipe and --dense out.")
+    others = (chip, recipe, drafting)
+    if macs and (any(given is not None for given in others) or measured or dense or training or context != 512):
+        raise UserError("--macs counts all recipes and how much context each leaves; it goes with --model and --json alone.")
     if batch_size != 1 and not training:
         raise UserError("--batch-size belongs to --training; add that.")
-    if training:
-        shape = ModelConfig.from_folder(hub.small_files(model)) if model else released_config()
-        _print_training(shape, context, batch_size, as_json)
-        return
     if chip is not None and measured:
         raise UserError("Either --chip or --measure: the one takes a row of the table, the other this machine.")
-    which = measure() if measured else chip_named(chip) if chip is not None else this_chip()
+    named = chip_named(chip) if chip is not None else None  # unknown names are refused before anything is read or measured
+    if recipe is not None:
+        recipe_named(recipe)
+    config = ModelConfig.from_folder(hub.small_files(model)) if model else released_with_tower()
+    if training:
+        _print_training(config, context, batch_size, as_json)
+        return
+    if macs:
+        _print_macs(config, as_json)
+        return
+    which = measure() if measured else named or this_chip()
     if which is None:
         raise UserError(f"This machine is not in the table; name one with --chip ({', '.join(CHIPS)}), or --measure this one.")
-    config = ModelConfig.from_folder(hub.small_files(model)) if model else released_config()
-    found = count(config, recipe_named(recipe), which, context, sparse=not dense)
+    stored = recipe_named(recipe or (config.recipe if config.recipe in RECIPES else None) or "4bit")
+    found = count(config, stored, which, context, sparse=not dense)
     projected = None
     if drafting is not None:
         from drafter.projection import project, read_record
 
-        projected = project(config, recipe_named(recipe), which, context, read_record(drafting))
+        projected = project(config, stored, which, context, read_record(drafting))
     if as_json:
         print(json.dumps(found.record() | ({"projection": asdict(projected)} if projected else {})))
         return
-    output.print(f"{which.name} ({which.source})\n{_count(which.bandwidth, 'B/s')}, of which {BANDWIDTH_SHARE:.0%} count; "
+    output.print(f"{which.name} ({which.source})\n{_count(which.bandwidth, 'B/s')}, of which {which.bandwidth_share:.0%} count; "
                  f"{which.flops / 1e12:.3g} TFLOP/s, of which {which.flops_share:.0%} count\n"
                  f"{found.parameters / 1e9:.3g} B parameters, {found.active / 1e9:.2g} B active, recipe {found.recipe}, "
                  f"{context:,} tokens of context", soft_wrap=True)
@@ -640,16 +678,43 @@ def estimate(
                  f"{1000 * found.bandwidth_seconds:.3g} ms, compute {1000 * found.compute_seconds:.3g} ms)\n"
                  + "at most " + ", ".join(f"{rate:.0f} tok/s at {steps} steps" for steps, rate in found.rates.items())
                  + f"\nleft to right at most {found.causal_rate:.0f} tok/s: as fast at {found.break_even:.1f} steps a canvas"
-                 + (f"; against {which.causal:g} tok/s as reported, at {found.reported_break_even:.1f} steps"
-                    if found.reported_break_even is not None else "")
-                 + f"\nmemory: {_count(found.memory, 'B')}; this machine allows {_count(memory_limit(), 'B')}", soft_wrap=True)
+                 + (f"; against {found.reported:g} tok/s as reported, at {found.reported_break_even:.1f} steps"
+                    if found.reported is not None else "")
+                 + f"\nmemory: {_count(found.memory, 'B')} without the vision tower; {_allowed(found)}", soft_wrap=True)
     if projected:
         table = Table("steps a canvas", *map(str, projected.plain), title="projection, not measured: tok/s at most")
         table.add_row("without a drafter", *(f"{rate:.0f}" for rate in projected.plain.values()))
         table.add_row("drafted, as all canvases of the record", *(f"{rate:.0f}" for rate in projected.drafted_as_all.values()))
         table.add_row("drafted, as its longest", *(f"{rate:.0f}" for rate in projected.drafted_as_longest.values()))
         output.print(table)
-        output.print(f"left to right {projected.causal:.0f} tok/s, drafted {projected.causal_drafted:.0f}", soft_wrap=True)
+        output.print(f"left to right at most {projected.causal:.0f} tok/s, drafted {projected.causal_drafted:.0f}", soft_wrap=True)
+
+
+def _allowed(found: Estimate) -> str:
+    """What the memory is held against: this machine's where the chip is its own, else the Macs there are."""
+    from mlx_diffgemma.macs import smallest_mac
+
+    if found.chip.here:
+        return f"this machine allows {_count(memory_limit(), 'B')}"
+    mac = smallest_mac(found.memory)
+    return f"fits Macs with {mac} GB and more" if mac else "fits no Mac of the table (--macs)"
+
+
+def _print_macs(config: ModelConfig, as_json: bool) -> None:
+    from mlx_diffgemma import macs
+
+    found = macs.table(config)
+    if as_json:
+        print(json.dumps({"gpu_bytes": {mac: macs.gpu_memory(mac) for mac in macs.MACS}, "context": {
+            name: {mac: {"without_tower": plain, "with_tower": seen} for mac, (plain, seen) in row.items()}
+            for name, row in found.items()}}))
+        return
+    table = Table("recipe", *(f"{mac} GB" for mac in macs.MACS), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, row in found.items():
+        table.add_row(name, *map(macs.cell, row.values()))
+    Console(highlight=False, width=max(output.width, 100)).print(table)  # a narrow terminal breaks lines, and no figure is cut off
+    output.print("Thousands of tokens of context beside the weights, without and with the vision tower; – does not fit. Of a Mac's "
+                 "memory its GPU may take two thirds up to 32 GB, three quarters above.", soft_wrap=True)
 
 
 def _print_training(config: ModelConfig, sequence: int, batch_size: int, as_json: bool) -> None:

@@ -492,14 +492,9 @@ def _float_output(key: str, path: str, tensor: Tensor, recipe: Recipe | None, op
                   merger: Merger | None) -> Output:
     is_matrix = path != key and len(tensor.shape) > 1 and tensor.stored.is_float
     kind = "vision" if kind_of(path) == "vision" else kind_of(path) if is_matrix else "other"
-    after = recipe.precision(kind) if recipe and is_matrix else None
+    after = recipe.precision_at(key, tensor.shape) if recipe and is_matrix else None
     if after:
-        if kind == "vision" and (tensor.shape[-1] % after.group_size or path.endswith("patch_embedder.input_proj")):
-            # 4,304 inputs of the released tower divide by 16 only; mlx-vlm casts pixels to the dtype of the patch embedder's
-            # weights, which for packed ones makes integers of them.
-            after = None
-        else:
-            after.check(path, tensor.shape[-1])
+        after.check(path, tensor.shape[-1])
     dtype = DTYPES[tensor.stored.dtype]
     if tensor.stored.is_float and (wanted := options.stored_dtype):
         dtype = dtype_named(wanted)

@@ -51,14 +51,18 @@ def memory_limit() -> int:
     return _physical_memory()
 
 
-def check_memory(needed: int, what: str, remedy: str = "take a conversion with fewer bits") -> None:
-    """Errors: UserError when ``needed`` bytes exceed what this machine allows, before anything is loaded."""
+def check_memory(needed: int, what: str, remedy: str | Callable[[], str] = "take a conversion with fewer bits") -> None:
+    """Errors: UserError when ``needed`` bytes exceed what this machine allows, before anything is loaded.
+
+    A ``remedy`` that takes time to find is a function, which is called only then.
+    """
     limit = memory_limit()
     if needed <= limit:
         return
+    advice = remedy if isinstance(remedy, str) else remedy()
     if mx.metal.is_available() and needed < 0.9 * _physical_memory():
-        remedy += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
-    raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {remedy}.")
+        advice += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
+    raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {advice}.")
 
 
 def wired_bytes(weights: int, working: int, limit: int, memory: int) -> int:

@@ -11,24 +11,32 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.device import compute_dtype
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.files import read_json
 from mlx_diffgemma.recipes import Recipe
 
 STEPS = (8, 12, 16, 26, 48)  # steps a canvas for which a rate is stated; 26 is the mean seen in the wild
 BANDWIDTH_SHARE = 0.85  # of the memory's rate that large reads reach
 
 
+# What reports of left-to-right rates are about: all weights at 4 bits, a short prompt.
+REPORTED_RECIPE, REPORTED_CONTEXT = "uniform-4bit", 1024
+
+
 @dataclass(frozen=True)
 class Chip:
-    """Ceilings: ``bandwidth`` in bytes a second, ``flops`` a second at 16 bits, and the share of these that quantised
-    products reach; ``causal`` is a reported rate of the autoregressive Gemma 4 26B at 4 bits, tokens a second."""
+    """Ceilings: ``bandwidth`` in bytes a second, ``flops`` a second at 16 bits, and the shares of these that large reads and
+    quantised products reach; ``causal`` is a reported rate of the autoregressive Gemma 4 26B with all weights at 4 bits, tokens a
+    second.  ``here``: it is the chip of the machine this runs on."""
 
     name: str
     bandwidth: float
@@ -36,27 +44,20 @@ class Chip:
     flops_share: float
     causal: float | None
     source: str
+    bandwidth_share: float = BANDWIDTH_SHARE
+    here: bool = False
 
 
-_APPLE = "Apple's announcement"
-_SPEC = "vendor-class figures"
-CHIPS = {chip.name: chip for chip in (
-    Chip("M1", 68e9, 2.6e12, 0.6, None, _APPLE),
-    Chip("M1 Pro", 200e9, 5.2e12, 0.6, None, _APPLE),
-    Chip("M1 Max", 400e9, 10.4e12, 0.6, None, _APPLE),
-    Chip("M1 Ultra", 800e9, 21e12, 0.6, 71.3, f"{_APPLE}; causal: mlxcel #218"),
-    Chip("M2", 100e9, 3.6e12, 0.6, None, _APPLE),
-    Chip("M2 Pro", 200e9, 6.8e12, 0.6, None, _APPLE),
-    Chip("M2 Max", 400e9, 13.6e12, 0.6, None, _APPLE),
-    Chip("M2 Ultra", 800e9, 27.2e12, 0.6, None, _APPLE),
-    Chip("M3 Pro", 150e9, 6.4e12, 0.6, None, f"{_SPEC}; MLX's quantised product reaches 4.0 TFLOP/s there (diffgemma)"),
-    Chip("M3 Max", 400e9, 14.2e12, 0.6, 56, f"{_SPEC}; causal: user report"),
-    Chip("M3 Ultra", 819e9, 28.4e12, 0.7, 92, f"{_SPEC}; 20.5 TFLOP/s measured; causal: Rapid-MLX"),
-    Chip("M4 Max", 546e9, 18.4e12, 0.6, None, _SPEC),
-    Chip("M5 Pro", 307e9, 31e12, 0.5, 85, "1.54 TFLOP/s a core measured on the base M5 (mlx #4023); causal: llmfit"),
-    Chip("M5 Max", 614e9, 62e12, 0.5, 142, "1.54 TFLOP/s a core measured on the base M5 (mlx #4023); causal: llmfit"),
-    Chip("H200", 4.8e12, 989e12, 0.5, None, "NVIDIA's data sheet, dense bf16"),
-)}
+def _chip(row: dict[str, Any]) -> Chip:
+    reported = row.get("causal")
+    source = f"bandwidth: {row['bandwidth_source']['name']}; TFLOPS: {row['tflops_source']['name']}"
+    if reported:
+        source += f"; left to right: {reported['source']}"
+    return Chip(row["name"], row["bandwidth_gb_s"] * 1e9, row["tflops"] * 1e12, row["tflops_share"],
+                reported and reported["tokens_per_second"], source)
+
+
+CHIPS = {row["name"]: _chip(row) for row in read_json(Path(__file__).with_name("chips.json"))["chips"]}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Estimate:
     ``bytes`` by part: the weights that are read (of the experts those that at least one row chose, were routing even) and
     the K/V cache.  ``rates`` maps steps a canvas to tokens a second, the commit counted as one more step.  ``causal_rate``
     is the floor of left-to-right decoding with the same weights, and ``break_even`` the number of steps a canvas at which both are
-    equally fast; ``reported_break_even`` the same against the chip's reported rate.
+    equally fast; ``reported`` is the chip's reported rate left to right where that is of such weights and so little context, and
+    ``reported_break_even`` the steps against it.  ``memory`` counts no vision tower.
     """
 
     chip: Chip
@@ -82,6 +84,7 @@ class Estimate:
     rates: dict[int, float]
     causal_rate: float
     break_even: float
+    reported: float | None
     reported_break_even: float | None
 
     @property
@@ -99,7 +102,7 @@ class Estimate:
 def chip_named(name: str) -> Chip:
     """Errors: UserError for a chip that is not in the table."""
     found = {known.lower(): chip for known, chip in CHIPS.items()}
-    key = name.lower().removeprefix("apple ").strip()
+    key = " ".join(name.lower().split()).removeprefix("apple ")
     if key not in found:
         close = difflib.get_close_matches(key, found, n=1)
         raise UserError(f"Unknown chip {name!r}{f'; did you mean {found[close[0]].name!r}?' if close else ''} Known are "
@@ -126,17 +129,19 @@ def estimate(config: ModelConfig, recipe: Recipe, chip: Chip, context: int, spar
     touched = experts * (1 - (1 - share) ** config.canvas_length)
     read = {**sizes, "experts": touched, "cache": cache}
     causal = weights - experts + share * experts + cache
-    seconds = sum(read.values()) / (BANDWIDTH_SHARE * chip.bandwidth)
+    seconds = sum(read.values()) / (chip.bandwidth_share * chip.bandwidth)
     compute = sum(flops.values()) / (chip.flops_share * chip.flops)
     step = max(seconds, compute)
-    causal_rate = BANDWIDTH_SHARE * chip.bandwidth / causal
+    causal_rate = chip.bandwidth_share * chip.bandwidth / causal
+    reported = chip.causal if recipe.name == REPORTED_RECIPE and context <= REPORTED_CONTEXT else None
+    dtype = compute_dtype(mx.bfloat16) if chip.here else mx.bfloat16
     return Estimate(
         chip=chip, recipe=recipe.name, context=context, parameters=(counts := cost.count_parameters(config))[0], active=counts[1],
         flops=flops, bytes=read, bandwidth_seconds=seconds, compute_seconds=compute,
-        memory=cost.run_bytes(config, int(weights), context, 2),
+        memory=cost.run_memory(config, recipe, context, dtype).total,
         rates={steps: config.canvas_length / ((steps + 1) * step) for steps in STEPS}, causal_rate=causal_rate,
-        break_even=config.canvas_length / (step * causal_rate) - 1,
-        reported_break_even=config.canvas_length / (step * chip.causal) - 1 if chip.causal else None,
+        break_even=config.canvas_length / (step * causal_rate) - 1, reported=reported,
+        reported_break_even=config.canvas_length / (step * reported) - 1 if reported else None,
     )
 
 
@@ -153,9 +158,9 @@ def measure() -> Chip:
     flops = 2.0 * size**3 / _best(lambda: a @ a)
     name = str(mx.device_info().get("device_name", "this machine"))
     known = CHIPS.get(name.removeprefix("Apple "))
-    # What was measured is reached already, so nothing is taken off for compute.
-    return Chip(f"{name}, measured", bandwidth / BANDWIDTH_SHARE, flops, 1.0, known.causal if known else None,
-                f"measured in {str(dtype).removeprefix('mlx.core.')}")
+    # What was measured is reached already, so nothing is taken off.
+    return Chip(f"{name}, measured", bandwidth, flops, 1.0, known.causal if known else None,
+                f"measured in {str(dtype).removeprefix('mlx.core.')}", bandwidth_share=1.0, here=True)
 
 
 def _best(run: Callable[[], mx.array], repeats: int = 5) -> float:
@@ -169,5 +174,6 @@ def _best(run: Callable[[], mx.array], repeats: int = 5) -> float:
 
 def this_chip() -> Chip | None:
     """The table's row of the machine this runs on."""
-    return CHIPS.get(str(mx.device_info().get("device_name", "")).removeprefix("Apple "))
+    found = CHIPS.get(str(mx.device_info().get("device_name", "")).removeprefix("Apple "))
+    return found and replace(found, here=True)
 

@@ -82,7 +82,7 @@ def stream_generate(
     _check_policy(policy, options)
     _check_draft(draft_model, chosen)
     request = Request.prepare(model, tokenizer, prompt, chosen, prefix, images=images)
-    check_room(model, [len(request.ids)], 1, request.patches)
+    check_room(model, [len(request.ids)], 1, request.patches, chosen.prefill_step_size)
     if chosen.mode == "ar":
         if on_step is not None:
             raise UserError("policy and on_step belong to canvases; leave them out with mode 'ar'.")
@@ -141,7 +141,8 @@ def batch_generate(
         if len(prompts) > batch_size:  # every image was looked at, but only those of running answers are held
             request.images = ()
         requests.append(request)
-    check_room(model, [len(r.ids) for r in requests], batch_size, max((r.patches for r in requests), default=0))
+    check_room(model, [len(r.ids) for r in requests], batch_size, max((r.patches for r in requests), default=0),
+               chosen.prefill_step_size)
     answers: list[GenerationResponse | None] = [None] * len(requests)
     if chosen.mode == "ar":
         run = _batch_causal(model, requests, chosen, batch_size, draft_model)

@@ -1,7 +1,7 @@
 """Which tensors get which precision: the recipes, and the ``quantization`` entry of config.json they become.
 
 A recipe is one row: a precision for every class of matrices, None where it stays as it is.  Norms, scales and scalars
-always stay.  Precision decides how many denoising steps a canvas needs, so every recipe but the two that say otherwise
+always stay.  Precision decides how many denoising steps a canvas needs, so every recipe but the three that say otherwise
 keeps embedding, attention, router and dense MLP at 8 bits: measured by others 63 forwards in bf16 against 167 in uniform
 4 bits for the same four canvases, by us on nano in docs/recipes.md.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -63,6 +64,11 @@ class Precision:
             raise UserError(f"{path} has rows of {columns} weights, which groups of {self.group_size} do not divide; choose "
                             "another group size or recipe.")
 
+    def narrowed(self, columns: int) -> Precision:
+        """With the largest group size up to its own that divides ``columns``; as it is where none does."""
+        sizes = [size for size in MODES[self.mode][1] if size <= self.group_size and columns % size == 0]
+        return replace(self, group_size=max(sizes)) if sizes else self
+
     def packed(self, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """(dtype, shape) of the arrays a matrix [..., columns] of ``dtype`` becomes, by their last name."""
         *leading, columns = shape
@@ -97,12 +103,33 @@ class Recipe:
     self_conditioning: Precision | None
     vision: Precision | None
     uniform: bool = False  # one precision for the whole backbone, whatever it is changed to
+    narrows: bool = False  # rows that a group does not divide get the largest smaller group that does
     warning: str = ""
 
     def precision(self, kind: str) -> Precision | None:
         """Of a class of matrices; None also for what is no such class."""
         found = getattr(self, kind) if kind in CLASSES else None
         assert found is None or isinstance(found, Precision)
+        return found
+
+    def precision_of(self, kind: str, columns: int) -> Precision | None:
+        """Of a matrix of that class whose rows have ``columns`` weights."""
+        found = self.precision(kind)
+        return found.narrowed(columns) if found and self.narrows else found
+
+    def precision_at(self, name: str, shape: tuple[int, ...]) -> Precision | None:
+        """Of the parameter ``name`` of the model; None for vectors, tables of positions and what groups do not divide in the tower.
+
+        4,304 inputs of the released tower divide by 16 only; mlx-vlm casts pixels to the dtype of the patch embedder's weights,
+        which for packed ones makes integers of them.
+        """
+        path = name.removesuffix(".weight")
+        if path == name or len(shape) < 2:
+            return None
+        kind = kind_of(path)
+        found = self.precision_of(kind, shape[-1])
+        if found and kind == "vision" and (shape[-1] % found.group_size or path.endswith("patch_embedder.input_proj")):
+            return None
         return found
 
     @property
@@ -130,7 +157,9 @@ class Recipe:
         return next((recipe for recipe in RECIPES.values() if recipe.same_rows(changed)), changed)
 
     def same_rows(self, other: Recipe) -> bool:
-        return self.uniform == other.uniform and all(self.precision(kind) == other.precision(kind) for kind in CLASSES)
+        if (self.uniform, self.narrows) != (other.uniform, other.narrows):
+            return False
+        return all(self.precision(kind) == other.precision(kind) for kind in CLASSES)
 
 
 def _core(name: str, summary: str, experts: Precision, core: Precision | None = Precision(8, 64),  # noqa: B008 (frozen)
@@ -150,7 +179,10 @@ RECIPES = {recipe.name: recipe for recipe in (
     _core("mxfp8", "experts mxfp8, the rest 8 bits", Precision(8, 32, "mxfp8")),
     _core("mxfp4", "experts mxfp4, the rest 8 bits", Precision(4, 32, "mxfp4")),
     _core("nvfp4", "experts nvfp4, the rest 8 bits", Precision(4, 16, "nvfp4")),
-    _core("3bit", "experts 3 bits, the rest and vision 8: the smallest", Precision(3, 64), vision=Precision(8, 64)),
+    _core("3bit", "experts 3 bits, the rest and vision 8", Precision(3, 64), vision=Precision(8, 64)),
+    # Groups of 128 where rows divide by them: 704, the inputs of down_proj at the released shape, do not.
+    replace(_core("3bit-small", "experts 3 bits in wide groups, the rest 6, vision 8: the smallest, for a Mac of 18 GB",
+                  Precision(3, 128), core=Precision(6, 64), vision=Precision(8, 64)), router=Precision(8, 64), narrows=True),
     replace(_core("uniform-4bit", "everything 4 bits, for comparison only", Precision(4, 64), core=Precision(4, 64)), uniform=True,
             warning="uniform-4bit is for comparison only: embedding, attention and router at 4 bits make canvases converge "
                     "late or not at all; take 4bit."),
@@ -164,6 +196,7 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
+@lru_cache(maxsize=8192)
 def kind_of(path: str) -> str:
     """The class of the matrix at a module path, or "other"."""
     if path.startswith(VISION):

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma import cost
@@ -287,15 +286,22 @@ def token_limit(prompt: int, max_tokens: int | None, canvas_length: int, context
     return max_tokens
 
 
-def check_room(model: DiffusionGemma, lengths: Sequence[int], batch_size: int = 1, patches: int = 0) -> None:
-    """Errors: UserError when weights, caches and logits of ``batch_size`` answers to prompts of these ``lengths``, and the largest
-    image of so many ``patches``, cannot be held, before they are allocated."""
-    config, element = model.config, model.dtype.size
+def check_room(model: DiffusionGemma, lengths: Sequence[int], batch_size: int = 1, patches: int = 0,
+               prefill_step_size: int = cost.PREFILL_ROWS) -> None:
+    """Refuse, before anything is allocated, what memory cannot hold.
+
+    Args:
+        lengths: tokens of each prompt.
+        batch_size: how many answers run side by side; the longest prompts are counted.
+        patches: of the largest image; 0 without images, and the vision tower's weights are then not counted, as they are
+            read with the first image.
+        prefill_step_size: rows of each prompt that go through one forward.
+
+    Raises:
+        UserError: weights, caches and the widest part of a forward do not fit this machine.
+    """
     longest = sorted(lengths, reverse=True)[:batch_size] or [0]
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    needed = weights + sum(cost.run_bytes(config, 0, length + config.canvas_length, element) for length in longest)
-    if config.vision:  # one image at a time
-        needed += cost.tower_bytes(config.vision, patches)
+    needed = cost.answers_bytes(model, longest, patches, prefill_step_size)
     many = len(longest) > 1
     size = f"{longest[0]:,} tokens"
     what = f"Running {len(longest)} prompts of up to {size} together" if many else f"A prompt of {size}"

@@ -20,6 +20,7 @@ from mlx_diffgemma.files import read_json
 from mlx_diffgemma.images import BUDGETS
 from mlx_diffgemma.layouts import arrange, quantized_module
 from mlx_diffgemma.machine import check_machine
+from mlx_diffgemma.macs import would_fit
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.recipes import VISION, Quantization
 from mlx_diffgemma.storage import DTYPES, INDEX, read_headers, read_tensors
@@ -45,7 +46,8 @@ def load_model(folder: Path, dtype: str | None = None) -> DiffusionGemma:
     if target == mx.float32:
         exact_float32()
     needed = sum(tensor.nbytes(target) for tensor in found.tensors.values())
-    check_memory(needed, f"{folder.name} in {str(target).removeprefix('mlx.core.')}")
+    what = f"{folder.name} in {str(target).removeprefix('mlx.core.')}"
+    check_memory(needed, what, lambda: would_fit(config))
     files = sorted({piece.stored.path for tensor in found.tensors.values() for piece in tensor.pieces})
     whole = {name: array for path in files for name, array in read_tensors(path)[0].items()}
     # The tower stays unread until the first image, which may come on another thread.
@@ -77,8 +79,13 @@ def check_supported(folder: Path) -> ModelConfig:
                         f"{', '.join(map(str, BUDGETS[:-1]))} or {BUDGETS[-1]}, so set one of these.")
     if (folder / INDEX).exists():
         size = Values(read_json(folder / INDEX), INDEX).part("metadata").number("total_size", 0, low=0.0)
-        check_memory(int(size) if mx.default_device() == mx.gpu else 0, folder.name)
+        # On a CPU what is floating is held in float32, which the size of the files does not tell.
+        check_memory(int(size) if on_gpu() else 0, folder.name, lambda: would_fit(config))
     return config
+
+
+def on_gpu() -> bool:
+    return bool(mx.default_device() == mx.gpu)
 
 
 def warn_of_low_attention(config: ModelConfig, name: str) -> None:

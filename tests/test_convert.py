@@ -66,7 +66,7 @@ class TestRecipes:
         memory = load_model(nano.FOLDER, "bfloat16")
 
         def predicate(path, layer):
-            precision = recipe.precision(kind_of(path)) if hasattr(layer, "to_quantized") else None
+            precision = recipe.precision_of(kind_of(path), layer.weight.shape[-1]) if hasattr(layer, "to_quantized") else None
             return vars(precision) if precision else False
 
         nn.quantize(memory, class_predicate=predicate)
@@ -86,7 +86,8 @@ class TestRecipes:
         tensors = tensors_of(folder)
         for name, original in tensors_of(source).items():
             path = name.removesuffix(".weight")
-            precision = recipe.precision(kind_of(path)) if original.ndim > 1 and "position" not in name else None
+            is_matrix = original.ndim > 1 and "position" not in name
+            precision = recipe.precision_of(kind_of(path), original.shape[-1]) if is_matrix else None
             if precision is None or "down_proj.linear" in name or "input_proj" in name:
                 assert mx.array_equal(tensors[name], original), name
             else:

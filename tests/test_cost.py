@@ -2,15 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_diffgemma import cost
 from mlx_diffgemma.config import ModelConfig, VisionConfig, released_config
 from mlx_diffgemma.convert import ConvertOptions, plan
-from mlx_diffgemma.recipes import RECIPES, kind_of
+from mlx_diffgemma.estimate import CHIPS, estimate
+from mlx_diffgemma.macs import fit
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.recipes import RECIPES, VISION, kind_of
 from mlx_diffgemma.storage import read_headers
+from tests.checkpoints import DIVISIBLE, VISIONS, config_dict
 
 CONFIG = released_config()
 
@@ -48,6 +54,46 @@ def test_cache():
     assert cost.run_bytes(CONFIG, 0, 262_144, 2) - cost.run_bytes(CONFIG, 0, 0, 2) == pytest.approx(5.4e9, rel=0.01)
 
 
+def test_the_tower():
+    """0.57 B parameters with the projection, and what groups of 64 divide of them at 8 bits."""
+    config = cost.released_with_tower()
+    assert cost.tower_weight_bytes(config, RECIPES["4bit"]) / 1e9 == pytest.approx(1.146, abs=0.001)
+    assert cost.tower_weight_bytes(config, RECIPES["3bit"]) / 1e9 == pytest.approx(0.757, abs=0.001)
+    assert cost.tower_weight_bytes(CONFIG, RECIPES["4bit"]) == 0
+    plain, seen = (cost.run_memory(config, RECIPES["4bit"], 8192, tower=tower, patches=2520) for tower in (False, True))
+    assert seen.total - plain.total == seen.tower
+
+
+class TestAnswers:
+    """What check_room counts."""
+
+    def test_the_experts_of_many_prompts(self):
+        """Eight prompts of 2,048 rows: the float32 results of the experts alone are 1.5 GB."""
+        at_once = cost.prefill_bytes(CONFIG.text, 8 * 2048, 2)
+        assert at_once > 8 * 2048 * 8 * 2816 * 4 == 1_476_395_008
+        one = cost.prefill_bytes(CONFIG.text, 2048, 2)
+        assert one < cost.logits_bytes(CONFIG) < at_once
+
+    def test_the_tower_counts_where_there_are_images(self):
+        vision = VisionConfig.from_dict(VISIONS["plain"])
+        model = DiffusionGemma(replace(ModelConfig.from_dict(config_dict(**DIVISIBLE)), vision=vision))
+        weights = sum(value.nbytes for name, value in tree_flatten(model.parameters()) if name.startswith(VISION))
+        assert cost.answers_bytes(model, [9], patches=1) - cost.answers_bytes(model, [9]) == weights > 0
+        large = cost.tower_bytes(vision, 10**6)
+        assert cost.answers_bytes(model, [9], patches=10**6) > large
+
+    def test_a_chunk_of_the_prompts(self):
+        model = DiffusionGemma(ModelConfig.from_dict(config_dict(**DIVISIBLE)))
+        text = model.config.text
+        whole, chunked = (cost.answers_bytes(model, [4000] * 8, prefill_rows=rows) for rows in (4000, 500))
+        assert whole - chunked == cost.prefill_bytes(text, 32_000, 4) - cost.prefill_bytes(text, 4000, 4)
+
+    def test_logits_of_every_answer(self):
+        model = DiffusionGemma(ModelConfig.from_dict(config_dict(**DIVISIBLE | {"vocab": 32_000})))
+        one, eight = (cost.answers_bytes(model, [9] * count) for count in (1, 8))
+        assert eight - one >= 7 * cost.logits_bytes(model.config)
+
+
 def test_flops():
     parts = {part: flops / 1e12 for part, flops in cost.step_flops(CONFIG, context=512).items()}
     assert parts == pytest.approx({"attention": 0.57, "dense_mlp": 0.28, "experts": 0.73, "head": 0.38, "scores": 0.11,
@@ -79,3 +125,25 @@ def test_info_says_what_is_stored(divisible_folder, tmp_path):
     assert "attention 8 bits" in found.quantisation
     assert "recipe 4bit" in found.quantisation
     json.dumps(found.record())
+
+
+def test_info_counts_what_is_resident_here(divisible_folder, tmp_path):
+    """Not what the files hold: on a CPU what is floating is held in float32."""
+    from mlx_diffgemma.convert import convert
+    from mlx_diffgemma.info import CONTEXT, inspect
+    from mlx_diffgemma.weights import load_model
+
+    folder = convert(str(divisible_folder), tmp_path / "q", recipe="4bit", dtype="bfloat16")
+    model = load_model(folder)
+    resident = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    found = inspect(folder)
+    assert resident > found.stored_bytes
+    assert found.memory_needed == resident + sum(cost.forward_bytes(found.config, CONTEXT, model.dtype.size))
+
+
+def test_one_figure_for_one_need():
+    """`estimate`, `convert --fit`, `convert --dry-run` and `info` count alike."""
+    recipe = RECIPES["4bit"]
+    counted = cost.weight_bytes(CONFIG, recipe) + sum(cost.forward_bytes(CONFIG, 8192, 2))
+    assert cost.run_memory(CONFIG, recipe, 8192).total == counted == fit(CONFIG, "24GB").memory.total
+    assert estimate(CONFIG, recipe, CHIPS["M3 Max"], 8192).memory == counted

@@ -37,6 +37,11 @@ def test_the_table_of_recipes_is_what_was_measured():
     assert named == set(RECIPES), "the page's first table has every recipe"
 
 
+def test_the_table_of_macs_is_what_estimate_counts():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "bench" / "macs.py"))["table"]() in page
+
+
 def test_the_table_of_self_conditioning_is_what_was_measured():
     record = json.loads((ROOT / "bench" / "results" / "self-conditioning-nano.json").read_text(encoding="utf-8"))
     assert record["model"] == nano.VERSION

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma import cost
+from mlx_diffgemma.config import ModelConfig, released_config
 from mlx_diffgemma.convert import ConvertOptions
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.model import DiffusionGemma
@@ -46,12 +47,35 @@ def test_no_vector_is_taken_for_a_matrix():
         assert kind_of(name) == "other"
 
 
-def test_all_but_the_named_two_keep_the_core_at_eight_bits_or_better():
+def test_all_but_the_named_three_keep_the_core_at_eight_bits_or_better():
     for recipe in RECIPES.values():
         for kind in ("embedding", "attention", "router", "dense_mlp", "self_conditioning"):
             precision = recipe.precision(kind)
-            assert precision is None or precision == Precision(8, 64) or recipe.name == "uniform-4bit"
+            assert precision is None or precision == Precision(8, 64) or recipe.name in ("3bit-small", "uniform-4bit")
+    small = RECIPES["3bit-small"]
+    assert small.attention == small.embedding == small.dense_mlp == Precision(6, 64)
+    assert small.router == Precision(8, 64), "eleven megabytes decide which experts a row takes"
     assert RECIPES["uniform-4bit"].warning
+
+
+def test_groups_are_as_wide_as_the_rows_allow():
+    """At the released shape rows have 2,816 weights, or 704 and 2,112, which 128 does not divide."""
+    small = RECIPES["3bit-small"]
+    assert small.precision_of("experts", 2816) == Precision(3, 128)
+    assert small.precision_of("experts", 704) == Precision(3, 64)
+    assert small.precision_of("experts", 96) == Precision(3, 32)
+    assert small.precision_of("experts", 50) == Precision(3, 128), "nothing divides it, and check says so"
+    assert small.precision_of("dense_mlp", 2112) == Precision(6, 64)
+    assert RECIPES["3bit"].precision_of("experts", 96) == Precision(3, 64), "only where the recipe says so"
+
+
+def test_every_recipe_fits_the_released_shape():
+    config = released_config()
+    for recipe in RECIPES.values():
+        for name, shape in cost.shapes(config).items():
+            path = name.removesuffix(".weight")
+            if precision := recipe.precision_of(kind_of(path), shape[-1]):
+                precision.check(path, shape[-1])
 
 
 class TestOptions:
