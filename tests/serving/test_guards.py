@@ -238,6 +238,7 @@ class TestBodies:
             (WHOLE, "br", 415),
             (b"", "gzip", 422),
         ],
+        ids=["inflates", "cut", "plain", "unknown", "empty"],
     )
     def test_gzip_that_is_none(self, content, encoding, status):
         with pytest.raises(HTTPException) as refused:
