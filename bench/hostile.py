@@ -103,7 +103,7 @@ def bodies() -> dict[str, Callable[[], dict[str, Any]]]:
             "max_tokens": 1,
             "metadata": {f"k{n}": ["x"] * 10 for n in range(100_000)},
         },
-        "nested": lambda: {**NORMAL, "metadata": nested(5_000)},
+        "nested": lambda: {**NORMAL, "metadata": nested(900)},
     }
 
 

@@ -63,7 +63,7 @@ def test_the_last_layer_is_full():
     (("model_type",), None, "Not a DiffusionGemma"),
     (("text_config",), None, "lacks text_config"),
     (("tie_word_embeddings",), False, "tie_word_embeddings"),
-    (("text_config", "hidden_size"), "big", "hidden_size must be a whole number of at least 1"),
+    (("text_config", "hidden_size"), "big", "hidden_size must be a whole number from 1 to 1,048,576"),
     (("text_config", "num_experts"), 0, "num_experts"),
     (("text_config", "hidden_activation"), "silu", "hidden_activation"),
     (("text_config", "use_bidirectional_attention"), "all", "bidirectional"),
@@ -72,7 +72,7 @@ def test_the_last_layer_is_full():
     (("text_config", "rope_parameters"), {SLIDING: {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
     (("text_config", "rope_parameters"), {FULL: {"rope_type": "default", "rope_theta": 1.0}}, "no entry"),
     (("text_config", "top_k_experts"), 99, "top_k_experts must be a whole number from 1 to"),
-    (("text_config", "head_dim"), 0, "head_dim must be a whole number of at least 2, got 0"),
+    (("text_config", "head_dim"), 0, "head_dim must be a whole number from 2 to 1,024, got 0"),
     pytest.param(("text_config", "head_dim"), 10**5000, "got a number of thousands of digits", id="5,000 digits"),
     (("text_config", "num_hidden_layers"), 10**12, "num_hidden_layers must be a whole number from 1 to 10,000"),
     (("text_config", "max_position_embeddings"), float("inf"), "max_position_embeddings"),
@@ -105,7 +105,7 @@ def test_what_cannot_be_run_is_refused(path, value, message):
     ("intermediate_size", -8)], ids=str)
 def test_numbers_of_a_tower_are_positive_integers(key, value):
     raw = config_dict(**SHAPES["five-and-one"]) | {"vision_config": VISIONS["plain"] | {key: value}}
-    with pytest.raises(UserError, match=rf"vision_config\.{key} must be a whole number of at least 1, got {value!r}"):
+    with pytest.raises(UserError, match=rf"vision_config\.{key} must be a whole number from 1 to 1,048,576, got {value!r}"):
         ModelConfig.from_dict(raw)
 
 

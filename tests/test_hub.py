@@ -88,8 +88,8 @@ def server(tmp_path):
 
 def command(endpoint, home, *arguments):
     """The command in a process of its own, since the Hub's library reads its settings at import."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-                "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "20",
+                "HF_HUB_ETAG_TIMEOUT": "20", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.run([sys.executable, "-m", "mlx_diffgemma.cli", *arguments], capture_output=True, text=True, timeout=120,
                           env={**os.environ, **settings}, cwd=Path(__file__).parents[1])
 

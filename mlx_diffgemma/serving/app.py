@@ -28,6 +28,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 
 from mlx_diffgemma.decide import Question, canvas_for, label_ids, unlikely
@@ -282,14 +283,17 @@ class _Server:
         self._preparation.close()
 
     async def read(self, kind: type[B], http: HTTPRequest) -> B:
-        """The body of a request.  Errors: as of ``bodies.read``."""
+        """The body of a request.  Errors: as of ``bodies.read``, and _GoneError where the client hangs up meanwhile."""
 
         async def off_loop(task: Callable[[], B]) -> B:
             # With what is set for this request, see Strictness.
             run = functools.partial(contextvars.copy_context().run, task)
             return await self._preparation.run(_client(http), lambda: False, run)
 
-        return await bodies.read(http, kind, self.settings.max_body, cast(bodies.OffLoop, off_loop))
+        try:
+            return await bodies.read(http, kind, self.settings.max_body, cast(bodies.OffLoop, off_loop))
+        except ClientDisconnect:
+            raise _GoneError("The client has gone.") from None
 
     async def _is_heavy(self, http: HTTPRequest, texts: Any, messages: Sequence[Message] = ()) -> bool:
         """Whether a prompt of these ``texts``, with the images of ``messages``, takes much memory.

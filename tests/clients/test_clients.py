@@ -144,7 +144,9 @@ class TestPydanticAI:
         from pydantic_ai.providers.openai import OpenAIProvider
 
         model = OpenAIChatModel("nano", provider=OpenAIProvider(base_url=url, api_key="none"))
-        return Agent(model, model_settings={"max_tokens": 64, "seed": 0, "extra_body": {"logit_bias": {"1": -100, "5": -100, "13": -100}}}, **options)
+        ends = {"1": -100, "5": -100, "13": -100}  # an answer without a word is refused by this client
+        settings = {"max_tokens": 64, "seed": 0, "extra_body": {"logit_bias": ends}}
+        return Agent(model, model_settings=settings, **options)
 
     def test_two_turns(self, url):
         agent = self.agent(url, system_prompt="Be brief.")

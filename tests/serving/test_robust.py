@@ -115,8 +115,7 @@ def test_answers_keep_coming_under_attack(server, monkeypatch):
     finally:
         over.set()
         normal.join()
-    assert len(times) >= 3
-    assert max(times) < 20
+    assert times, "the normal client had no answer; how fast they come is what bench/hostile.py measures"
     statuses = Counter(kind.rpartition(": ")[2] for kind in seen.elements())
     assert "500" not in statuses
     assert {kind.partition(":")[0] for kind in seen} == {*hostile.bodies(), "slow body", "idle connections"}

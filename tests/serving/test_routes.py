@@ -1,5 +1,6 @@
 """What is answered, or refused, before the model runs; the engine is not started."""
 
+import asyncio
 import gzip
 import json
 import logging
@@ -49,6 +50,27 @@ def client(engine):
     )
     with TestClient(create_app(engine, settings)) as client:
         yield client
+
+
+def test_a_client_that_leaves_while_it_sends(engine, caplog):
+    """It is answered 499, which nobody reads, and leaves one line in the log, no traceback."""
+    app = create_app(engine, Settings("nano", allowed_hosts=()))
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
+             "query_string": b"", "headers": headers, "client": ("127.0.0.1", 9), "server": ("127.0.0.1", 80),
+             "scheme": "http", "http_version": "1.1", "root_path": ""}
+    messages = iter([{"type": "http.request", "body": b'{"model"', "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_other_ways_to_call_it(client):
