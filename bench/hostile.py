@@ -115,7 +115,7 @@ def nested(depth: int) -> Any:
 
 
 def post(port: int, body: bytes, source: str, seconds: float) -> int:
-    """The status, 0 for none in so many ``seconds``."""
+    """The status; 0 when none came within ``seconds``."""
     connection = http.client.HTTPConnection(
         "127.0.0.1", port, timeout=seconds, source_address=(source, 0)
     )
@@ -197,7 +197,7 @@ def serving() -> Iterator[tuple[int, subprocess.Popen[str]]]:
 
 
 def normal_times(port: int, seconds: float, until: threading.Event | None = None) -> list[float]:
-    """Of answers to a client that asks again as soon as it has its answer."""
+    """Seconds each answer took, for a client that asks again as soon as it is answered."""
     times, end = [], time.monotonic() + seconds
     while time.monotonic() < end and not (until and until.is_set()):
         began = time.monotonic()

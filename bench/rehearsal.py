@@ -130,7 +130,7 @@ def random_rows(key: str, dtype: mx.Dtype, size: tuple[int, int], precision: Pre
 
 @cache
 def pool(kind: str) -> mx.array:
-    """Random numbers drawn once: drawing every weight of the model anew takes ten times as long as writing them."""
+    """Random numbers drawn once; drawing each weight would take ten times as long as writing it."""
     bits = mx.random.randint(0, 2**32 - 1, (POOL,), dtype=mx.uint32)
     made = mx.random.normal((POOL,)) if kind == "normal" else bits
     mx.eval(made)
@@ -395,7 +395,7 @@ def main() -> None:
 
 
 def put(arguments: argparse.Namespace, recipe: str, stage: str, found: dict[str, Any]) -> None:
-    """Into the record, which is begun anew for another machine or number of layers."""
+    """Add to the record; another machine or number of layers starts a new one."""
     record: dict[str, Any] = {}
     if arguments.output.exists():
         record = json.loads(arguments.output.read_text(encoding="utf-8"))

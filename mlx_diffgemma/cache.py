@@ -241,7 +241,7 @@ class Cache:
 
 
 def _digest(tensors: Mapping[str, mx.array], header: Mapping[str, str]) -> str:
-    """Of all that a cache file holds."""
+    """Digest of everything in a cache file."""
     said = {name: value for name, value in header.items() if name != "digest"}
     return digest(sorted(tensors.items()), json.dumps(said, sort_keys=True))
 
