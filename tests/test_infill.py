@@ -180,9 +180,9 @@ class TestLongTexts:
     BEFORE = "Mia was a red fox. Mia lived near the river. " * 6
     BEHIND = ". Mia lived near the river. Every day Mia ate bread and looked at the sky." * 6
 
-    def test_what_is_behind_the_canvas_says_nothing(self, nano_pair):
+    def test_what_is_behind_the_canvas_says_nothing(self, nano_float32):
         """What is on it does."""
-        model, tokenizer = nano_pair
+        model, tokenizer = nano_float32
         text = self.BEFORE + "Mia was a <|hole:2|>" + self.BEHIND
         found = infill(model, tokenizer, text, STORY, seed=0, **FEW)
         behind = len(tokenizer.encode(self.BEHIND, add_special_tokens=False))
