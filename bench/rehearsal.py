@@ -282,7 +282,7 @@ def serve(case: Case) -> dict[str, Any]:
         line = server.stdout.readline()
         address = line.split(" is at ")[1].split(": ")[0]
         ready = time.perf_counter() - began
-        body = {"model": "any", "prompt": "Why is the sky blue?", "max_tokens": case.canvas, "canvas_length": case.canvas}
+        body = {"model": "default", "prompt": "Why is the sky blue?", "max_tokens": case.canvas, "canvas_length": case.canvas}
         asked = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(),
                                        {"Content-Type": "application/json"})
         answered = ask(asked)

@@ -273,8 +273,8 @@ class TestCommand:
         assert first.head_ids.tolist() == second.head_ids.tolist()
         assert not mx.array_equal(first.fc.weight, second.fc.weight)
         assert mx.allclose(first.fc.weight, second.fc.weight, atol=0.02), "two steps away"
-        code, _, err = run_command(monkeypatch, capsys, *again, "--num-layers", "2")
-        assert (code, "has its shape already" in err) == (2, True)
+        code, _, err = run_command(monkeypatch, capsys, *again, "--draft-path", str(tmp_path / "c"), "--num-layers", "2")
+        assert (code, "has its shape already" in err) == (2, True), err
 
     def test_bad_input(self, monkeypatch, capsys, data, tmp_path):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
