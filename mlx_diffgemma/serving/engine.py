@@ -30,6 +30,7 @@ from mlx_diffgemma.device import generation_memory, memory_limit
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.prompt import keyed, next_chunk
+from mlx_diffgemma.recipes import VISION
 from mlx_diffgemma.serving.prefixes import Prefixes
 from mlx_diffgemma.session import CanvasStep, Loop, Session, encode_chunk
 
@@ -158,9 +159,11 @@ class Engine:
     def run(self, ready: Callable[[], None]) -> None:
         """Load the model, call ``ready``, and work on this thread until closed.  Errors: whatever ``load`` raises."""
         self.model, self.tokenizer = self._load()
-        mx.eval(self.model.parameters())
+        weights = tree_flatten(self.model.parameters())
+        # The tower stays unread until the first image: a gigabyte that a server of text never needs.
+        mx.eval([array for name, array in weights if not name.startswith(VISION)])
         self.prefixes = Prefixes(Cache(self.model.config.text), self._prefix_bytes)
-        self._room = memory_limit() - sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        self._room = memory_limit() - sum(array.nbytes for _, array in weights)
         self._loop = Loop(self.model, (), self.prefill_step_size)
         self._running = True
         ready()

@@ -6,14 +6,17 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.policy import ReferencePolicy
+from mlx_diffgemma.recipes import VISION
 from mlx_diffgemma.serving import engine as engine_module
 from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
 from mlx_diffgemma.session import Session
 from mlx_diffgemma.weights import load_model
+from tests.checkpoints import make_checkpoint
 
 STEPS = 5
 
@@ -528,3 +531,15 @@ class TestEnds:
 
         with pytest.raises(FileNotFoundError, match="no model"):
             Engine(load).start()
+
+
+def test_the_tower_is_not_read_before_an_image_comes(begin, tmp_path):
+    """A server of text does not hold it."""
+    folder = make_checkpoint(tmp_path, vision="plain")
+    model = load_model(folder, "float32")
+    before = mx.get_active_memory()
+    begin(load=lambda: (model, None))
+    tower = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name.startswith(VISION))
+    assert mx.get_active_memory() - before < tower / 2
+    mx.eval(model.parameters())
+    assert mx.get_active_memory() - before > tower / 2, "it would not show"
