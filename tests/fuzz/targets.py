@@ -287,7 +287,7 @@ class Bodies:
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}},
                                                                        "required": ["a"]}}}
-SMALL = {"max_tokens": 4, "max_denoising_steps": 1, "seed": 1}
+SMALL = {"model": "tiny", "max_tokens": 4, "max_denoising_steps": 1, "seed": 1}
 REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], **SMALL}),
     ("/v1/chat/completions", {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [
