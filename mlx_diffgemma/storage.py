@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import list_files, open_binary, read_json
+from mlx_diffgemma.values import shown
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
@@ -124,14 +125,22 @@ def read_tensors(path: Path, stream: mx.Stream | None = None) -> tuple[dict[str,
     return dict(tensors), dict(metadata)
 
 
+def _whole(number: object) -> int:
+    """A number of a header.  Errors: ValueError for what is no whole number of at least 0."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{shown(number)} is no whole number of at least 0")
+    return number
+
+
 def from_header(header: Mapping[str, Mapping[str, object]], path: Path, start: int) -> dict[str, Stored]:
     """The entries of a parsed header whose data begin at byte ``start``.  Errors: ValueError for an impossible entry."""
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])  # type: ignore[attr-defined]
-        begin, end = (int(n) for n in entry["data_offsets"])  # type: ignore[attr-defined]
+        shape = tuple(_whole(n) for n in entry["shape"])  # type: ignore[attr-defined]
+        dtype = str(entry["dtype"])
+        begin, end = (_whole(n) for n in entry["data_offsets"])  # type: ignore[attr-defined]
         if not 0 <= begin <= end or (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].size):
             raise ValueError(f"tensor {name!r} of shape {shape} in {dtype} cannot take {end - begin:,} bytes")
         tensors[name] = Stored(name, path, dtype, shape, start + begin, end - begin)

@@ -76,7 +76,10 @@ def test_a_cut_off_file_is_noticed_without_reading_it(folder):
 
 @pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
                                     b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}',
-                                    b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}', b'{"a": {"dtype": "F32"}}'])
+                                    b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}', b'{"a": {"dtype": "F32"}}',
+                                    b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 8]}}',
+                                    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+                                    b'{"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}}'])
 def test_a_wrong_header(folder, header):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0" * 64)
     with pytest.raises(UserError, match="damaged or cut off"):
