@@ -51,7 +51,7 @@ def _change(rng: Random, target: Any, key: Any) -> None:
     elif kind < 0.9 and isinstance(target, dict):
         target[rng.choice(("extra", "", "model", "type", str(key) + "_"))] = rng.choice(NASTY)
     elif isinstance(target[key], int | float) and not isinstance(target[key], bool):
-        target[key] = rng.choice((target[key] * 10, -target[key], target[key] + 1, target[key] / 3, str(target[key])))
+        target[key] = rng.choice((target[key] * 10, -target[key], target[key] + 1, target[key] // 3, str(target[key])))
     else:
         target[key] = [target[key]]
 
