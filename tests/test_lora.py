@@ -176,6 +176,7 @@ class TestCommand:
         ("report_to: wandb", "unknown option 'report_to'"),
         ("1: 2", "must hold options by name"),
         pytest.param("iters: " + "9" * 5000, "not valid YAML", id="5,000 digits"),
+        pytest.param(f"lr_schedule: {{name: cosine_decay, arguments: [{10**400}, 3]}}", "lr_schedule", id="400 digits"),
         pytest.param("[" * 3000, "not valid YAML", id="nested")])
     def test_wrong_files(self, monkeypatch, capsys, tmp_path, text, says):
         write(tmp_path / "data", train=PAIRS)

@@ -117,7 +117,7 @@ class TuningOptions:
         try:
             self._made_optimizer().update(nn.Linear(2, 2), {"weight": mx.ones((2, 2))})
             return self._made_optimizer()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"lr_schedule or optimizer_config cannot be used: {error}.") from None
 
     def _made_optimizer(self) -> optimizers.Optimizer:
