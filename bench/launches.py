@@ -119,7 +119,7 @@ def count(build: Callable[[], Sequence[mx.array]], leaves: Sequence[mx.array], r
         outputs = build()
         seconds.append(time.process_time() - began)
     new = primitives([*leaves, *outputs]) - before
-    # Some names go on with a dtype or a reduction: "View uint8", "Scatter Sum".
+    # Some names end with a dtype or a reduction: "View uint8", "Scatter Sum".
     started = {name: number for name, number in new.most_common() if name.split()[0] not in VIEWS}
     return Count(sum(started.values()), started.get("AsType", 0), min(seconds), started)
 

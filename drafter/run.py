@@ -107,7 +107,7 @@ def check_target(folder: Path, resume: bool) -> None:
     """Before the work.  Errors: UserError when ``folder`` cannot be written, is not a run's, or holds one already."""
     check_folder(folder, ours=(STATE, LOG))
     if (folder / STATE).exists() and not resume:
-        raise UserError(f"{folder} holds a run already; go on with --resume, or give another folder.")
+        raise UserError(f"{folder} holds a run already; continue it with --resume, or give another folder.")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Calls of tools as Gemma writes them, ``call:add{a:12,b:<|"|>x<|"|>}``, and as some templates do,
 ``call:add{"a": 12, "b": "x"}``.
 
-Between two ``<|"|>`` tokens stands text without escapes. The token is told from a text that looks
-like it: the parts of a call are what stands between these tokens, every second of them a text.
+Two ``<|"|>`` tokens enclose a text without escapes. The call arrives split at these tokens, so that
+every second part is a text, and a text that only looks like the token cannot end it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read_calls(parts: Sequence[str]) -> list[dict[str, Any]]:
     """{name, arguments} of each call, one after the other.
 
     Args:
-        parts: what stands before, between and after the ``<|"|>`` tokens.
+        parts: the pieces of the call, split at the ``<|"|>`` tokens.
 
     Raises:
         ValueError: for anything else.

@@ -468,7 +468,7 @@ def write(conversion: Conversion, target: Path, overwrite: bool = False, resume:
                                 f"{again}.") from None
             raise UserError(f"Converting stopped ({error}); when that is put right, run again with {again}.") from None
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so there is nothing to go on with
+            shutil.rmtree(partial, ignore_errors=True)  # the source is at fault, so resuming cannot help
             raise
         finally:
             mx.set_cache_limit(cache_limit)

@@ -116,7 +116,7 @@ def logits_bytes(config: ModelConfig, canvas_length: int | None = None) -> int:
 
 
 def prefill_bytes(text: TextConfig, rows: int, element_size: int) -> int:
-    """Bytes that a causal forward of so many rows holds at its peak: the results of the chosen experts.
+    """Peak bytes of a causal forward of ``rows`` rows: the results of the chosen experts.
 
     They are held as they are, put back in order, and in float32 for their weighted sum, beside what went in.  Attention holds at
     most SCORES scores at once, less than a step's logits at the released vocabulary.
@@ -168,7 +168,7 @@ def run_bytes(config: ModelConfig, weights: int, context: int, element_size: int
 
 
 def held_bytes(model: DiffusionGemma, answers: int = 1) -> tuple[int, int]:
-    """(weights, caches and logits) in bytes of a loaded model with so many ``answers`` at the smallest of CONTEXTS."""
+    """(weights, caches and logits) in bytes of a loaded model with ``answers`` rows at the smallest of CONTEXTS."""
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     return weights, answers * run_bytes(model.config, 0, CONTEXTS[0], model.dtype.size)
 

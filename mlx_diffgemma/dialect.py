@@ -62,7 +62,7 @@ class Dialect:
     @classmethod
     @functools.lru_cache(maxsize=16)
     def of(cls, source: str, specials: frozenset[tuple[str, Any]]) -> Dialect:
-        """Of the template ``source``, which is rendered with the names of ``specials``."""
+        """The dialect of the template ``source``, found by rendering it with the names of ``specials``."""
 
         def text(*messages: Mapping[str, Any]) -> str:
             try:

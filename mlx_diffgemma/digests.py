@@ -17,7 +17,7 @@ _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
 def digest(tensors: Iterable[tuple[str, mx.array]], text: str = "") -> str:
-    """Of ``text`` and of the tensors: their names, shapes, dtypes and every bit of them."""
+    """SHA-256 of ``text`` and of the tensors: names, shapes, dtypes and all bits."""
     found = hashlib.sha256(text.encode())
     for name, array in tensors:
         found.update(f"\n{name} {array.shape} {array.dtype} ".encode())

@@ -117,7 +117,7 @@ def diagnose(repeats: int = 10, deep: bool = False, progress: Callable[[str], No
     Args:
         repeats: how many steps are timed in each dtype.
         deep: check the operations at the released shapes too.
-        progress: is told what is checked next.
+        progress: called with the name of the next check.
     Errors: UserError where MLX does not run, or nano's files are of different versions.
     """
     check_machine()

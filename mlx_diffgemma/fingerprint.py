@@ -16,7 +16,7 @@ Named = list[tuple[str, mx.array]]
 
 
 def fingerprint(model: DiffusionGemma) -> str:
-    """Of everything that decides what the text backbone makes of ids."""
+    """Digest of everything that decides the text backbone's results."""
     text, _ = weights(model)
     return digest(text, structure(model))
 

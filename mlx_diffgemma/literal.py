@@ -214,11 +214,6 @@ def encode_marked(
     return ids
 
 
-def unmarked(text: str, marks: Marks | None) -> str:
-    """The text without marks."""
-    return text if marks is None else re.sub(f"[{marks.all}]", "", text)
-
-
 def plain_data(value: Any) -> Any:
     """``value`` made of JSON's own types alone, which is all that a template may see; anything else
     becomes its type's name.

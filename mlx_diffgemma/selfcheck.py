@@ -9,7 +9,6 @@ No weights are needed, and no golden outputs: every check makes random inputs an
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -361,17 +360,3 @@ def cache_writes(checks: Checks) -> Iterator[Result]:
 SECTIONS: dict[str, Callable[[Checks], Iterator[Result]]] = {
     "ordering": ordering, "sampling": sampling, "elementwise": elementwise, "attention": attention,
     "packed products": packed_products, "experts": experts, "cache writes": cache_writes}
-
-
-def launch_microseconds() -> float:
-    """Time of one small operation that waits for the one before: a step starts thousands of them."""
-    def chain(count: int) -> mx.array:
-        x = mx.zeros((16,))
-        for _ in range(count):
-            x = x + 1
-        return x
-
-    mx.eval(chain(200))
-    began = time.perf_counter()
-    mx.eval(chain(3000))
-    return 1e6 * (time.perf_counter() - began) / 3000

@@ -168,7 +168,7 @@ def check_target(options: TuningOptions, resume: bool) -> Path:
     check_folder(folder, ours=(STATE, WEIGHTS, CONFIG))
     if (folder / STATE).exists():
         if not resume:
-            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --adapter-path.")
+            raise UserError(f"{folder} holds a run already; continue it with --resume, or give another --adapter-path.")
     elif (folder / WEIGHTS).exists() or ((folder / CONFIG).exists() and MARK not in read_json(folder / CONFIG)):
         raise UserError(f"{folder} holds an adapter already, and no run to go on with; give another --adapter-path.")
     return folder
