@@ -1,4 +1,7 @@
-"""What a drafter must be better than, and drafts that are wrong on purpose: nothing here is trained, all goes through the loop."""
+"""The baselines that a drafter must beat, and drafts that are wrong on purpose.
+
+Nothing here is trained.  Everything runs through the denoising loop.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,22 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from drafter.canvas import DraftPolicy
-from drafter.model import Drafter
-from mlx_diffgemma.drafting import Draft, Taps
-from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.policy import ReferencePolicy, Standing
-from mlx_diffgemma.sampler import Before, Marginals, SamplerStep
-from mlx_diffgemma.session import Session
+from drafter.drafter import Drafter
+from drafter.policy import DraftPolicy
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
+from mlx_diffgemma.sampling.protocols import CanvasContext, Draft, HasDraft, Taps
+from mlx_diffgemma.sampling.sampler import Before, Marginals, SamplerStep
+from mlx_diffgemma.sampling.stopping import StopContext
 
-Known = Mapping[tuple[int, int], np.ndarray]  # ids by request seed and canvas, -1 where nothing is drafted
+# Ids by request seed and canvas, -1 where nothing is drafted.
+Known = Mapping[tuple[int, int], np.ndarray]
 
 
 class Untrained:
-    """A canvas drafter that reads nothing of the target and guesses once, and is sure of it."""
+    """A canvas drafter that does not read the target's hidden states, guesses once and is always
+    sure.
+    """
 
     taps: Sequence[int] = ()
     refines = False
@@ -30,65 +36,86 @@ class Untrained:
     def begin(self) -> None:
         return None
 
-    def read(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> None:
-        """There is nothing to note."""
+    def read(self, sessions: Sequence[HasDraft], taps: Sequence[Taps]) -> None:
+        """Do nothing: no hidden states are needed."""
 
-    def refine(self, sessions: Sequence[Session], taps: Sequence[Taps]) -> list[Draft]:
+    def refine(self, sessions: Sequence[CanvasContext], taps: Sequence[Taps]) -> list[Draft]:
         raise TypeError(f"{len(sessions)} sessions with {len(taps)} taps: it does not refine")
 
-    def guess(self, session: Session) -> np.ndarray:
-        """Up to a canvas of ids, -1 where the noise stays."""
+    def guess(self, session: CanvasContext) -> np.ndarray:
+        """Guess up to a canvas of ids; -1 keeps the noise at that position."""
         raise NotImplementedError
 
-    def seed(self, sessions: Sequence[Session]) -> list[Draft]:
+    def seed(self, sessions: Sequence[CanvasContext]) -> list[Draft]:
         drafts = []
         for session in sessions:
-            canvas = session.canvas
-            assert canvas is not None
-            found = self.guess(session)[: canvas.size]
-            ids = mx.array(np.pad(found, (0, canvas.size - found.size), constant_values=-1).astype(np.int32))
-            drafts.append(Draft(mx.where(ids < 0, canvas, ids), None, ids >= 0, whole=bool((ids >= 0).any())))
+            assert session.canvas is not None
+            canvas = session.canvas.ids
+            guess = self.guess(session)[: canvas.size]
+            padded = np.pad(guess, (0, canvas.size - guess.size), constant_values=-1)
+            ids = mx.array(padded.astype(np.int32))
+            drafted = ids >= 0
+            whole = bool(drafted.any())
+            drafts.append(Draft(mx.where(drafted, ids, canvas), None, drafted, whole=whole))
         return drafts
 
 
 class FixedDraft(Untrained):
-    """Is told beforehand what to guess."""
+    """Guesses the ids that it was given."""
 
     def __init__(self, known: Known):
         self.known = known
 
-    def guess(self, session: Session) -> np.ndarray:
+    def guess(self, session: CanvasContext) -> np.ndarray:
         assert isinstance(session.draws, Draws)
-        return self.known.get((session.draws.seed, session.canvas_index), np.zeros(0, dtype=np.int32))
+        return self.known.get(
+            (session.draws.seed, session.canvas_index), np.zeros(0, dtype=np.int32)
+        )
 
 
 class NgramDraft(Untrained):
-    """Copies what the text has before: the causal mode's next token, then again and again what followed the last two tokens, or the
-    last one, where they stood last.  Source: prompt lookup decoding."""
+    """Copies from the text before the canvas.
 
-    def guess(self, session: Session) -> np.ndarray:
+    The first token is the causal mode's next token.  Each further token copies what followed the
+    most recent occurrence of the last two tokens, or else of the last one.  Source: prompt lookup
+    decoding.
+    """
+
+    def guess(self, session: CanvasContext) -> np.ndarray:
         assert session.next_logits is not None
-        text, found = list(session.ids), [int(mx.argmax(session.next_logits).item())]
-        while len(found) < session.length and found[-1] not in session.eos_ids:
-            behind = [*text, *found]
-            places = [i for i in range(1, len(text)) if text[i - 1] == behind[-1]]
-            both = [i for i in places if i > 1 and text[i - 2] == behind[-2]]
-            if not (both or places):
+        assert session.canvas is not None
+        text = list(session.ids)
+        guess = [int(mx.argmax(session.next_logits).item())]
+        while len(guess) < session.canvas.length and guess[-1] not in session.eos_ids:
+            last_two = [*text, *guess][-2:]
+            after_one = [i for i in range(1, len(text)) if text[i - 1] == last_two[-1]]
+            after_two = [i for i in after_one if i > 1 and text[i - 2] == last_two[0]]
+            if not after_one:
                 break
-            found.append(text[(both or places)[-1]])
-        return np.array(found, dtype=np.int32)
+            guess.append(text[(after_two or after_one)[-1]])
+        return np.array(guess, dtype=np.int32)
 
 
 def disturbed(drafter: Drafter, by: float, seed: int = 0) -> Drafter:
-    """``drafter`` with noise on its weights, ``by`` times as large as they are: one that was made for something else."""
-    twin, key = Drafter(drafter.config), [mx.random.key(seed)]
+    """``drafter`` with noise on its weights.
+
+    The result stands for a drafter that was made for another model.
+
+    Args:
+        drafter: The drafter.
+        by: The size of the noise, relative to that of the weights.
+        seed: The seed of the noise.
+    """
+    twin = Drafter(drafter.config)
+    key = mx.random.key(seed)
 
     def noisy(x: mx.array) -> mx.array:
+        nonlocal key
         if x.dtype == mx.int32:
             return x
-        key[0], own = mx.random.split(key[0])
+        key, noise_key = mx.random.split(key)
         size = mx.sqrt((x.astype(mx.float32) ** 2).mean())
-        return (x + by * size * mx.random.normal(x.shape, key=own)).astype(x.dtype)
+        return (x + by * size * mx.random.normal(x.shape, key=noise_key)).astype(x.dtype)
 
     twin.update(tree_map(noisy, drafter.parameters()))
     twin.eval()
@@ -97,29 +124,44 @@ def disturbed(drafter: Drafter, by: float, seed: int = 0) -> Drafter:
 
 @dataclass(frozen=True)
 class VetoPolicy(DraftPolicy):
-    """A drafted canvas ends as soon as the judge has nothing against it, however uncertain the target is."""
+    """Ends a drafted canvas as soon as the verifier accepts it, however uncertain the target is."""
 
-    def confident(self, standing: Standing) -> bool:
-        return standing.steps > 0
+    def is_confident(self, context: StopContext) -> bool:
+        return context.steps > 0
 
 
 @dataclass(frozen=True)
 class JudgedPolicy(DraftPolicy):
-    """The judge decides without a draft as well: what the drafts of a drafter gain is what they gain beyond this."""
+    """Lets the verifier end canvases that were not drafted as well.
 
-    def consults(self, standing: Standing) -> bool:
-        return super().consults(replace(standing, drafted=not standing.retry))
+    The gain of a drafter is what it gains beyond this policy.
+    """
+
+    def needs_verification(self, context: StopContext) -> bool:
+        return super().needs_verification(replace(context, drafted=not context.retry))
 
 
 @dataclass(frozen=True)
 class UnverifiedPolicy(ReferencePolicy):
-    """Commits what stands on the canvas when it begins.  The step that the loop takes all the same counts for nothing."""
+    """Commits the ids that the canvas starts with.  The one step that the loop takes has no effect."""
 
     @classmethod
-    def sample(cls, policies: Sequence[Any], steps: Sequence[int], positions: Sequence[int], logits: mx.array, u: np.ndarray,
-               renoise: np.ndarray, before: Before, eos_ids: mx.array, forced: Marginals | None = None) -> SamplerStep:
-        made = super().sample(policies, steps, positions, logits, u, renoise, before, eos_ids, forced)
+    def sample(
+        cls,
+        policies: Sequence[Any],
+        steps: Sequence[int],
+        positions: Sequence[int],
+        logits: mx.array,
+        u: np.ndarray,
+        renoise: np.ndarray,
+        before: Before,
+        eos_ids: mx.array,
+        forced: Marginals | None = None,
+    ) -> SamplerStep:
+        made = super().sample(
+            policies, steps, positions, logits, u, renoise, before, eos_ids, forced
+        )
         return made._replace(argmax=before.canvas)
 
-    def judge(self, standing: Standing) -> str | None:
-        return "converged" if standing.steps else None
+    def stop_reason(self, context: StopContext) -> str | None:
+        return "converged" if context.steps else None

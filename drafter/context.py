@@ -1,27 +1,27 @@
-"""What a drafter knows of an answer: the features of all that the target has read."""
+"""The features of everything that the target has read, cached for each session."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import mlx.core as mx
 
-from drafter.model import Borrowed, Drafter
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.drafting import Taps
-from mlx_diffgemma.model import DiffusionGemma
+from drafter.head import TargetHead
+from drafter.model import DraftNetwork
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling.protocols import HasDraft, Taps
 
 
-class HasDraft(Protocol):
-    draft: Any
+class FeatureCaches:
+    """Keeps a cache of features in each session's ``draft``.
 
+    Drafting left to right and drafting canvases share it.
+    """
 
-class Reader:
-    """The part that drafting left to right and drafting canvases share: a cache of features in each session's ``draft``."""
-
-    def __init__(self, drafter: Drafter, target: DiffusionGemma):
-        self.drafter, self.borrowed = drafter, Borrowed(target, drafter)
+    def __init__(self, drafter: DraftNetwork, target: DiffusionGemma):
+        self.drafter = drafter
+        self.head = TargetHead(target, drafter)
 
     @property
     def taps(self) -> Sequence[int]:
@@ -31,6 +31,8 @@ class Reader:
         return Cache(self.drafter.config)
 
     def read(self, sessions: Sequence[HasDraft], taps: Sequence[Taps]) -> None:
+        """Append the features of the target's hidden states ``taps`` to each session's cache."""
         caches = [session.draft for session in sessions]
-        self.drafter.absorb([self.drafter.features(own) for own in taps], caches)
+        features = [self.drafter.features(hidden_states) for hidden_states in taps]
+        self.drafter.append_features(features, caches)
         mx.eval([array for cache in caches for array in cache.arrays])

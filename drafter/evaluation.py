@@ -1,227 +1,344 @@
-"""What drafting is worth: ways to answer, each over the same questions under the same seeds.
+"""Measures a drafter: configurations that answer the same questions under the same seeds.
 
-The reference, and itself under other seeds (the noise floor); a looser stop rule; the drafter, also under other rules and without
-its checks; drafts that need no drafter; drafts that are wrong on purpose; decoding left to right.  And the oracle curve, which says
-what any draft could save: canvases begun from what the reference committed there, with a share of the positions replaced.
+The configurations are:
 
-How each is measured: :mod:`drafter.measures`.
+- the reference, and the reference under other seeds (the noise floor);
+- a looser stop rule;
+- the drafter, also under other rules and without its checks;
+- drafts that need no drafter, and drafts that are wrong on purpose;
+- decoding left to right;
+- the oracle curve (:mod:`drafter.oracle`).
+
+:mod:`drafter.measures` says how each is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from drafter.baselines import FixedDraft, JudgedPolicy, NgramDraft, UnverifiedPolicy, VetoPolicy, disturbed
-from drafter.canvas import DraftPolicy, DraftRules
-from drafter.measures import Answered, Shares, WayResult, a_canvas, way_result
-from drafter.model import Borrowed, Drafter
-from mlx_diffgemma.autoregressive import CausalLoop, CausalPolicy, causal_sessions
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.draws import Draws
+from drafter.answers import answer, answer_causally
+from drafter.baselines import (
+    FixedDraft,
+    JudgedPolicy,
+    NgramDraft,
+    UnverifiedPolicy,
+    VetoPolicy,
+    disturbed,
+)
+from drafter.drafter import Drafter
+from drafter.measures import Answered, Shares, WayResult, way_result
+from drafter.oracle import OTHER, oracle
+from drafter.policy import DraftPolicy
+from drafter.rules import DraftRules
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import Question, Task
-from mlx_diffgemma.model import DiffusionGemma, Segment
-from mlx_diffgemma.policy import Policy, ReferencePolicy
-from mlx_diffgemma.session import PREFILL_STEP_SIZE, Session
-from mlx_diffgemma.session import run as run_sessions
-from mlx_diffgemma.tokenizer import ResponseParser, chat_ids
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling.policy import ReferencePolicy
+from mlx_diffgemma.sampling.protocols import Policy
 
-SHARES = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
-OTHER = 500_009  # between the seeds of two runs that should have nothing in common
-LOOSE = 1e-9  # a gate that lets everything through
-WRONG = ("random tokens", "all end tokens", "another's answer", "wrong everywhere", "right, from other seeds")
-BELIEVED = ("all end tokens", "another's answer")  # also without a judge, to see what it is for
+LOOSE = 1e-9  # a gate that every guess passes
+WRONG = (
+    "random tokens",
+    "all end tokens",
+    "another's answer",
+    "wrong everywhere",
+    "right, from other seeds",
+)
+# These also run without verification, to show what verification prevents.
+BELIEVED = ("all end tokens", "another's answer")
 KINDS = ("drafter", "baselines", "wrong", "ar", "oracle")
-BATCH = 16
+MAX_CANVASES = 8  # the most canvases of an answer for which a wrong draft is made
 
 
-def answer(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], policy: Policy, seed: int,
-           max_tokens: int, batch_size: int = BATCH) -> list[Answered]:
-    """Question i under the seed ``seed`` + i."""
-    eos, config = model.config.generation.eos_token_ids, model.config
-    sessions = [Session(model, chat_ids(tokenizer, q.messages), policy, Draws(seed + i, config.text.vocab_size), eos, max_tokens)
-                for i, q in enumerate(questions)]
-    lengths = [len(session.ids) for session in sessions]
-    for _ in run_sessions(model, sessions, batch_size):
-        pass  # what they did stands in the sessions
-    found = []
-    for question, session, prompt in zip(questions, sessions, lengths, strict=True):
-        whole, start, committed = session.ids[prompt:], 0, []
-        for canvas in session.canvases:
-            size = len(whole) - start if canvas is session.canvases[-1] else canvas.tokens.size
-            committed.append(np.array(whole[start : start + size], dtype=np.int32))
-            start += size
-        ids = [int(t) for canvas in session.canvases for t in canvas.tokens]
-        found.append(Answered(_score(tokenizer, question, ids, eos), tuple(session.canvases), tuple(committed)))
-    return found
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured.
 
-
-def answer_causally(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], temperature: float,
-                    seed: int, max_tokens: int, drafter: Drafter | None = None) -> dict[str, float]:
-    """The same left to right: mean score, and tokens, forwards and rows of the target an answer."""
-    eos, size = model.config.generation.eos_token_ids, model.config.text.vocab_size
-    scores, tokens, forwards, rows = [], 0, 0, 0
-    for first in range(0, len(questions), BATCH):
-        part = questions[first : first + BATCH]
-        sessions = causal_sessions(model, [chat_ids(tokenizer, q.messages) for q in part], CausalPolicy(temperature),
-                                   [Draws(seed + first + i, size) for i in range(len(part))], eos, [max_tokens] * len(part))
-        loop = CausalLoop(model, sessions, PREFILL_STEP_SIZE, drafter.causal(model) if drafter else None)
-        loop.prefill()
-        while loop.active:
-            loop.advance()
-        scores += [_score(tokenizer, q, s.tokens, eos) for q, s in zip(part, sessions, strict=True)]
-        tokens, forwards = tokens + sum(len(s.tokens) for s in sessions), forwards + sum(s.forwards for s in sessions)
-        rows += sum(s.forwards + s.proposed for s in sessions)
-    count = len(questions)
-    return {"score": float(np.mean(scores)), "tokens": tokens / count, "forwards": forwards / count, "rows": rows / count}
-
-
-def _score(tokenizer: TokenizerWrapper, question: Question, ids: Sequence[int], eos: Sequence[int]) -> float:
-    parser = ResponseParser(tokenizer)
-    return question.mark(parser.feed([t for t in ids if t not in eos]).answer + parser.finish().answer).score
-
-
-def oracle(model: DiffusionGemma, tokenizer: TokenizerWrapper, questions: Sequence[Question], base: Policy, seed: int,
-           max_tokens: int, drafter: Drafter | None = None, progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Steps a canvas by the share of right positions in the draft; the others are noise, another question's answer, or what a
-    ``drafter`` makes of them from the right ones.
-
-    Neither watchdog nor judge; drafts come from one run of the reference, the draws from another.
+    Attributes:
+        limit: The most questions of a task.
+        seeds: At least two.
+        max_tokens: The most tokens of an answer.
+        rules: The rules of the drafted canvases.
+        kinds: The parts of the record, from ``KINDS``.
     """
-    before = answer(model, tokenizer, questions, base, seed, max_tokens)
-    rng, points = np.random.default_rng(seed), []
-    for kind in ("noise", "another's answer") + (("the drafter's",) if drafter else ()):
-        for right in SHARES:
-            known: dict[tuple[int, int], np.ndarray] = {}
-            for i, own in enumerate(before):
-                behind = chat_ids(tokenizer, questions[i].messages)
-                for index, canvas in enumerate(own.committed):
-                    given = rng.random(canvas.size) < right
-                    wrong = np.full(canvas.size, -1, dtype=np.int32)
-                    if kind == "another's answer":
-                        wrong = np.resize(before[(i + 1) % len(before)].committed[0], canvas.size)
-                    elif drafter and kind != "noise":
-                        noise = rng.integers(0, model.config.text.vocab_size, canvas.size)
-                        wrong = _guessed(model, drafter, behind, np.where(given, canvas, noise))
-                    known[seed + OTHER + i, index] = np.where(given, canvas, wrong)
-                    behind = [*behind, *canvas.tolist()]
-            policy = DraftPolicy(base, FixedDraft(known), base.max_steps + 1)
-            got = answer(model, tokenizer, questions, policy, seed + OTHER, max_tokens)
-            points.append({"wrong": kind, "right": right, "steps": a_canvas(got, lambda a: a.total("steps")),
-                           "score": float(np.mean([a.score for a in got]))})
-            if progress:
-                progress(f"oracle, {right:.0%} right, {kind}")
-    return points
+
+    limit: int = 20
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    max_tokens: int = 256
+    rules: DraftRules = field(default_factory=DraftRules)
+    kinds: Sequence[str] = KINDS
 
 
-def _guessed(model: DiffusionGemma, drafter: Drafter, prefix: Sequence[int], canvas: np.ndarray) -> np.ndarray:
-    """What one pass of the drafter makes of ``canvas`` ids [length] behind ``prefix``."""
-    borrowed, cache = Borrowed(model, drafter), Cache(drafter.config)
-    taps = model.encode([mx.array(prefix)], [Cache(model.config.text)], taps=drafter.config.taps).taps
-    drafter.absorb([drafter.features({layer: rows[0] for layer, rows in taps.items()})], [cache])
-    hidden = drafter(borrowed.embed(mx.array(canvas)), [Segment(0, canvas.size, cache, canvas=True)])
-    return np.array(borrowed.tokens(mx.argmax(borrowed.logits(hidden), axis=-1)))
+def evaluate_drafter(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    drafter: Drafter,
+    tasks: Sequence[Task],
+    options: EvaluationOptions | None = None,
+    drafters: Mapping[str, Drafter] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a drafter.
 
+    Args:
+        model: The target.
+        tokenizer: Its tokenizer.
+        drafter: The drafter.
+        tasks: What the target is asked; multiple choice is left out.
+        options: What is measured.
+        drafters: Further drafters by name, under the same rules.
+        progress: Called with a line of text before each run.
 
-def evaluate_drafter(model: DiffusionGemma, tokenizer: TokenizerWrapper, drafter: Drafter, tasks: Sequence[Task], limit: int = 20,
-                     seeds: Sequence[int] = range(5), max_tokens: int = 256, rules: DraftRules | None = None,
-                     kinds: Iterable[str] = KINDS, drafters: Mapping[str, Drafter] | None = None,
-                     progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """All of it, or some of the ``kinds``, as a record.  ``drafters`` are more of them by name, asked under the same rules.
+    Returns:
+        The record that ``draft evaluate`` writes.
 
-    Errors: UserError for a drafter of another model, for nothing to ask, questions with images, one seed only,
-    and a kind that is none.
+    Raises:
+        UserError: The drafter was made for another model, there is no question, a question has
+            images, there is only one seed, or a kind is unknown.
     """
-    kinds, rules = set(kinds), rules or DraftRules()
-    questions = [question for task in tasks for question in task.questions(limit) if not question.choices]
-    if any(question.images for question in questions):
-        raise UserError("Drafters are measured on questions in text only; leave out those with images.")
-    if not questions or len(seeds) < 2:
-        raise UserError("At least one question that is answered in text and two seeds are needed.")
-    if not kinds <= set(KINDS):
-        raise UserError(f"Unknown part {sorted(kinds - set(KINDS))[0]!r}; known are {', '.join(KINDS)}.")
-    base = ReferencePolicy.from_config(model.config.generation, coverage=1 - 1e-6)
-    loose = replace(base, stability=0)
-    firsts = [seed * 1_000_003 for seed in seeds]
-    shares, results, runs = Shares.of(drafter.config, model.config), list[WayResult](), dict[str, list[list[Answered]]]()
-
-    def run(name: str, policy_of: Callable[[int], Policy], offset: int = 0, free_steps: bool = False) -> None:
-        runs[name] = []
-        for number, first in enumerate(firsts):
-            if progress:
-                progress(f"{name}, seed {seeds[number]}")
-            runs[name].append(answer(model, tokenizer, questions, policy_of(number), first + offset, max_tokens))
-        results.append(way_result(name, runs[name], runs["reference"], shares, free_steps))
-
-    def drafted(under: Policy = base, own: Drafter = drafter, **changes: Any) -> Callable[[int], Policy]:
-        policy = own.canvas(model, under, replace(rules, **changes))
-        return lambda _: policy
-
-    run("reference", lambda _: base)
-    reference = runs["reference"]
-    run("drafter", drafted())
+    options = options or EvaluationOptions()
+    questions = _questions(tasks, options)
+    evaluation = _Evaluation(model, tokenizer, drafter, questions, options, progress)
+    evaluation.run("reference", evaluation.base)
+    evaluation.run("drafter", evaluation.drafted())
     for name, other in (drafters or {}).items():
-        run(name, drafted(own=other))
-    if "drafter" in kinds:
-        if drafter.config.refinement:
-            run(f"drafter, refine {'off' if rules.refine else 'on'}", drafted(refine=not rules.refine))
-        run(f"drafter, handoff {'off' if rules.handoff else 'on'}", drafted(handoff=not rules.handoff))
-        run("drafter, no judge", drafted(judge=None))
-        run("drafter, gate 0.9", drafted(gate=0.9))
-        run("drafter, looser stop", drafted(under=loose))
-    if "baselines" in kinds:
-        run("reference, other seeds", lambda _: base, OTHER)
-        run("looser stop (stability 0)", lambda _: loose)
-        commits = UnverifiedPolicy(**{f.name: getattr(base, f.name) for f in fields(base)})
-        run("drafter, not verified", drafted(under=commits, gate=LOOSE, judge=None, refine=False), free_steps=True)
-        veto = drafter.canvas(model, base, replace(rules, gate=LOOSE))
-        limit_of = veto.surprise_limit or DraftRules.judge
-        run("drafter, judge alone", lambda _: VetoPolicy(veto.base, veto.drafter, veto.watchdog, limit_of))
-        run("no draft, judge", lambda _: JudgedPolicy(base, FixedDraft({}), rules.watchdog, rules.judge or DraftRules.judge))
-        run("n-gram draft", lambda _: DraftPolicy(base, NgramDraft(), rules.watchdog, rules.judge))
-    if "wrong" in kinds:
-        rng, length = np.random.default_rng(0), model.config.canvas_length
-        watchdog, surprise = rules.watchdog, rules.judge
-        end, vocabulary = model.config.generation.eos_token_ids[0], model.config.text.vocab_size
-
-        def make(name: str, number: int, i: int, index: int) -> np.ndarray:
-            right = next(iter(reference[number - 1][i].committed[index:]), np.zeros(0, dtype=np.int32))
-            if name == "right, from other seeds":
-                return right
-            if name == "wrong everywhere":
-                return (np.resize(right, length) + rng.integers(1, vocabulary, length)) % vocabulary if right.size else right
-            if name == "another's answer":
-                return reference[number][(i + 1) % len(questions)].committed[0]
-            return np.full(length, end) if name == "all end tokens" else rng.integers(0, vocabulary, length)
-
-        run("a random drafter", drafted(own=disturbed(drafter, 10.0)))
-        run("the drafter, disturbed", drafted(own=disturbed(drafter, 0.3)))
-        for name in WRONG:
-            def fixed(number: int, name: str = name, judge: bool = True) -> Policy:
-                known = {(firsts[number] + i, index): make(name, number, i, index) for i in range(len(questions))
-                         for index in range(8)}
-                return DraftPolicy(base, FixedDraft(known), watchdog, surprise if judge else None)
-
-            run(name, fixed)
-            if name in BELIEVED:
-                run(f"{name}, no judge", lambda number, fixed=fixed: fixed(number, judge=False))  # type: ignore[misc]
-    record: dict[str, Any] = {"questions": len(questions), "seeds": list(seeds), "shares": asdict(shares), "rules": asdict(rules),
-                              "ways": [asdict(result) for result in results]}
-    if "ar" in kinds:
-        record["ar"] = []
-        for temperature in (0.0, 1.0):
-            for name, own in (("plain", None), ("drafted", drafter)):
-                if progress:
-                    progress(f"left to right, {name}, temperature {temperature:g}")
-                found = [answer_causally(model, tokenizer, questions, temperature, first, max_tokens, own) for first in firsts]
-                record["ar"].append({"name": name, "temperature": temperature}
-                                    | {key: float(np.mean([one[key] for one in found])) for key in found[0]})
-    if "oracle" in kinds:
-        record["oracle"] = oracle(model, tokenizer, questions, base, firsts[0], max_tokens, drafter, progress)
+        evaluation.run(name, evaluation.drafted(drafter=other))
+    if "drafter" in options.kinds:
+        evaluation.run_other_rules()
+    if "baselines" in options.kinds:
+        evaluation.run_baselines()
+    if "wrong" in options.kinds:
+        evaluation.run_wrong_drafts()
+    record: dict[str, Any] = {
+        "questions": len(questions),
+        "seeds": list(options.seeds),
+        "shares": asdict(evaluation.shares),
+        "rules": asdict(options.rules),
+        "ways": [asdict(result) for result in evaluation.results],
+    }
+    if "ar" in options.kinds:
+        record["ar"] = evaluation.left_to_right()
+    if "oracle" in options.kinds:
+        record["oracle"] = evaluation.oracle_curve()
     return record
+
+
+def _questions(tasks: Sequence[Task], options: EvaluationOptions) -> list[Question]:
+    """The questions, once everything that can be refused has been checked."""
+    questions = []
+    for task in tasks:
+        questions += [q for q in task.questions(options.limit) if not q.choices]
+    if any(question.images for question in questions):
+        raise UserError(
+            "Drafters are measured on questions in text only; leave out those with images."
+        )
+    if not questions or len(options.seeds) < 2:
+        raise UserError("At least one question that is answered in text and two seeds are needed.")
+    if unknown := sorted(set(options.kinds) - set(KINDS)):
+        raise UserError(f"Unknown part {unknown[0]!r}; known are {', '.join(KINDS)}.")
+    return questions
+
+
+@dataclass
+class _Evaluation:
+    """The runs of one evaluation, with their results in order."""
+
+    model: DiffusionGemma
+    tokenizer: TokenizerWrapper
+    drafter: Drafter
+    questions: Sequence[Question]
+    options: EvaluationOptions
+    progress: Callable[[str], None] | None
+    results: list[WayResult] = field(default_factory=list)
+    reference: list[list[Answered]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.base = ReferencePolicy.from_config(config.generation, coverage=1 - 1e-6)
+        self.loose = replace(self.base, stability=0)
+        # Question i of a run has the run's first seed + i.
+        self.first_seeds = [seed * 1_000_003 for seed in self.options.seeds]
+        self.shares = Shares.of(self.drafter.config, config)
+
+    def tell(self, text: str) -> None:
+        if self.progress:
+            self.progress(text)
+
+    def run(self, name: str, policy: Policy, offset: int = 0, free_steps: bool = False) -> None:
+        """Answer all questions under every seed with one policy.  The arguments are those of
+        ``run_each``.
+        """
+        self.run_each(name, [policy] * len(self.first_seeds), offset, free_steps)
+
+    def run_each(
+        self, name: str, policies: Sequence[Policy], offset: int = 0, free_steps: bool = False
+    ) -> None:
+        """Answer all questions under every seed.
+
+        Args:
+            name: The configuration in the record.  The first run is that of the reference.
+            policies: The policy of each seed.
+            offset: Added to all seeds.
+            free_steps: Steps of the target cost nothing.
+        """
+        answers = []
+        for seed, first, policy in zip(self.options.seeds, self.first_seeds, policies, strict=True):
+            self.tell(f"{name}, seed {seed}")
+            answers.append(
+                answer(
+                    self.model,
+                    self.tokenizer,
+                    self.questions,
+                    policy,
+                    first + offset,
+                    self.options.max_tokens,
+                )
+            )
+        self.reference = self.reference or answers
+        self.results.append(way_result(name, answers, self.reference, self.shares, free_steps))
+
+    def drafted(
+        self, under: Policy | None = None, drafter: Drafter | None = None, **changes: Any
+    ) -> DraftPolicy:
+        """The policy ``under``, or the reference, with drafted canvases.
+
+        Args:
+            under: The base policy.  None: the reference.
+            drafter: The drafter.  None: the one that is evaluated.
+            changes: Changes to the rules.
+        """
+        rules = replace(self.options.rules, **changes)
+        return (drafter or self.drafter).canvas(self.model, under or self.base, rules)
+
+    def run_other_rules(self) -> None:
+        """Run the drafter under other rules."""
+        rules = self.options.rules
+        if self.drafter.config.refinement:
+            name = f"drafter, refine {'off' if rules.refine else 'on'}"
+            self.run(name, self.drafted(refine=not rules.refine))
+        name = f"drafter, handoff {'off' if rules.handoff else 'on'}"
+        self.run(name, self.drafted(handoff=not rules.handoff))
+        self.run("drafter, no judge", self.drafted(judge=None))
+        self.run("drafter, gate 0.9", self.drafted(gate=0.9))
+        self.run("drafter, looser stop", self.drafted(self.loose))
+
+    def run_baselines(self) -> None:
+        """Run the baselines that a drafter must beat."""
+        base = self.base
+        rules = self.options.rules
+        self.run("reference, other seeds", base, OTHER)
+        self.run("looser stop (stability 0)", self.loose)
+        commits = UnverifiedPolicy(**{f.name: getattr(base, f.name) for f in fields(base)})
+        unverified = self.drafted(commits, gate=LOOSE, judge=None, refine=False)
+        self.run("drafter, not verified", unverified, free_steps=True)
+        limit = rules.judge or DraftRules.judge
+        open_gate = self.drafted(gate=LOOSE)
+        veto = VetoPolicy(open_gate.base, open_gate.drafter, open_gate.watchdog, limit)
+        self.run("drafter, judge alone", veto)
+        judged = JudgedPolicy(base, FixedDraft({}), rules.watchdog, limit)
+        self.run("no draft, judge", judged)
+        ngram = DraftPolicy(base, NgramDraft(), rules.watchdog, rules.judge)
+        self.run("n-gram draft", ngram)
+
+    def run_wrong_drafts(self) -> None:
+        """Run drafts that are wrong on purpose, and right ones from other seeds."""
+        rng = np.random.default_rng(0)
+        self.run("a random drafter", self.drafted(drafter=disturbed(self.drafter, 10.0)))
+        self.run("the drafter, disturbed", self.drafted(drafter=disturbed(self.drafter, 0.3)))
+        judge = self.options.rules.judge
+        for name in WRONG:
+            self.run_each(name, self._fixed_drafts(name, judge, rng))
+            if name in BELIEVED:
+                self.run_each(f"{name}, no judge", self._fixed_drafts(name, None, rng))
+
+    def _fixed_drafts(
+        self, name: str, judge: float | None, rng: np.random.Generator
+    ) -> list[Policy]:
+        """The policy of each seed, with the drafts that ``name`` describes.
+
+        Args:
+            name: One of ``WRONG``.
+            judge: As in ``DraftRules``.
+            rng: Where random tokens come from.
+        """
+        policies: list[Policy] = []
+        for number, first in enumerate(self.first_seeds):
+            known = {}
+            for i in range(len(self.questions)):
+                for index in range(MAX_CANVASES):
+                    known[first + i, index] = self._wrong_draft(name, number, i, index, rng)
+            drafts = FixedDraft(known)
+            policies.append(DraftPolicy(self.base, drafts, self.options.rules.watchdog, judge))
+        return policies
+
+    def _wrong_draft(
+        self, name: str, number: int, question: int, index: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """The draft of one canvas.
+
+        Args:
+            name: One of ``WRONG``.
+            number: The index of the seed.
+            question: The index of the question.
+            index: The index of the canvas.
+            rng: Where random tokens come from.
+
+        Returns:
+            Up to a canvas of ids.
+        """
+        config = self.model.config
+        length = config.canvas_length
+        vocabulary = config.text.vocab_size
+        if name == "another's answer":
+            return self.reference[number][(question + 1) % len(self.questions)].committed[0]
+        if name == "all end tokens":
+            return np.full(length, config.generation.eos_token_ids[0])
+        if name == "random tokens":
+            return rng.integers(0, vocabulary, length)
+        committed = self.reference[number - 1][question].committed
+        right = committed[index] if index < len(committed) else np.zeros(0, dtype=np.int32)
+        if name == "right, from other seeds" or not right.size:
+            return right
+        return (np.resize(right, length) + rng.integers(1, vocabulary, length)) % vocabulary
+
+    def left_to_right(self) -> list[dict[str, Any]]:
+        """Answer left to right, without and with the drafter, at temperatures 0 and 1."""
+        entries = []
+        for temperature in (0.0, 1.0):
+            for name, drafter in (("plain", None), ("drafted", self.drafter)):
+                self.tell(f"left to right, {name}, temperature {temperature:g}")
+                runs = [
+                    answer_causally(
+                        self.model,
+                        self.tokenizer,
+                        self.questions,
+                        temperature,
+                        first,
+                        self.options.max_tokens,
+                        drafter,
+                    )
+                    for first in self.first_seeds
+                ]
+                entry: dict[str, Any] = {"name": name, "temperature": temperature}
+                for figure in runs[0]:
+                    entry[figure] = float(np.mean([run[figure] for run in runs]))
+                entries.append(entry)
+        return entries
+
+    def oracle_curve(self) -> list[dict[str, Any]]:
+        """Measure what any draft could save, under the first seed."""
+        return oracle(
+            self.model,
+            self.tokenizer,
+            self.questions,
+            self.base,
+            self.first_seeds[0],
+            self.options.max_tokens,
+            self.drafter,
+            self.progress,
+        )

@@ -1,12 +1,16 @@
-"""Training a drafter on what its target did: cross-entropy on the committed tokens, and a confidence for each guess.
+"""Train a drafter on its target's rollouts: cross-entropy on the committed tokens, and a confidence
+for each guess.
 
-An example is a block of a logged canvas behind what the target's causal mode made of everything before it.  Two kinds take turns,
-one for each use of the drafter: a whole canvas from the start on, its tokens replaced by noise to a random degree or as one of the
-target's own steps had left them; and a block behind a known token anywhere in the text, all noise.  Half of the canvases get the
-drafter's own first guess as self-conditioning; others, for refinement between the target's steps, what one of those made of the
-canvas before.  Positions after the end of the text count little.
+An example is a block of a logged canvas, after the target's hidden states of everything before it.
+There are two kinds, one for each use of the drafter.  The first is a whole canvas, whose tokens are
+replaced by noise to a random degree, or as one of the target's own steps left them.  The second is
+a block of noise after a known token anywhere in the text.  Half of the canvases get the drafter's
+own first guess as self-conditioning.  Others, for refinement between the target's steps, get the
+target's hidden states of the canvas one step before.  Positions after the end of the text have a
+small weight.
 
-Every random number depends on the seed and the iteration alone, so a killed run goes on as if it had not been.
+Every random number depends on the seed and the iteration alone, so an interrupted run continues as
+if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -23,25 +27,42 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten
 
-from drafter.model import Borrowed, Drafter
+from drafter.drafter import Drafter
+from drafter.head import TargetHead
 from drafter.trajectories import Trajectory
-from mlx_diffgemma.cache import Cache
+from mlx_diffgemma.checkpoint.fingerprint import fingerprint
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.fingerprint import fingerprint
-from mlx_diffgemma.model import DiffusionGemma, Segment
+from mlx_diffgemma.model.attention import Segment
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.tuning.state import read_state, write_state
 
-ORDER, TRAIN, VALID = 0, 1, 2  # what a random stream is for
+# The uses of random streams.
+ORDER = 0
+TRAIN = 1
+VALID = 2
 
 
 @dataclass(frozen=True)
 class DraftTrainingOptions:
-    """``iters`` batches of ``batch_size`` blocks under AdamW, whose rate rises to ``learning_rate`` over 4 % of them and falls to a
-    tenth of it.  ``pure`` is the share of canvases that are noise altogether, ``logged`` that of those the target had left so,
-    ``refined`` that of those behind one of its steps; ``tail_weight`` the weight of a position after the end of the text,
-    ``confidence_weight`` that of the confidence's loss.
+    """The options of a training run.
 
-    Source of the optimiser's numbers: DFlash, arXiv 2602.06036.
+    The optimiser is AdamW.  Its numbers are those of DFlash, arXiv 2602.06036.
+
+    Attributes:
+        iters: How many batches.
+        batch_size: The blocks of a batch.
+        learning_rate: Reached after 4 % of the batches; it falls to a tenth at the end.
+        canvases: The share of blocks that are whole canvases.
+        pure: The share of canvases that are all noise.
+        logged: The share of canvases as a step of the target left them.
+        refined: The share of canvases with the target's hidden states of the step before.
+        self_conditioning: The share of canvases with the drafter's own first guess.
+        tail_weight: The weight of a position after the end of the text.
+        confidence_weight: The weight of the confidence's loss.
+        steps_per_report: Batches between two reports.
+        steps_per_eval: Batches between two validations.
+        seed: The seed of all random numbers.
     """
 
     iters: int = 3000
@@ -66,14 +87,24 @@ class DraftTrainingOptions:
             raise UserError(f"learning_rate must be above 0, got {self.learning_rate}.")
         shares = (self.pure, self.logged, self.refined)
         if not 0 <= self.canvases <= 1 or min(shares) < 0 or sum(shares) > 1:
-            raise UserError("canvases, pure, logged and refined are shares between 0 and 1, the last three of at most 1 together.")
+            raise UserError(
+                "canvases, pure, logged and refined are shares between 0 and 1, the last three of at most 1 together."
+            )
 
 
 @dataclass(frozen=True)
 class Block:
-    """``ids`` the drafter starts from and the ``wanted`` ones it should find, [rows] each, of which the first ``known`` are given;
-    ``prefix`` are the ids before, ``weights`` [rows] those of the loss.  ``conditioned``: it gets its own first guess.  ``seen`` is
-    the canvas that the target denoised just before, if it is to know of that."""
+    """One example.
+
+    Attributes:
+        prefix: The ids before the block.
+        ids: The ids [rows] that the drafter starts from.
+        wanted: The ids [rows] that it should find.
+        weights: The weights [rows] of the loss.
+        known: How many of the first ids are given.
+        conditioned: The drafter gets its own first guess.
+        seen: The canvas that the target denoised just before.  None: the drafter does not see it.
+    """
 
     prefix: np.ndarray
     ids: np.ndarray
@@ -85,8 +116,11 @@ class Block:
 
 
 class Features(NamedTuple):
-    """The taps [rows, hidden] of what comes before each block, and those of all canvases that the target has ``seen``, which
-    follow each other."""
+    """The target's hidden states [rows, hidden], by layer.
+
+    ``before`` holds those before each block; ``seen`` those of all canvases with ``Block.seen``,
+    one after the other.
+    """
 
     before: list[dict[int, mx.array]]
     seen: dict[int, mx.array]
@@ -94,8 +128,17 @@ class Features(NamedTuple):
 
 @dataclass
 class DraftReport:
-    """Means since the last report, or of a validation: losses in nats, and the share of unknown tokens up to the end of the text
-    that were guessed right, on canvases of pure noise or begun, and in blocks behind a known token."""
+    """Means since the last report, or over a validation.
+
+    Attributes:
+        iteration: The batches so far.
+        loss: The cross-entropy in nats.
+        confidence_loss: The loss of the confidences in nats.
+        canvas_right: On canvases, the share of unknown tokens, up to the end of the text, guessed
+            right.
+        block_right: The same share in blocks after a known token.
+        valid: Whether this is a validation.
+    """
 
     iteration: int
     loss: float
@@ -107,7 +150,7 @@ class DraftReport:
 
 @dataclass
 class DraftTrainer:
-    """One run; only the drafter's own parameters are trained."""
+    """One training run.  It trains the drafter's own parameters only."""
 
     drafter: Drafter
     target: DiffusionGemma
@@ -120,23 +163,41 @@ class DraftTrainer:
     def __post_init__(self) -> None:
         if not self.train:
             raise UserError("There is nothing to train on; log some trajectories first.")
-        options, warmup = self.options, max(1, self.options.iters // 25)
+        options = self.options
+        warmup = max(1, self.options.iters // 25)
         rate = optimizers.join_schedules(
-            [optimizers.linear_schedule(0.0, options.learning_rate, warmup),
-             optimizers.cosine_decay(options.learning_rate, max(1, options.iters - warmup), options.learning_rate / 10)], [warmup])
-        self.optimizer = optimizers.AdamW(learning_rate=rate, betas=[0.9, 0.95], weight_decay=0.0, bias_correction=True)
+            [
+                optimizers.linear_schedule(0.0, options.learning_rate, warmup),
+                optimizers.cosine_decay(
+                    options.learning_rate,
+                    max(1, options.iters - warmup),
+                    options.learning_rate / 10,
+                ),
+            ],
+            [warmup],
+        )
+        self.optimizer = optimizers.AdamW(
+            learning_rate=rate, betas=[0.9, 0.95], weight_decay=0.0, bias_correction=True
+        )
         if self.drafter.config.head_size:
             self.drafter.freeze(keys=["head_ids"], recurse=False)
-        self.borrowed = Borrowed(self.target, self.drafter)
+        self.head = TargetHead(self.target, self.drafter)
         self.ends = self.target.config.generation.eos_token_ids
         places = np.full(self.target.config.text.vocab_size, -1, dtype=np.int32)
-        drafted = np.arange(places.size) if self.borrowed.ids is None else np.array(self.borrowed.ids)
+        drafted = np.arange(places.size) if self.head.ids is None else np.array(self.head.ids)
         places[drafted] = np.arange(drafted.size)
-        self.places = mx.array(places)  # of each token in the drafter's head, -1 where it has none
+        self.places = mx.array(places)  # each token's index in the drafter's head, or -1
         self.optimizer.init(self.drafter.trainable_parameters())
 
-    def run(self, on_report: Callable[[DraftReport], None] | None = None, state: Path | None = None) -> None:
-        """From the present iteration to the last; ``state`` is written at every validation and at the end."""
+    def run(
+        self, on_report: Callable[[DraftReport], None] | None = None, state: Path | None = None
+    ) -> None:
+        """Train from the present iteration to the last.
+
+        Args:
+            on_report: Called with each report.
+            state: The file for the state, written at every validation and at the end.
+        """
         value_and_grad = nn.value_and_grad(self.drafter, self._loss)
         found: list[dict[str, float]] = []
 
@@ -167,9 +228,10 @@ class DraftTrainer:
         self.drafter.eval()
 
     def validate(self) -> DraftReport:
-        """Over all of ``valid``, under the same noise each time."""
+        """Measure all of ``valid``, under the same noise each time."""
         self.drafter.eval()
-        found, size = [], self.options.batch_size
+        found = []
+        size = self.options.batch_size
         for number, first in enumerate(range(0, len(self.valid), size)):
             rng = np.random.default_rng([self.options.seed, VALID, number])
             blocks = [self._block(t, rng) for t in self.valid[first : first + size]]
@@ -179,76 +241,108 @@ class DraftTrainer:
         return _report(self.iteration, found, valid=True)
 
     def blocks(self, iteration: int) -> list[Block]:
-        """The batch of an iteration: epochs are permutations of the trajectories, without a seam."""
-        size, count = self.options.batch_size, len(self.train)
-        rng, chosen = np.random.default_rng([self.options.seed, TRAIN, iteration]), []
+        """The batch of an iteration.  Every epoch is a permutation; a batch may span two epochs."""
+        size = self.options.batch_size
+        count = len(self.train)
+        rng = np.random.default_rng([self.options.seed, TRAIN, iteration])
+        chosen = []
         for place in range(iteration * size, (iteration + 1) * size):
             epoch, index = divmod(place, count)
             if getattr(self, "_epoch", None) != epoch:
                 self._epoch = epoch
-                self._order = np.random.default_rng([self.options.seed, ORDER, epoch]).permutation(count)
+                self._order = np.random.default_rng([self.options.seed, ORDER, epoch]).permutation(
+                    count
+                )
             chosen.append(self.train[self._order[index]])
         return [self._block(trajectory, rng) for trajectory in chosen]
 
     def _block(self, t: Trajectory, rng: np.random.Generator) -> Block:
-        options, vocabulary, length = self.options, self.target.config.text.vocab_size, t.committed.size
+        options = self.options
+        vocabulary = self.target.config.text.vocab_size
+        length = t.committed.size
         found = np.flatnonzero(np.isin(t.committed, self.ends))
         end = int(found[0]) + 1 if found.size else length  # the text, its end token included
         weights = np.where(np.arange(length) < end, 1.0, options.tail_weight).astype(np.float32)
         noise = rng.integers(0, vocabulary, length).astype(np.int32)
-        kind, degree, conditioned = rng.random(), rng.random(length) < rng.random(), rng.random() < options.self_conditioning
+        kind = rng.random()
+        degree = rng.random(length) < rng.random()
+        conditioned = rng.random() < options.self_conditioning
         if rng.random() >= options.canvases:
             start = int(rng.integers(0, max(1, end - 1)))
             stop = min(length, start + self.drafter.config.block_size)
             ids = np.concatenate((t.committed[start : start + 1], noise[start + 1 : stop]))
             prefix = np.concatenate((t.prefix, t.committed[:start]))
             return Block(prefix, ids, t.committed[start:stop], weights[start:stop], 1, False)
-        ids, seen = np.where(degree, noise, t.committed), None
+        ids = np.where(degree, noise, t.committed)
+        seen = None
         if kind < options.pure:
             ids = noise
         elif kind < options.pure + options.logged + options.refined and len(t.states):
-            # A state holds -1 where the canvas had noise that was not written down.
+            # -1 in a state stands for noise that was not logged.
             left = [np.where(state < 0, noise, state) for state in t.states]
             place = int(rng.integers(len(left)))
             ids = left[place]
             if kind >= options.pure + options.logged and self.drafter.config.refinement:
-                seen, conditioned = left[place - 1] if place else rng.integers(0, vocabulary, length).astype(np.int32), False
+                conditioned = False
+                before = left[place - 1] if place else rng.integers(0, vocabulary, length)
+                seen = before.astype(np.int32)
         conditioned = conditioned and self.drafter.config.self_conditioning
         return Block(t.prefix, ids, t.committed, weights, 0, conditioned, seen)
 
     def features(self, blocks: Sequence[Block]) -> Features:
-        """The target's hidden states before each block, and on the canvases it denoised."""
-        caches, layers = [Cache(self.target.config.text) for _ in blocks], self.drafter.config.taps
+        """Compute the target's hidden states before each block, and on the canvases it denoised."""
+        caches = [Cache(self.target.config.text) for _ in blocks]
+        layers = self.drafter.config.taps
         taps = self.target.encode([mx.array(b.prefix) for b in blocks], caches, taps=layers).taps
-        before = [{layer: states[row] for layer, states in taps.items()} for row in range(len(blocks))]
+        before = [
+            {layer: states[row] for layer, states in taps.items()} for row in range(len(blocks))
+        ]
         rows = [row for row, block in enumerate(blocks) if block.seen is not None]
         canvases = [mx.array(block.seen) for block in blocks if block.seen is not None]
-        seen = self.target.denoise(mx.concatenate(canvases), [caches[row] for row in rows], taps=layers,
-                                   lengths=[canvas.size for canvas in canvases]).taps if rows else {}
+        seen = (
+            self.target.denoise(
+                mx.concatenate(canvases),
+                [caches[row] for row in rows],
+                taps=layers,
+                lengths=[canvas.size for canvas in canvases],
+            ).taps
+            if rows
+            else {}
+        )
         mx.eval(list(taps.values()), list(seen.values()))
         return Features(before, seen)
 
-    def _loss(self, drafter: Drafter, blocks: Sequence[Block], features: Features) -> tuple[mx.array, dict[str, mx.array]]:
+    def _loss(
+        self, drafter: Drafter, blocks: Sequence[Block], features: Features
+    ) -> tuple[mx.array, dict[str, mx.array]]:
         caches = [Cache(drafter.config, keep_all=True) for _ in blocks]
-        drafter.absorb([drafter.features(own) for own in features.before], caches)
-        segments, start = [], 0
+        drafter.append_features([drafter.features(own) for own in features.before], caches)
+        segments = []
+        start = 0
         for block, cache in zip(blocks, caches, strict=True):
             segments.append(Segment(start, start + block.ids.size, cache, canvas=True))
             start += block.ids.size
-        x = self.borrowed.embed(mx.array(np.concatenate([b.ids for b in blocks])))
+        x = self.head.embed(mx.array(np.concatenate([b.ids for b in blocks])))
         if drafter.config.self_conditioning:
             conditioned = np.repeat([b.conditioned for b in blocks], [b.ids.size for b in blocks])
-            belief = mx.stop_gradient(self.borrowed.belief(self.borrowed.logits(drafter(x, segments))))
+            belief = mx.stop_gradient(
+                self.head.mean_embedding(self.head.logits(drafter(x, segments)))
+            )
             x = mx.where(mx.array(conditioned)[:, None], drafter.condition(x, belief), x)
         if features.seen:
-            rows = np.flatnonzero(np.repeat([b.seen is not None for b in blocks], [b.ids.size for b in blocks]))
+            rows = np.flatnonzero(
+                np.repeat([b.seen is not None for b in blocks], [b.ids.size for b in blocks])
+            )
             x[mx.array(rows)] = drafter.refine(x[mx.array(rows)], features.seen)
         hidden = drafter(x, segments)
-        logits = self.borrowed.logits(hidden)
+        logits = self.head.logits(hidden)
         wanted = np.concatenate([b.wanted for b in blocks])
         labels = self.places[mx.array(wanted)]
-        weights = mx.array(np.concatenate([np.where(np.arange(b.ids.size) < b.known, 0.0, b.weights) for b in blocks])
-                           .astype(np.float32))
+        weights = mx.array(
+            np.concatenate(
+                [np.where(np.arange(b.ids.size) < b.known, 0.0, b.weights) for b in blocks]
+            ).astype(np.float32)
+        )
         drafted = weights * (labels >= 0)
         losses = nn.losses.cross_entropy(logits, mx.maximum(labels, 0))
         loss = (losses * drafted).sum() / mx.maximum(drafted.sum(), 1e-6)
@@ -256,32 +350,59 @@ class DraftTrainer:
         confidence = mx.zeros(())
         if drafter.config.confidence:
             surely = drafter.confidence(mx.stop_gradient(hidden))[:, 0].astype(mx.float32)
-            losses = nn.losses.binary_cross_entropy(surely, mx.stop_gradient(right), with_logits=True, reduction="none")
+            losses = nn.losses.binary_cross_entropy(
+                surely, mx.stop_gradient(right), with_logits=True, reduction="none"
+            )
             confidence = (losses * weights).sum() / weights.sum()
-        text, canvas = (weights == 1).astype(mx.float32), mx.array(np.repeat([b.known == 0 for b in blocks],
-                                                                             [b.ids.size for b in blocks]).astype(np.float32))
-        shares = {name: ((right * text * kind).sum(), (text * kind).sum()) for name, kind in (("canvas", canvas),
-                                                                                             ("block", 1 - canvas))}
+        text = (weights == 1).astype(mx.float32)
+        is_canvas = np.repeat([b.known == 0 for b in blocks], [b.ids.size for b in blocks])
+        canvas = mx.array(is_canvas.astype(np.float32))
+        shares = {
+            name: ((right * text * kind).sum(), (text * kind).sum())
+            for name, kind in (("canvas", canvas), ("block", 1 - canvas))
+        }
         figures = {"loss": loss, "confidence_loss": confidence}
         for name, (count, total) in shares.items():
             figures |= {f"{name}_right": count, f"{name}_tokens": total}
         return loss + self.options.confidence_weight * confidence, figures
 
     def save(self, path: Path) -> None:
-        """Weights, the optimiser's state and the counters in one file, put in place at once."""
-        counters = {"iteration": self.iteration, "reports": [vars(report) for report in self.reports]}
-        write_state(path, tree_flatten(self.drafter.parameters()), self.optimizer, self.fingerprint(), counters)
+        """Write weights, the optimiser's state and the counters to one file, atomically."""
+        counters = {
+            "iteration": self.iteration,
+            "reports": [vars(report) for report in self.reports],
+        }
+        write_state(
+            path,
+            tree_flatten(self.drafter.parameters()),
+            self.optimizer,
+            self.fingerprint(),
+            counters,
+        )
 
     def restore(self, path: Path) -> None:
-        """Go on from ``path``.  Errors: UserError for a damaged file or that of another run."""
+        """Continue from the state in ``path``.
+
+        Raises:
+            UserError: The file is damaged, or belongs to another run.
+        """
         counters, _ = read_state(path, self.drafter, self.optimizer, self.fingerprint())
-        self.iteration, self.reports = counters["iteration"], [DraftReport(**report) for report in counters["reports"]]
+        self.iteration = counters["iteration"]
+        self.reports = [DraftReport(**report) for report in counters["reports"]]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the result, by name."""
-        options = {name: value for name, value in asdict(self.options).items() if not name.startswith("steps_per")}
-        return {**options, "shape": self.drafter.config.to_dict(), "data": _digest(self.train),
-                "target": fingerprint(self.target)}
+        """The values that decide the result, by name."""
+        options = {
+            name: value
+            for name, value in asdict(self.options).items()
+            if not name.startswith("steps_per")
+        }
+        return {
+            **options,
+            "shape": self.drafter.config.to_dict(),
+            "data": _digest(self.train),
+            "target": fingerprint(self.target),
+        }
 
 
 def _digest(trajectories: Sequence[Trajectory]) -> str:
@@ -295,12 +416,17 @@ def _digest(trajectories: Sequence[Trajectory]) -> str:
 
 def _report(iteration: int, found: Sequence[dict[str, float]], valid: bool = False) -> DraftReport:
     sums = {name: sum(figures[name] for figures in found) for name in found[0]}
-    return DraftReport(iteration, sums["loss"] / len(found), sums["confidence_loss"] / len(found),
-                       sums["canvas_right"] / max(1.0, sums["canvas_tokens"]), sums["block_right"] / max(1.0, sums["block_tokens"]),
-                       valid)
+    return DraftReport(
+        iteration,
+        sums["loss"] / len(found),
+        sums["confidence_loss"] / len(found),
+        sums["canvas_right"] / max(1.0, sums["canvas_tokens"]),
+        sums["block_right"] / max(1.0, sums["block_tokens"]),
+        valid,
+    )
 
 
 def frequent_tokens(trajectories: Sequence[Trajectory], count: int, vocabulary: int) -> np.ndarray:
-    """The ``count`` tokens that were committed most often, ascending, int32."""
+    """The ``count`` tokens that were committed most often, as int32 in ascending order."""
     counts = np.bincount(np.concatenate([t.committed for t in trajectories]), minlength=vocabulary)
     return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int32)

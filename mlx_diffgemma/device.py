@@ -1,8 +1,8 @@
-"""The machine: compute dtype, memory limits, and what a result says about where it was made.
+"""The machine: compute dtype, memory limits, and its description for recorded results.
 
-Compute dtype is decided here and nowhere else.  On the CPU everything runs in float32 whatever the checkpoint holds,
-since MLX's CPU backend has the grouped product in float32 only; on a GPU in the checkpoint's dtype; ``--dtype``
-overrides both.
+Only this module decides the compute dtype.  On the CPU it is always float32, since MLX's CPU
+backend has the grouped product only in float32.  On a GPU it is the checkpoint's dtype.
+``--dtype`` overrides both.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.heap import trim_heap
 
 WIRING = ("auto", "off")
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def dtype_named(name: str) -> mx.Dtype:
-    """Errors: UserError for an unknown name."""
+    """The dtype with this name.  Raises UserError for an unknown name."""
     if name not in DTYPES:
         raise UserError(f"Unknown dtype {name!r}; use one of {', '.join(DTYPES)}.")
     return DTYPES[name]
@@ -34,7 +35,7 @@ def on_cpu() -> bool:
 
 
 def compute_dtype(stored: mx.Dtype, override: str | None = None) -> mx.Dtype:
-    """The dtype to run in, for a checkpoint that stores ``stored``."""
+    """The compute dtype for a checkpoint that stores ``stored``."""
     if override is not None:
         return dtype_named(override)
     if on_cpu():
@@ -43,7 +44,10 @@ def compute_dtype(stored: mx.Dtype, override: str | None = None) -> mx.Dtype:
 
 
 def memory_limit() -> int:
-    """Bytes a model may take: the GPU's recommended working set on a Mac, elsewhere the memory of the machine."""
+    """The bytes that a model may take.
+
+    On a Mac it is the recommended working set of the GPU; elsewhere, the memory of the machine.
+    """
     if mx.metal.is_available():
         return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
     if mx.cuda.is_available():
@@ -51,10 +55,19 @@ def memory_limit() -> int:
     return _physical_memory()
 
 
-def check_memory(needed: int, what: str, remedy: str | Callable[[], str] = "take a conversion with fewer bits") -> None:
-    """Errors: UserError when ``needed`` bytes exceed what this machine allows, before anything is loaded.
+def check_memory(
+    needed: int, what: str, remedy: str | Callable[[], str] = "take a conversion with fewer bits"
+) -> None:
+    """Check, before anything is loaded, that this machine has enough memory.
 
-    A ``remedy`` that takes time to find is a function, which is called only then.
+    Args:
+        needed: The bytes that are needed.
+        what: What needs them, for the message.
+        remedy: What the user can do, or a function that finds it.  The function is called only if
+            memory is too small.
+
+    Raises:
+        UserError: ``needed`` exceeds what this machine allows.
     """
     limit = memory_limit()
     if needed <= limit:
@@ -62,30 +75,34 @@ def check_memory(needed: int, what: str, remedy: str | Callable[[], str] = "take
     advice = remedy if isinstance(remedy, str) else remedy()
     if mx.metal.is_available() and needed < 0.9 * _physical_memory():
         advice += f", or on this Mac raise the limit with `sudo sysctl iogpu.wired_limit_mb={needed // 2**20 + 1024}`"
-    raise UserError(f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {advice}.")
+    raise UserError(
+        f"{what} needs {needed / 1e9:.2f} GB, this machine allows {limit / 1e9:.2f} GB; {advice}."
+    )
 
 
 def wired_bytes(weights: int, working: int, limit: int, memory: int) -> int:
-    """How much macOS is asked to keep within the GPU's reach, 0 for nothing.
+    """How many bytes macOS is asked to wire, that is, to keep resident for the GPU; 0 for none.
 
-    Wiring keeps a large model from being moved out, which makes steps many times slower; it gains a small one nothing, and
-    has been tied to kernel panics of Macs that serve several requests (mlx#3186).
+    Wiring keeps macOS from moving a large model out of memory, which makes steps many times slower.
+    A small model gains nothing from it, and wiring has been linked to kernel panics of Macs that
+    serve several requests (mlx#3186).
 
     Args:
-        weights: bytes of the model.
-        working: bytes of caches and logits beside it.
-        limit: what macOS recommends for the GPU; MLX takes no more.
-        memory: of the whole machine.
+        weights: The bytes of the model.
+        working: The bytes of caches and logits in addition to the model.
+        limit: The bytes that macOS recommends for the GPU; MLX wires no more.
+        memory: The bytes of the whole machine.
     """
     return min(limit, weights + working) if 2 * weights > memory else 0
 
 
 @contextlib.contextmanager
 def generation_memory(held: Callable[[], tuple[int, int]]) -> Iterator[None]:
-    """For the time of a generation wire a large model on a Mac and bound MLX's cache of freed buffers.
+    """During a generation, wire a large model and bound MLX's cache of freed buffers.
 
-    ``held`` gives the bytes of the weights, and of caches and logits.  Generations may overlap and end in any order: the first
-    sets the limits, the last restores them.  Nothing is set elsewhere than on Metal.
+    ``held`` returns the bytes of the weights, and those of caches and logits.  Generations may
+    overlap and end in any order: the first sets the limits, and the last restores them.  Without
+    Metal nothing is set.
     """
     if not mx.metal.is_available():
         yield
@@ -108,10 +125,20 @@ def generation_memory(held: Callable[[], tuple[int, int]]) -> Iterator[None]:
 
 
 def set_wiring(mode: str) -> None:
-    """Whether ``generation_memory`` wires large models in this process, "auto" or "off".  Errors: UserError for another word."""
+    """Set whether ``generation_memory`` wires large models in this process: "auto" or "off".
+
+    Raises:
+        UserError: ``mode`` is another word.
+    """
     if mode not in WIRING:
         raise UserError(f"Unknown --wired {mode!r}; use one of {', '.join(WIRING)}.")
     _limits.wiring = mode
+
+
+def return_memory() -> None:
+    """Return freed memory to the system: MLX's cached buffers and the C heap."""
+    mx.clear_cache()
+    trim_heap()
 
 
 class _Limits:
@@ -125,16 +152,21 @@ _limits = _Limits()
 
 
 def claim_process() -> None:
-    """Note that this process uses MLX, or refuse where its parent did: the threads and the GPU of MLX do not survive a fork.
+    """Record that this process uses MLX, unless its parent already does.
 
-    Errors: UserError in a fork of a process that has loaded a model, where MLX would wait for ever.
+    MLX's threads and GPU state do not survive a fork.
+
+    Raises:
+        UserError: The process is a fork of one that has loaded a model.  MLX would wait for ever.
     """
     pid = os.getpid()
     if _process.owner is None:
         _process.owner = pid
     if _process.owner != pid:
-        raise UserError(f"This process ({pid}) was forked from one that has loaded a model ({_process.owner}), and MLX does "
-                        "not survive a fork; start it with multiprocessing's 'spawn' method, or fork before loading.")
+        raise UserError(
+            f"This process ({pid}) was forked from one that has loaded a model ({_process.owner}), and MLX does "
+            "not survive a fork; start it with multiprocessing's 'spawn' method, or fork before loading."
+        )
 
 
 class _Process:
@@ -145,21 +177,25 @@ _process = _Process()
 
 
 def exact_float32() -> None:
-    """Ask MLX for true float32 products where it would take TF32 (on M5 and CUDA: errors near 8e-4).
+    """Ask MLX for true float32 products, not TF32 (on M5 and CUDA, TF32 has errors near 8e-4).
 
-    MLX reads the variable at its first product on the GPU and keeps to it, so this counts from the first model that is
-    loaded; a value that is set already stays.
+    MLX reads the environment variable once, at its first product on the GPU, so this applies from
+    the first model that is loaded.  A variable that is already set is not changed.
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def describe(dtype: mx.Dtype) -> dict[str, str]:
-    """What a recorded figure must say about the machine: device, dtype, BLAS, versions."""
+    """The description of the machine for a recorded figure: device, dtype, BLAS and versions."""
     info = mx.device_info()
     return {
         "device": "gpu" if mx.default_device() == mx.gpu else "cpu",
         "chip": str(info.get("device_name", platform.processor())),
-        "backend": "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu",
+        "backend": "metal"
+        if mx.metal.is_available()
+        else "cuda"
+        if mx.cuda.is_available()
+        else "cpu",
         "dtype": str(dtype).removeprefix("mlx.core."),
         "blas": blas(),
         "tf32": os.environ.get("MLX_ENABLE_TF32", "default"),
@@ -170,7 +206,7 @@ def describe(dtype: mx.Dtype) -> dict[str, str]:
 
 
 def blas() -> str:
-    """The BLAS behind MLX's CPU backend."""
+    """The BLAS library that MLX's CPU backend uses."""
     if platform.system() == "Darwin":
         return "Accelerate"
     preload = os.environ.get("LD_PRELOAD", "")

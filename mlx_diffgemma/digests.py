@@ -1,7 +1,7 @@
 """Digests of tensors, reduced on the device that holds them.
 
-Gigabytes take about as long as they take to be read once.  A digest finds differences; it is no
-defence against somebody who makes them.
+A digest of gigabytes takes about as long as reading them once.  It finds differences, but it is not
+cryptographic: it gives no protection against deliberate changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 
-PIECE = 2**24  # elements that are reduced at once; each takes a few integers meanwhile
+PIECE = 2**24  # elements that are reduced at once; each takes a few integers during the reduction
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
@@ -27,7 +27,7 @@ def digest(tensors: Iterable[tuple[str, mx.array]], text: str = "") -> str:
 
 def _reduced(array: mx.array) -> bytes:
     flat = array.reshape(-1)
-    # Words of 32 bits wherever they fit: half as many as the numbers of bfloat16.
+    # Words of 32 bits where the size allows: half as many as the numbers of a bfloat16 tensor.
     bits = flat.view(mx.uint32 if array.nbytes % 4 == 0 else _UNSIGNED[array.dtype.size])
     sums = [mx.zeros((2,), dtype=mx.uint32)]
     for start in range(0, bits.size, PIECE):
@@ -41,7 +41,7 @@ def _reduced(array: mx.array) -> bytes:
 
 
 def _mixed(x: mx.array) -> mx.array:
-    """Bits spread over the whole word, as MurmurHash3's last step does."""
+    """Spread the bits of ``x`` over the whole word, as MurmurHash3's last step does."""
     x = (x ^ (x >> 16)) * mx.array(0x85EBCA6B, dtype=mx.uint32)
     x = (x ^ (x >> 13)) * mx.array(0xC2B2AE35, dtype=mx.uint32)
     return x ^ (x >> 16)

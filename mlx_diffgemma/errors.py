@@ -1,28 +1,37 @@
-"""The one exception for what a user can put right, and what else goes wrong with a name."""
+"""The exceptions and warnings of this package."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in the input: one sentence that says what was wrong, what was given, what is allowed and what to do.
+    """A mistake in the input.
 
-    The command line prints it without a traceback and leaves with exit code 2.
+    The message is a sentence that says what was wrong, what was given, what is allowed and what to
+    do.  The command line prints it without a traceback and ends with exit code 2.
     """
 
 
 class ContextError(UserError):
-    """A prompt, or an answer behind it, that the context does not hold."""
+    """A prompt, or a prompt and its answer, that does not fit the context."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint that runs, but not as well as its user would expect."""
+    """A checkpoint that runs, but not as well as a user would expect."""
+
+
+class GenerationWarning(UserWarning):
+    """A canvas that did not converge, an empty answer or a malformed tool call."""
+
+
+class VideoWarning(UserWarning):
+    """A video that is sampled with fewer frames a second than requested."""
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The model returned NaN or infinity: a damaged checkpoint or a numerical bug, never something to sample from.
+    """The model returned NaN or infinity, because of a damaged checkpoint or a numerical bug.
 
-    ``sessions`` are those of a loop whose logits they were; without them the loop can go on.
+    ``sessions`` are the sessions of a batch with such logits.  The loop can continue without them.
     """
 
     def __init__(self, message: str, sessions: Sequence[Any] = ()) -> None:

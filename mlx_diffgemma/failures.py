@@ -1,6 +1,6 @@
-"""What the command says when an exception leaves it: one line and an exit code, never a traceback.
+"""Turns an exception that leaves a command into one line and an exit code, without a traceback.
 
-    2    a mistake in the input (``UserError``), which its user can put right
+    2    a mistake in the input (``UserError``), which the user can correct
     1    the model, the memory or the disk failed
     70   a defect of this package; the line asks for a report
     130  Ctrl-C
@@ -22,17 +22,28 @@ from pathlib import Path
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
 
 DEBUG = "MLX_DIFFGEMMA_DEBUG"
-USER, FAILED, DEFECT, INTERRUPTED = 2, 1, 70, 130
+USER = 2
+FAILED = 1
+DEFECT = 70
+INTERRUPTED = 130
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-# What is wrong with a name that a user gave, wherever the code first meets it.
-UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE)
-# How MLX's messages begin or what they hold when an allocation fails.
+# Errors of a file name from the user, wherever the code first uses it.
+UNUSABLE = (
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EMFILE,
+)
+# Parts of MLX's messages when an allocation fails.
 OUT_OF_MEMORY = ("malloc", "Unable to allocate", "Insufficient Memory", "out of memory")
 
 
 @contextlib.contextmanager
 def reported(say: Callable[[str], None]) -> Iterator[None]:
-    """Run a command; whatever exception leaves it becomes one line and ``SystemExit``.
+    """Run a command; any exception that leaves it becomes one line and ``SystemExit``.
 
     ``say`` prints a line on standard error.
     """
@@ -56,7 +67,7 @@ def reported(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """The line that tells of ``error``, empty where nothing is to be said, and the exit code."""
+    """The line about ``error``, empty if there is nothing to say, and the exit code."""
     if isinstance(error, UserError):
         return f"error: {error}", USER
     if isinstance(error, NonFiniteLogitsError):
@@ -64,7 +75,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        return "", FAILED  # whoever read the output has enough of it
+        return "", FAILED  # the reader of the output has closed it
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(mark in str(error) for mark in OUT_OF_MEMORY)
     ):
@@ -94,16 +105,22 @@ def _short(error: BaseException) -> str:
 def _place(error: BaseException) -> str:
     """The innermost line of this package that the error went through."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if (Path(frame.filename).parent.name != "site-packages"
-           and "mlx_diffgemma" in Path(frame.filename).parts) or "drafter" in Path(frame.filename).parts]
     if not frames:
         return "no place known"
-    frame = (own or list(frames))[-1]
+    ours = [frame for frame in frames if _is_ours(Path(frame.filename))]
+    frame = (ours or list(frames))[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file belongs to this package or to the drafter's."""
+    if "drafter" in path.parts:
+        return True
+    return "mlx_diffgemma" in path.parts and path.parent.name != "site-packages"
+
+
 def _print_anything() -> None:
-    """A character that the terminal's encoding lacks is written escaped; it ends no command."""
+    """Escape characters that the terminal's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
@@ -111,7 +128,10 @@ def _print_anything() -> None:
 
 @contextlib.contextmanager
 def _silent_exit() -> Iterator[None]:
-    """Python flushes standard output once more when it ends; where that fails, it has nothing left to flush."""
+    """Ignore a standard output that cannot be written.
+
+    Python flushes it once more when it exits.  If that would fail, the output is replaced here.
+    """
     try:
         yield
     except (OSError, ValueError):
@@ -122,24 +142,31 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse arguments that are not UTF-8, unless they name a file.
 
     Raises:
-        UserError: naming the argument by its number.
+        UserError: An argument is not UTF-8; the message names it by its number.
     """
     for number, argument in enumerate(arguments, start=1):
-        if any("\ud800" <= character <= "\udfff" for character in argument) and not os.path.exists(argument):
+        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in argument)
+        if not is_utf8 and not os.path.exists(argument):
             shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            raise UserError(f"Argument {number} is not valid UTF-8: {shown[:60]}; set the terminal to UTF-8.")
+            raise UserError(
+                f"Argument {number} is not valid UTF-8: {shown[:60]}; set the terminal to UTF-8."
+            )
 
 
 def quiet_until_main() -> None:
-    """While the command is still importing, Ctrl-C ends it without a traceback; ``main`` takes the signal over."""
+    """Let Ctrl-C end the command without a traceback while it is still importing.
+
+    ``main`` handles the signal afterwards.
+    """
     name = Path(sys.argv[0]).name if sys.argv else ""
-    if name in ("mlx-diffgemma", "-m") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if name in ("mlx-diffgemma", "-m") and is_default:
         with contextlib.suppress(ValueError):  # only the main thread may set signals
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def hear_interrupts() -> None:
-    """Ctrl-C raises ``KeyboardInterrupt`` again."""
+    """Let Ctrl-C raise ``KeyboardInterrupt`` again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.default_int_handler)

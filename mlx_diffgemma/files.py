@@ -1,9 +1,9 @@
 """Files that users name: read within bounds, written whole or not at all.
 
-Everything that opens a file by name goes through here.  Reading refuses what is no regular file,
-what is too large and what is not UTF-8, in a sentence that names the file and the line.  Writing
-goes to a fresh temporary file in the same folder, which is synced and then renamed: whatever
-happens meanwhile, the old file stays whole and nothing else is left behind.
+Everything that opens a file by name goes through here.  Reading refuses anything that is not a
+regular file, is too large or is not UTF-8, in a sentence that names the file and the line.  Writing
+goes to a fresh temporary file in the same folder, which is synced and then renamed.  Whatever
+happens meanwhile, the old file stays whole and nothing else is left.
 
     >>> write_json(expand_path("~/scores.json"), {"score": 0.5})
     >>> read_json(expand_path("~/scores.json"))
@@ -14,19 +14,17 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-import math
 import os
 import re
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
-import mlx.core as mx
-
+from mlx_diffgemma.bounded_json import JsonError, decode_json, parse_json
 from mlx_diffgemma.errors import UserError
 
 T = TypeVar("T")
@@ -42,23 +40,21 @@ class WriteError(UserError):
 
 TEXT_LIMIT = 256 * 2**20  # bytes of a text or JSON file; a large tokenizer has 33 MB
 LINE_LIMIT = 64 * 2**20  # bytes of a line of a .jsonl file, which itself may have any size
-NESTING = 100  # of JSON; what reads it afterwards may be recursive
-DIGITS = 400  # of a number in JSON; the largest float64 has 309
-APPLE_DOUBLE = "._"  # macOS keeps attributes in files of this prefix on disks that hold none
-PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what a shell opened for us, as <(command)
+APPLE_DOUBLE = "._"  # macOS keeps attributes in files with this prefix on some foreign disks
+PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # pipes of a shell, as in <(command)
 _SCHEME = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE)
 
 
 def expand_path(name: str | Path) -> Path:
-    """The path that a user means, as ``expand_name``."""
+    """The path that a user typed, expanded as by ``expand_name``."""
     return Path(expand_name(str(name)))
 
 
 def expand_name(name: str) -> str:
-    """``~`` and ``file://`` are understood everywhere; anything else stays as it is.
+    """Expand ``~`` and ``file://``; any other name stays as it is.
 
     Raises:
-        UserError: It names the home of nobody.
+        UserError: It names the home of a user that does not exist.
     """
     scheme = _SCHEME.match(name)
     if scheme and name[scheme.end() :].startswith("/"):
@@ -74,8 +70,8 @@ def expand_name(name: str) -> str:
 
 def list_files(folder: Path, pattern: str) -> list[Path]:
     """The files of ``folder`` that match, sorted, without macOS's AppleDouble files."""
-    found = folder.glob(pattern)
-    return sorted(path for path in found if not path.name.startswith(APPLE_DOUBLE))
+    paths = folder.glob(pattern)
+    return sorted(path for path in paths if not path.name.startswith(APPLE_DOUBLE))
 
 
 # Reading
@@ -83,7 +79,7 @@ def list_files(folder: Path, pattern: str) -> list[Path]:
 
 @contextlib.contextmanager
 def open_binary(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
-    """``open_regular`` for a block, in which a failure to read is told as a UserError too."""
+    """``open_regular`` for a block; a failure to read in the block is a UserError too."""
     with open_regular(path, limit) as file:
         try:
             yield file
@@ -92,14 +88,14 @@ def open_binary(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
 
 
 def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
-    """A regular file, or a pipe that a shell opened for us, to read bytes from.
+    """Open a regular file, or a pipe that a shell opened for this process, to read bytes.
 
     Args:
         path: The file.
-        limit: Bytes it may have; None admits any size.
+        limit: The most bytes it may have; None admits any size.
 
     Raises:
-        UserError: It is missing, not readable, too large, a folder, a named pipe or a device.
+        UserError: The file is missing, not readable, too large, a folder, a named pipe or a device.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe waits until somebody writes to it.
@@ -125,7 +121,7 @@ def _check_readable(path: Path, status: os.stat_result, limit: int | None) -> No
 
 
 def kind_of(mode: int) -> str | None:
-    """What is at a path, in words; None for a regular file."""
+    """The kind of file that ``mode`` describes, in words; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     kinds = {
@@ -147,7 +143,7 @@ def _sentence(path: Path, done: str, error: OSError | ValueError) -> str:
 
 
 def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
-    """Raises: UserError as ``open_binary``."""
+    """The content of a file.  Raises UserError as ``open_binary`` does."""
     with open_binary(path, limit) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -156,12 +152,16 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """UTF-8 without its byte order mark.  Raises: UserError as ``open_binary``."""
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UserError: As ``open_binary`` and ``decode``.
+    """
     return decode(read_bytes(path, limit), str(path))
 
 
 def read_stdin(limit: int = TEXT_LIMIT) -> str:
-    """Standard input, as ``read_text`` reads a file."""
+    """The text of standard input, read as ``read_text`` reads a file."""
     content = sys.stdin.buffer.read(limit + 1)
     if len(content) > limit:
         raise _too_large("standard input", limit)
@@ -169,15 +169,15 @@ def read_stdin(limit: int = TEXT_LIMIT) -> str:
 
 
 def decode(content: bytes, where: str) -> str:
-    """UTF-8 without its byte order mark.
+    """Decode UTF-8, without a byte order mark.
 
     Raises:
-        UserError: It is not UTF-8; names ``where`` and the line.
+        UserError: It is not UTF-8; the message names ``where`` and the line.
     """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The position does not count the mark.
+        # The position does not count the byte order mark.
         start = error.start + len(content) - len(error.object)
         raise _not_utf8(content, start, where, content.count(b"\n", 0, start) + 1) from None
 
@@ -189,74 +189,8 @@ def _not_utf8(content: bytes, start: int, where: str, line: int) -> UserError:
     return UserError(f"{where} is not UTF-8: line {line} holds the byte {byte}; save it as UTF-8.")
 
 
-def parse_json(text: str, where: str) -> Any:
-    """JSON whose nesting and numbers are bounded.
-
-    Raises:
-        UserError: It is no JSON, nests deeper than ``NESTING``, or holds a number that is not
-            finite or has more than ``DIGITS`` digits; names ``where`` and the line.
-    """
-    try:
-        return _parse(text)
-    except _BadJson as error:
-        raise UserError(f"{where} is not valid JSON ({error}).") from None
-
-
-class _BadJson(Exception):
-    """What is wrong with a text that should be JSON."""
-
-
-def _parse(text: str) -> Any:
-    try:
-        value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text.rstrip("\n") else ""
-        raise _BadJson(f"{error.msg} in {line}column {error.colno}") from None
-    except RecursionError:
-        raise _BadJson(_TOO_DEEP) from None
-    if text.count("[") + text.count("{") > NESTING and _depth_exceeds(value, NESTING):
-        raise _BadJson(_TOO_DEEP)
-    return value
-
-
-_TOO_DEEP = f"lists and objects are nested deeper than {NESTING} levels"
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > DIGITS:
-        raise _BadJson(f"a number has {len(digits):,} digits, at most {DIGITS} are read")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise _BadJson(f"the number {digits[:20]} is out of range")
-    return value
-
-
-def _constant(name: str) -> float:
-    raise _BadJson(f"{name} is no number in JSON")
-
-
-_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_float, parse_constant=_constant)
-
-
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = inner
-    return any(isinstance(item, (dict, list)) for item in level)
-
-
 def read_json_value(path: Path, limit: int = TEXT_LIMIT) -> Any:
-    """Raises: UserError as ``read_text`` and ``parse_json``."""
+    """The JSON value in a file.  Raises UserError as ``read_text`` and ``parse_json`` do."""
     return parse_json(read_text(path, limit), str(path))
 
 
@@ -264,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of a checkpoint folder.
 
     Raises:
-        UserError: The file is missing, holds no object, or as ``read_json_value``.
+        UserError: The file is missing or holds another value; or as ``read_json_value``.
     """
     if not os.path.lexists(path):
         raise UserError(
@@ -278,10 +212,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path, make: Callable[[Any], T]) -> Iterator[T]:
-    """What ``make`` makes of each line of a .jsonl file that is not empty.
+    """The result of ``make`` for each line of a .jsonl file that is not empty.
 
     Raises:
-        UserError: A line is no JSON, or ``make`` refuses it with one; names file and line.
+        UserError: A line is not JSON, or ``make`` raises one; the message names file and line.
     """
     with open_binary(path) as file:
         number = 0
@@ -291,7 +225,7 @@ def read_lines(path: Path, make: Callable[[Any], T]) -> Iterator[T]:
                 raise _too_large(f"{path}, line {number}", LINE_LIMIT)
             text = _decode_line(line, path, number)
             if text.strip():
-                yield _made(text, make, f"{path}, line {number}")
+                yield _make(text, make, f"{path}, line {number}")
 
 
 def _decode_line(line: bytes, path: Path, number: int) -> str:
@@ -302,10 +236,10 @@ def _decode_line(line: bytes, path: Path, number: int) -> str:
         raise _not_utf8(content, error.start, str(path), number) from None
 
 
-def _made(text: str, make: Callable[[Any], T], where: str) -> T:
+def _make(text: str, make: Callable[[Any], T], where: str) -> T:
     try:
-        return make(_parse(text))
-    except _BadJson as error:
+        return make(decode_json(text))
+    except JsonError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -318,11 +252,11 @@ def _made(text: str, make: Callable[[Any], T], where: str) -> T:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` when the block ends without an error.
 
-    A link stays a link, to a file with the new content; permissions, and the owner where that is
-    allowed, stay as they were.  Missing folders are not made.
+    A link stays a link, to a file with the new content.  The permissions stay as they were, and so
+    does the owner where the system allows it.  Missing folders are not made.
 
     Raises:
-        UserError: It cannot be written.  What was there is then whole, and nothing else is left.
+        UserError: The file cannot be written.  An old file is then whole, and nothing else is left.
     """
     target = _resolved(path)
     unfinished = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
@@ -346,7 +280,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _resolved(path: Path) -> Path:
-    """``path`` without links.  Raises: UserError for what cannot be a name."""
+    """``path`` without links.  Raises WriteError for a text that cannot be a path."""
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
@@ -354,7 +288,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _replaceable(path: Path, target: Path) -> os.stat_result | None:
-    """The status of what is there; None for nothing.  Raises: UserError for what must stay."""
+    """The status of the file at ``target``, or None.  Raises UserError if it must stay."""
     try:
         before = target.stat()
     except FileNotFoundError:
@@ -367,10 +301,11 @@ def _replaceable(path: Path, target: Path) -> os.stat_result | None:
 
 
 def _keep_rights(descriptor: int, before: os.stat_result | None) -> None:
+    """Give a new file the owner and the permissions of the old one."""
     if before is None:
         return
-    own = os.fstat(descriptor)
-    if (own.st_uid, own.st_gid) != (before.st_uid, before.st_gid):
+    status = os.fstat(descriptor)
+    if (status.st_uid, status.st_gid) != (before.st_uid, before.st_gid):
         with contextlib.suppress(PermissionError):
             os.fchown(descriptor, before.st_uid, before.st_gid)
     os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
@@ -392,11 +327,11 @@ def write_bytes(path: Path, content: bytes, expected: bytes | None = None) -> No
 
     Args:
         path: The file.
-        content: What it is to hold.
-        expected: What it must hold until then; None for anything.
+        content: Its new content.
+        expected: The content it must have until then; None for any.
 
     Raises:
-        UserError: It cannot be written, or holds something else than was expected.
+        UserError: The file cannot be written, or its content is not the expected one.
     """
     with replacing(path) as file:
         file.write(content)
@@ -416,28 +351,20 @@ def _content(path: Path) -> bytes | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises: UserError as ``write_bytes``."""
+    """Replace ``path`` by a UTF-8 text.  Raises UserError as ``write_bytes`` does."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: object, indent: int | None = 2) -> None:
-    """Raises: UserError as ``write_bytes``."""
+    """Replace ``path`` by JSON.  Raises UserError as ``write_bytes`` does."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
-) -> None:
-    """A safetensors file of any name.  Raises: UserError as ``replacing``."""
-    with replacing(path) as file:
-        mx.save_safetensors(file, dict(tensors), dict(metadata or {}))
-
-
-# Targets, checked before the work
+# Checks of output files and folders before the work
 
 
 def check_file(path: Path) -> None:
-    """Raises: UserError when a file could not be written at ``path``."""
+    """Check before the work that a file can be written.  Raises UserError if it cannot."""
     target = _resolved(path)
     try:
         _replaceable(path, target)
@@ -449,26 +376,26 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(folder: Path, ours: Iterable[str] | None = None) -> None:
-    """Before a long run: can ``folder`` be made or written, and is what lies there ours?
+    """Check before a long run that a folder can be made or written.
 
     Args:
-        folder: Where results are to go.
-        ours: Names of files by which this command knows a folder of its own; any other folder
-            must be empty but for hidden files.  None: other files do not matter.
+        folder: The folder for the results.
+        ours: Names of files by which this command recognises its own folders.  Any other folder
+            must be empty, apart from hidden files.  With None, other files do not matter.
 
     Raises:
-        UserError: It cannot, or is not.
+        UserError: The folder cannot be written, or holds files that this command did not write.
     """
     _resolved(folder)
     try:
-        ground = folder
-        while not os.path.lexists(ground) and ground != ground.parent:
-            ground = ground.parent
-        if not ground.is_dir():
-            what = "a file" if ground.exists() else "a link to nothing"
-            raise UserError(f"{folder} cannot be made, {ground} is {what}; give another folder.")
-        _probe(ground)
-        if ours is not None and ground == folder:
+        parent = folder
+        while not os.path.lexists(parent) and parent != parent.parent:
+            parent = parent.parent
+        if not parent.is_dir():
+            what = "a file" if parent.exists() else "a link to nothing"
+            raise UserError(f"{folder} cannot be made, {parent} is {what}; give another folder.")
+        _probe(parent)
+        if ours is not None and parent == folder:
             _check_ours(folder, ours)
     except OSError as error:
         raise WriteError(folder, error) from None
@@ -486,7 +413,7 @@ def _check_ours(folder: Path, ours: Iterable[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents.  Raises: UserError."""
+    """Make a folder with its parents.  Raises UserError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -494,7 +421,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """Raises: OSError when no file can be made in ``folder``."""
+    """Raise OSError if no file can be made in ``folder``."""
     name = folder / f".{secrets.token_hex(6)}.partial"
     os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     name.unlink()

@@ -1,15 +1,16 @@
-"""Typed reading of values that people and tools wrote into files.
+"""Typed reading of values from files that people and tools wrote.
 
-config.json, generation_config.json, adapter_config.json and the YAML of ``lora`` are read through ``Values``.  A value of
-the wrong kind is an error that names the file, the key, the value and what is allowed.  null counts as absent, because
-transformers writes it for every field that is not set.
+config.json, generation_config.json, adapter_config.json and the YAML of ``lora`` are read through
+``Values``.  A value of the wrong kind is an error that names the file, the key, the value and what
+is allowed.  null counts as absent, because transformers writes it for every field that is not set.
 
     >>> values = Values({"top_k_experts": 2, "rms_norm_eps": None}, "config.json", "text_config.")
     >>> values.integer("top_k_experts", low=1), values.number("rms_norm_eps", 1e-6)
     (2, 1e-06)
     >>> values.integer("num_experts", low=1)
     Traceback (most recent call last):
-    mlx_diffgemma.errors.UserError: config.json: text_config.num_experts must be a whole number of at least 1, got none.
+    mlx_diffgemma.errors.UserError: config.json: text_config.num_experts must be a whole number of
+    at least 1, got none.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from mlx_diffgemma.errors import UserError
 
 T = TypeVar("T")
 REQUIRED: Any = object()
-LARGEST = 2**53  # above this a JSON number need not be the one that was written
+LARGEST = 2**53  # above this, a JSON number may be read as another number
 
 
 @dataclass(frozen=True)
 class Values:
-    """A mapping from a file.  ``source`` is the file's name; ``prefix`` is the path of the mapping inside the file."""
+    """A mapping from a file.  ``source`` is the file's name; ``prefix`` is the path of the mapping
+    inside the file.
+    """
 
     content: Mapping[str, Any]
     source: str
@@ -51,19 +54,24 @@ class Values:
         """Read a whole number.
 
         Args:
-            key: the key in this mapping.
-            default: the value when the key is absent; without one the key is required.
-            low: the smallest allowed value.
-            high: the largest allowed value.
+            key: The key in this mapping.
+            default: The value when the key is absent; without one the key is required.
+            low: The smallest allowed value.
+            high: The largest allowed value.
 
         Returns:
             An int, or ``default``.
 
         Raises:
-            UserError: the value is absent, of another kind, or out of range.
+            UserError: The value is absent, of another kind, or out of range.
         """
         most = LARGEST if high is None else high
-        return self._read(key, default, lambda value: _integer(value, low, most), _range("a whole number", low, high))
+        return self._read(
+            key,
+            default,
+            lambda value: _integer(value, low, most),
+            _range("a whole number", low, high),
+        )
 
     def number(
         self,
@@ -73,16 +81,30 @@ class Values:
         above: float | None = None,
         high: float | None = None,
     ) -> Any:
-        """Read a finite number; the arguments are those of ``integer``, and ``above`` is a bound that is not allowed itself."""
-        allowed = f"a number above {above:g}" if above is not None else _range("a number", low, high)
+        """Read a finite number.
+
+        The arguments are those of ``integer``; ``above`` is a lower bound that is not allowed
+        itself.
+        """
+        allowed = _range("a number", low, high)
+        if above is not None:
+            allowed = f"a number above {above:g}"
         return self._read(key, default, lambda value: _number(value, low, above, high), allowed)
 
     def flag(self, key: str, default: Any = REQUIRED) -> Any:
         """Read true or false."""
-        return self._read(key, default, lambda value: value if isinstance(value, bool) else None, "true or false")
+        return self._read(
+            key, default, lambda value: value if isinstance(value, bool) else None, "true or false"
+        )
 
     def text(self, key: str, default: Any = REQUIRED, allowed: tuple[str, ...] = ()) -> Any:
-        """Read a text, one of ``allowed`` where that is given."""
+        """Read a text.
+
+        Args:
+            key: The key in this mapping.
+            default: The value when the key is absent; without one the key is required.
+            allowed: The allowed texts; empty: all.
+        """
         words = f"one of {', '.join(allowed)}" if allowed else "a text"
 
         def check(value: Any) -> str | None:
@@ -97,39 +119,52 @@ class Values:
 
     def sequence(self, key: str, default: Any = REQUIRED) -> Any:
         """Read a list."""
-        return self._read(key, default, lambda value: list(value) if isinstance(value, list | tuple) else None, "a list")
+        return self._read(
+            key,
+            default,
+            lambda value: list(value) if isinstance(value, list | tuple) else None,
+            "a list",
+        )
 
     def refuse(self, key: str, allowed: str) -> UserError:
-        """The error for the value under ``key``, of which only what ``allowed`` says may stand there."""
-        return UserError(f"{self.source}: {self.prefix}{key} must be {allowed}, got {shown(self.content.get(key))}.")
+        """The error for the value under ``key``, which must be ``allowed``."""
+        value = shown(self.content.get(key))
+        return UserError(f"{self.source}: {self.prefix}{key} must be {allowed}, got {value}.")
 
     def kinds_of(self, kind: type[Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Read the values whose keys are fields of the dataclass ``kind``, each with the kind of its annotation.
+        """Read the values whose keys are fields of the dataclass ``kind``, each with the kind of
+        its annotation.
 
         Args:
-            kind: a dataclass whose annotations are bool, int, float, str, a mapping, a list, or one of these or None.
-            names: other names under which a field may stand, by field.
+            kind: A dataclass whose annotations are bool, int, float, str, a mapping, a list, or one
+                of these or None.
+            names: The key of each field that has another name in the mapping.
 
         Returns:
             The values that are present, by field name.  Absent fields and null are left out.
 
         Raises:
-            UserError: a value is of another kind.
+            UserError: A value is of another kind.
         """
         assert is_dataclass(kind)
-        found = {}
+        values = {}
         for name, annotation in typing.get_type_hints(kind).items():
             key = (names or {}).get(name, name)
             reader = self._reader(annotation)
             if reader is not None and self.has(key):
-                found[name] = reader(key)
-        return found
+                values[name] = reader(key)
+        return values
 
     def _reader(self, annotation: Any) -> Callable[[str], Any] | None:
         bare = _without_none(annotation)
-        known: dict[Any, Callable[[str], Any]] = {bool: self.flag, int: self.integer, float: self.number, str: self.text}
-        if bare in known:
-            return known[bare]
+        readers: dict[Any, Callable[[str], Any]] = {
+            bool: self.flag,
+            int: self.integer,
+            float: self.number,
+            str: self.text,
+        }
+        if bare in readers:
+            return readers[bare]
         origin = typing.get_origin(bare) or bare
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return lambda key: self.part(key).content
@@ -143,14 +178,14 @@ class Values:
             if default is REQUIRED:
                 raise UserError(f"{self.source}: {self.prefix}{key} must be {allowed}, got none.")
             return default
-        found = check(value)
-        if found is None:
+        checked = check(value)
+        if checked is None:
             raise self.refuse(key, allowed)
-        return found
+        return checked
 
 
 def shown(value: Any) -> str:
-    """``value`` as an error shows it: its kind is visible and a long one is cut."""
+    """``value`` as an error shows it: its kind is visible, and a long text is cut."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write an int of more than 4,300 digits
@@ -184,10 +219,11 @@ def _number(value: Any, low: float | None, above: float | None, high: float | No
 
 
 def _range(kind: str, low: float | None, high: float | None) -> str:
+    form = ",g" if isinstance(low, float) else ","
     if low is not None and high is not None:
-        return f"{kind} from {low:,g} to {high:,g}" if isinstance(low, float) else f"{kind} from {low:,} to {high:,}"
+        return f"{kind} from {low:{form}} to {high:{form}}"
     if low is not None:
-        return f"{kind} of at least {low:,g}" if isinstance(low, float) else f"{kind} of at least {low:,}"
+        return f"{kind} of at least {low:{form}}"
     return f"{kind} of at most {high:,}" if high is not None else kind
 
 

@@ -1,4 +1,6 @@
-"""A headless Chromium for tests of the pages, and a stub of the server that streams what a trace recorded."""
+"""A headless Chromium for tests of the pages, and a stub of the server that streams what a trace
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,39 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from mlx_diffgemma.trace import PAGE
+from mlx_diffgemma.generation.trace import PAGE
 
 CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-       "form-action 'none'; frame-ancestors 'none'")
-TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8", ".svg": "image/svg+xml"}
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+TYPES = {
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".html": "text/html; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 
 
 @contextlib.contextmanager
 def opened(playwright, profile, **options):
-    """A browser with an empty profile; what it must not do (errors, other hosts) is gathered in ``complaints``."""
-    context = playwright.chromium.launch_persistent_context(str(profile), executable_path=CHROMIUM, args=ARGUMENTS, **options)
+    """A browser with an empty profile; what it must not do (errors, other hosts) is gathered in
+    ``complaints``.
+    """
+    context = playwright.chromium.launch_persistent_context(
+        str(profile), executable_path=CHROMIUM, args=ARGUMENTS, **options
+    )
     try:
         yield context
     finally:
@@ -44,7 +65,13 @@ class Watched:
 
 
 def chunk(**fields):
-    record = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "nano", **fields}
+    record = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "nano",
+        **fields,
+    }
     return f"data: {json.dumps(record)}\n\n"
 
 
@@ -61,14 +88,25 @@ def recorded(trace: str) -> list[str]:
         events.append(chunk(choices=[], diffusion=frame))
         if frame["reason"]:
             events.append(delta(content="".join(frame["pieces"])))
-    usage = {"prompt_tokens": 12, "completion_tokens": footer["tokens"], "total_tokens": 12 + footer["tokens"],
-             "denoising_steps": footer["steps"], "tokens_per_forward": footer["tokens"] / footer["steps"]}
-    return [*events, delta(finish_reason=footer["finish_reason"]), chunk(choices=[], usage=usage), "data: [DONE]\n\n"]
+    usage = {
+        "prompt_tokens": 12,
+        "completion_tokens": footer["tokens"],
+        "total_tokens": 12 + footer["tokens"],
+        "denoising_steps": footer["steps"],
+        "tokens_per_forward": footer["tokens"] / footer["steps"],
+    }
+    return [
+        *events,
+        delta(finish_reason=footer["finish_reason"]),
+        chunk(choices=[], usage=usage),
+        "data: [DONE]\n\n",
+    ]
 
 
 class Stub:
-    """Serves the chat page as the server does, and answers each question with the next of ``answers``: events, or
-    (status, error)."""
+    """Serves the chat page as the server does, and answers each question with the next of
+    ``answers``: events, or (status, error).
+    """
 
     def __init__(self):
         self.answers: list = []
@@ -93,10 +131,18 @@ class Stub:
 
             def do_GET(self):
                 if self.path == "/v1/models":
-                    models = {"object": "list", "data": [{"id": "nano", "object": "model"}, {"id": "other", "object": "model"}]}
+                    models = {
+                        "object": "list",
+                        "data": [
+                            {"id": "nano", "object": "model"},
+                            {"id": "other", "object": "model"},
+                        ],
+                    }
                     return self.reply(200, "application/json", json.dumps(models).encode())
                 path = PAGE / ("index.html" if self.path == "/" else Path(self.path).name)
-                if self.path != "/" and (Path(self.path).parent != Path("/page") or not path.is_file()):
+                if self.path != "/" and (
+                    Path(self.path).parent != Path("/page") or not path.is_file()
+                ):
                     return self.reply(404, "text/plain", b"no such page")
                 return self.reply(200, TYPES[path.suffix], path.read_bytes())
 
@@ -106,7 +152,9 @@ class Stub:
                 answer = stub.answers.pop(0)
                 if isinstance(answer, tuple):
                     status, error = answer
-                    return self.reply(status, "application/json", json.dumps({"error": error}).encode())
+                    return self.reply(
+                        status, "application/json", json.dumps({"error": error}).encode()
+                    )
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")

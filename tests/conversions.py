@@ -2,9 +2,10 @@
 
     python -m tests.conversions SOURCE
 
-reads jobs from standard input, one JSON object a line: ``target``, ``resume`` and ``kill_at``, the number of the file
-operation at which the process kills itself, 0 for never.  For each it writes [signal or exit status, file operations].  A
-job is a fork of this process, which has only imported the package: starting Python anew takes longer than the conversion.
+reads jobs from standard input, one JSON object a line: ``target``, ``resume`` and ``kill_at``, the
+number of the file operation at which the process kills itself, 0 for never.  For each it writes
+[signal or exit status, file operations].  A job is a fork of this process, which has only imported
+the package: starting Python anew takes longer than the conversion.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx_diffgemma.convert  # noqa: F401  (before any fork)
+from mlx_diffgemma.checkpoint import convert as convert_module
+from mlx_diffgemma.checkpoint import plan  # imported before any fork
 
 OPERATIONS = ("pwrite", "fsync", "ftruncate", "rename", "unlink", "mkdir", "rmdir")
 
@@ -54,11 +56,12 @@ class Count:
 
 def convert(source: str, job: dict[str, Any]) -> int:
     """The number of file operations of a conversion that was not killed."""
-    module = sys.modules["mlx_diffgemma.convert"]  # the package has a function of this name
-    module.SHARD_SIZE = 300_000
+    plan.SHARD_SIZE = 300_000
     count = Count(job["kill_at"])
     count.watch(job["target"])
-    module.convert(source, job["target"], recipe="4bit", overwrite=True, resume=job["resume"])
+    convert_module.convert(
+        source, job["target"], recipe="4bit", overwrite=True, resume=job["resume"]
+    )
     return count.done
 
 

@@ -3,14 +3,12 @@
 import json
 
 import mlx.core as mx
-import mlx.optimizers as optimizers
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma.convert import convert
+from mlx_diffgemma.checkpoint.convert import convert
+from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.files import write_tensors
 from mlx_diffgemma.tuning.adapters import (
     CONFIG,
     WEIGHTS,
@@ -18,36 +16,9 @@ from mlx_diffgemma.tuning.adapters import (
     load_adapter,
     model_fingerprint,
     prepare,
-    write_config,
 )
-from mlx_diffgemma.tuning.data import Example
-from mlx_diffgemma.tuning.objective import Objective
-from mlx_diffgemma.tuning.trainer import Trainer, TrainingOptions
-from mlx_diffgemma.weights import load_model
+from tests.helpers.adapters import LORA, outputs, save, trained
 from tests.variants import few
-
-RNG = np.random.default_rng(0)
-EXAMPLES = [Example(RNG.integers(7, 300, n).astype(np.int32), n // 2) for n in (30, 41, 25, 50, 33, 28)]
-LORA = {"rank": 4, "dropout": 0.0, "scale": 8.0}
-
-
-def trained(model, options, iters=3, rate=1e-2):
-    model.base = model_fingerprint(model)
-    prepare(model, options)
-    Trainer(model, EXAMPLES, (), Objective(), TrainingOptions(iters=iters, batch_size=2, canvas_length=16),
-            optimizers.Adam(learning_rate=rate)).run()
-    return model
-
-
-def save(model, options, folder):
-    folder.mkdir()
-    write_config(folder, model.base, len(model.layers), options)
-    write_tensors(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
-
-
-def outputs(model):
-    sequence, canvas = model.learn([mx.array(EXAMPLES[0].ids)], mx.array(EXAMPLES[1].ids[None, :16]), [20], mx.ones((1, 16, 128)))
-    return model.logits(mx.concatenate([sequence, canvas[0]]))
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +44,23 @@ class TestPrepare:
 
     def test_experts_and_router_on_demand(self, divisible_folder):
         model = load_model(divisible_folder)
-        prepare(model, AdapterOptions(num_layers=-1, lora_parameters=LORA, train_experts=True, train_router=True))
+        prepare(
+            model,
+            AdapterOptions(
+                num_layers=-1, lora_parameters=LORA, train_experts=True, train_router=True
+            ),
+        )
         assert len([name for name in names(model) if "experts" in name]) == 6 * 4
         assert len([name for name in names(model) if "router" in name]) == 6 * 2
 
     def test_experts_of_the_last_layers_alone(self, divisible_folder):
         model = load_model(divisible_folder)
-        prepare(model, AdapterOptions(num_layers=2, lora_parameters=LORA, train_experts=True, train_router=True))
+        prepare(
+            model,
+            AdapterOptions(
+                num_layers=2, lora_parameters=LORA, train_experts=True, train_router=True
+            ),
+        )
         for part in ("experts", "router"):
             assert {name.split(".")[3] for name in names(model) if part in name} == {"4", "5"}
         model = load_model(divisible_folder)
@@ -93,21 +74,42 @@ class TestPrepare:
         prepare(model, AdapterOptions("full", num_layers=-1))
         found = names(model)
         assert "model.decoder.self_conditioning.pre_norm.weight" in found
-        assert not [name for name in found if "layer_scalar" in name or "router" in name or "experts" in name]
+        assert not [
+            name
+            for name in found
+            if "layer_scalar" in name or "router" in name or "experts" in name
+        ]
 
     def test_a_packed_model_is_not_trained_in_full(self, packed_folder):
         with pytest.raises(UserError, match="quantised model cannot be trained in full"):
             prepare(load_model(packed_folder), AdapterOptions("full", num_layers=1))
 
-    @pytest.mark.parametrize(("options", "word"), [
-        ({"fine_tune_type": "qlora"}, "lora, dora, full"), ({"num_layers": 0}, "-1"), ({"lora_parameters": {"rank": 8}}, "missing"),
-        ({"lora_parameters": LORA | {"alpha": 16}}, "scale"), ({"lora_parameters": LORA | {"rank": 0}}, "rank"),
-        ({"lora_parameters": LORA | {"dropout": 1.0}}, "dropout"), ({"lora_parameters": LORA | {"r": 8}}, "unknown: r"),
-        ({"fine_tune_type": "dora", "train_experts": True}, "DoRA"),
-        ({"fine_tune_type": "dora", "lora_parameters": LORA | {"keys": ["experts.down_proj"]}}, "DoRA"),
-        ({"lora_parameters": LORA | {"scale": "x"}}, "lora_parameters.scale must be a number, got 'x'"),
-        ({"lora_parameters": LORA | {"rank": 2.0}}, "rank must be a whole number"),
-        ({"lora_parameters": LORA | {"keys": "q"}}, "keys must be a list")])
+    @pytest.mark.parametrize(
+        ("options", "word"),
+        [
+            ({"fine_tune_type": "qlora"}, "lora, dora, full"),
+            ({"num_layers": 0}, "-1"),
+            ({"lora_parameters": {"rank": 8}}, "missing"),
+            ({"lora_parameters": LORA | {"alpha": 16}}, "scale"),
+            ({"lora_parameters": LORA | {"rank": 0}}, "rank"),
+            ({"lora_parameters": LORA | {"dropout": 1.0}}, "dropout"),
+            ({"lora_parameters": LORA | {"r": 8}}, "unknown: r"),
+            ({"fine_tune_type": "dora", "train_experts": True}, "DoRA"),
+            (
+                {
+                    "fine_tune_type": "dora",
+                    "lora_parameters": LORA | {"keys": ["experts.down_proj"]},
+                },
+                "DoRA",
+            ),
+            (
+                {"lora_parameters": LORA | {"scale": "x"}},
+                "lora_parameters.scale must be a number, got 'x'",
+            ),
+            ({"lora_parameters": LORA | {"rank": 2.0}}, "rank must be a whole number"),
+            ({"lora_parameters": LORA | {"keys": "q"}}, "keys must be a list"),
+        ],
+    )
     def test_options_that_make_no_sense(self, options, word):
         with pytest.raises(UserError, match=word):
             AdapterOptions(**options)
@@ -116,15 +118,23 @@ class TestPrepare:
         with pytest.raises(UserError, match="exceeds the 6 layers"):
             prepare(load_model(divisible_folder), AdapterOptions())
         with pytest.raises(UserError, match=r"'self_attn\.qkv'"):
-            prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": ["self_attn.qkv"]}))
+            prepare(
+                load_model(divisible_folder),
+                AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": ["self_attn.qkv"]}),
+            )
         for key in ("model.decoder.embed_tokens", "experts", "input_layernorm"):
             with pytest.raises(UserError, match=key):
-                prepare(load_model(divisible_folder), AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": [key]}))
+                prepare(
+                    load_model(divisible_folder),
+                    AdapterOptions(num_layers=1, lora_parameters=LORA | {"keys": [key]}),
+                )
 
 
 @pytest.mark.parametrize("kind", few(["lora", "dora", "full", "experts"], "experts"))
 def test_saved_and_loaded_is_the_same(divisible_folder, tmp_path, kind):
-    options = AdapterOptions("lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts")
+    options = AdapterOptions(
+        "lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts"
+    )
     before = outputs(load_model(divisible_folder))
     model = trained(load_model(divisible_folder), options)
     save(model, options, tmp_path / "adapters")
@@ -144,21 +154,38 @@ def test_on_a_packed_base(packed_folder, tmp_path):
 
 
 def test_one_base_in_two_precisions_has_one_fingerprint(divisible_folder, packed_folder, tiny):
-    assert model_fingerprint(load_model(divisible_folder)) == model_fingerprint(load_model(packed_folder))
+    assert model_fingerprint(load_model(divisible_folder)) == model_fingerprint(
+        load_model(packed_folder)
+    )
     assert model_fingerprint(load_model(divisible_folder)) != model_fingerprint(tiny)
 
 
 def test_adapters_that_are_refused(divisible_folder, tmp_path, nano_pair):
     options = AdapterOptions("lora", 1, LORA)
-    save(trained(load_model(divisible_folder), options, iters=1), options, folder := tmp_path / "adapters")
+    save(
+        trained(load_model(divisible_folder), options, iters=1),
+        options,
+        folder := tmp_path / "adapters",
+    )
     from mlx_diffgemma import nano
 
     with pytest.raises(UserError, match="another base model"):
         load_adapter(load_model(nano.FOLDER), folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        UserError, match="has no adapter_config.json; give the folder of an adapter"
+    ):
+        load_adapter(load_model(divisible_folder), tmp_path / "empty")
     with pytest.raises(UserError, match="no adapter folder"):
         load_adapter(load_model(divisible_folder), tmp_path / "nowhere")
     config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}}))
+    peft = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "owner/name"}
+    (folder / CONFIG).write_text(json.dumps(peft))
+    with pytest.raises(UserError, match=r"holds an adapter of PEFT \('LORA'\)"):
+        load_adapter(load_model(divisible_folder), folder)
+    (folder / CONFIG).write_text(
+        json.dumps(config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}})
+    )
     with pytest.raises(UserError, match="does not fit this model"):
         load_adapter(load_model(divisible_folder), folder)
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5])

@@ -4,22 +4,25 @@ import os
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.cache import ROOM, Cache
-from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.files import write_tensors
-from mlx_diffgemma.storage import read_tensors
+from mlx_diffgemma.model.cache import ROOM, Cache
+from mlx_diffgemma.model.config import ModelConfig
+from mlx_diffgemma.safetensors import read_tensors, write_tensors
 from tests.checkpoints import SHAPES, config_dict
 
-CONFIG = ModelConfig.from_dict(config_dict(**SHAPES["five-and-one"])).text  # window 16, layers 0-4 sliding, 5 full
+CONFIG = ModelConfig.from_dict(
+    config_dict(**SHAPES["five-and-one"])
+).text  # window 16, layers 0-4 sliding, 5 full
 SLIDING, FULL = 0, 5
 
 
 def entries(start, count, layer):
     """Keys whose numbers tell their position, values their negative."""
     shape = CONFIG.layers[layer]
-    keys = mx.broadcast_to(mx.arange(start, start + count, dtype=mx.float32)[None, None, :, None],
-                           (1, shape.num_kv_heads, count, shape.head_dim))
+    keys = mx.broadcast_to(
+        mx.arange(start, start + count, dtype=mx.float32)[None, None, :, None],
+        (1, shape.num_kv_heads, count, shape.head_dim),
+    )
     return keys, -keys
 
 
@@ -59,11 +62,29 @@ def test_view_changes_nothing():
 def test_memory_of_sliding_layers_is_bounded():
     cache = Cache(CONFIG)
     fill(cache, 15)
-    sliding = sum(2 * layer.num_kv_heads * layer.head_dim * 4 for layer in CONFIG.layers if layer.window) * 15
+    sliding = (
+        sum(2 * layer.num_kv_heads * layer.head_dim * 4 for layer in CONFIG.layers if layer.window)
+        * 15
+    )
     full = 2 * CONFIG.layers[FULL].head_dim * 4
     assert cache.nbytes == sliding + ROOM * full
     fill(cache, ROOM)
     assert cache.nbytes == sliding + 2 * ROOM * full, "full layers grow by whole rooms"
+    for _ in range(20):
+        fill(cache, 1)
+    assert cache.nbytes == sliding + 2 * ROOM * full, "also a position at a time"
+
+
+def test_what_a_sliding_layer_drops_is_freed():
+    cache = Cache(CONFIG)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    long = mx.zeros((2, CONFIG.layers[SLIDING].num_kv_heads, 50_000, 8)) + 1.0
+    cache.add(SLIDING, long)
+    mx.eval(cache.arrays)
+    size = long.nbytes
+    del long
+    assert mx.get_active_memory() - before < size / 100
 
 
 def test_reserved_room_is_all_that_is_taken():
@@ -142,13 +163,26 @@ class TestSnapshot:
     def test_restore_after_more_was_appended(self, first):
         cache = Cache(CONFIG)
         fill(cache, first)
-        snapshot, before = cache.snapshot(), [positions(cache.view(layer)) for layer in range(len(CONFIG.layers))]
+        snapshot, before = (
+            cache.snapshot(),
+            [positions(cache.view(layer)) for layer in range(len(CONFIG.layers))],
+        )
         fill(cache, 33)
         cache.restore(snapshot)
         assert cache.length == first
         assert [positions(cache.view(layer)) for layer in range(len(CONFIG.layers))] == before
         fill(cache, 2)
         assert positions(cache.view(FULL)) == list(range(first + 2))
+
+    def test_what_was_held_goes(self):
+        cache = Cache(CONFIG)
+        fill(cache, 4)
+        snapshot = cache.snapshot()
+        for layer in range(len(CONFIG.layers)):
+            cache.hold(layer, *entries(4, 2, layer))
+        cache.restore(snapshot)
+        with pytest.raises(ValueError, match="fewer than 1 entries"):
+            cache.accept(1)
 
     def test_a_copy_goes_its_own_way(self):
         cache = Cache(CONFIG)
@@ -220,7 +254,10 @@ class TestFile:
             (lambda _, h: h.update(model="y"), "is damaged"),
             (lambda _, h: h.pop("length"), "is damaged"),
             (lambda _, h: h.pop("digest"), "is damaged"),
-            (lambda _, h: h.update(format="mlx-diffgemma cache 1"), "not a cache file of this version"),
+            (
+                lambda _, h: h.update(format="mlx-diffgemma cache 1"),
+                "not a cache file of this version",
+            ),
         ],
     )
     def test_a_changed_file_is_refused(self, tmp_path, change, message):
@@ -241,9 +278,15 @@ class TestFile:
         path = tmp_path / "c.safetensors"
         cache.save(path)
         content = bytearray(path.read_bytes())
-        first, last = content.rindex(b"\x00\x00\x80\xbf"), content.rindex(b"\x00\x00\x00\xc0")  # -1 and -2
+        first, last = (
+            content.rindex(b"\x00\x00\x80\xbf"),
+            content.rindex(b"\x00\x00\x00\xc0"),
+        )  # -1 and -2
         assert content[first:][:4] != content[last:][:4]
-        content[first : first + 4], content[last : last + 4] = content[last:][:4], content[first:][:4]
+        content[first : first + 4], content[last : last + 4] = (
+            content[last:][:4],
+            content[first:][:4],
+        )
         path.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
             Cache.load(path, CONFIG)

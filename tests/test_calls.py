@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma.calls import read_calls
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import calls
 from mlx_diffgemma.grammar.automaton import compile_language
 from mlx_diffgemma.grammar.tokens import Vocabulary
-from mlx_diffgemma.tokenizer import QUOTE, ResponseParser
-from tests.test_conversations import NANO, TOKENIZERS, user
-from tests.test_conversations import call as called
+from mlx_diffgemma.text.calls import QUOTE, read_calls
+from mlx_diffgemma.text.parser import ResponseParser
+from tests.helpers.templates import NANO, TOKENIZERS, user
+from tests.helpers.templates import call as called
 
 Q = QUOTE
 
@@ -270,3 +270,27 @@ class TestConstraint:
         assert [token for token, content in texts.items() if b"\xff" in content] == [
             NANO.get_vocab()[Q]
         ]
+
+
+class TestMembers:
+    def of(self, *names, required=()):
+        return {
+            "type": "object",
+            "properties": {name: {"type": "integer"} for name in names},
+            "required": list(required),
+            "additionalProperties": False,
+        }
+
+    def test_arguments_are_in_the_order_of_their_names(self):
+        """As the published template writes them: whatever the schema's order, and case."""
+        parameters = self.of("c", "B", "a", required=("a", "B", "c"))
+        assert admits(parameters, "{a:1,B:2,c:3}")
+        assert not admits(parameters, "{c:3,B:2,a:1}")
+        assert not admits(parameters, "{B:2,a:1,c:3}")
+
+    def test_a_required_argument_may_not_lack(self):
+        parameters = self.of("a", "b", "c", required=("b",))
+        assert admits(parameters, "{b:1}")
+        assert admits(parameters, "{a:1,b:2,c:3}")
+        for text in ("{}", "{a:1}", "{c:3}", "{a:1,c:3}"):
+            assert not admits(parameters, text)

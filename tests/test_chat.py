@@ -5,12 +5,13 @@ import io
 import pytest
 
 from mlx_diffgemma import chat_ids, generate
-from mlx_diffgemma.chat import Chat
+from mlx_diffgemma.cli.chat import COMMANDS
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.tokenizer import load_tokenizer, repeated
-from tests.test_cli import run
-from tests.test_conversations import FOLDER
-from tests.test_generate import scripted
+from mlx_diffgemma.generation.chat import Chat
+from mlx_diffgemma.text.tokenizer import load_tokenizer, repeated
+from tests.helpers.in_process import run
+from tests.helpers.scripted import scripted
+from tests.helpers.templates import FOLDER
 
 
 def say(chat, text):
@@ -20,7 +21,9 @@ def say(chat, text):
 def test_turns_are_what_generate_gives_for_the_history(nano_pair):
     _, tokenizer = nano_pair
     chat, messages = Chat(*nano_pair, seed=5), []
-    for number, question in enumerate(("Add 12 and 30.", "Sort these numbers: 42 17 91", "Is 3 greater than 2?")):
+    for number, question in enumerate(
+        ("Add 12 and 30.", "Sort these numbers: 42 17 91", "Is 3 greater than 2?")
+    ):
         messages.append({"role": "user", "content": question})
         answer = say(chat, question)
         assert answer == generate(*nano_pair, chat_ids(tokenizer, messages), seed=5 + number)
@@ -43,7 +46,7 @@ def test_a_turn_encodes_only_what_is_new(nano_pair):
 def test_thoughts_leave_the_history(nano_pair, monkeypatch):
     from dataclasses import replace
 
-    from mlx_diffgemma import chat as module
+    from mlx_diffgemma.generation import chat as module
 
     real = module.stream_generate
 
@@ -59,11 +62,20 @@ def test_thoughts_leave_the_history(nano_pair, monkeypatch):
 
 @pytest.mark.parametrize("thinks", [False, True])
 def test_what_a_second_turn_encodes_past_the_window(nano_pair, monkeypatch, thinks):
-    """A committed canvas is reused as long as the history repeats it, which it does not where a thought was dropped."""
+    """A committed canvas is reused as long as the history repeats it, which it does not where a
+    thought was dropped.
+    """
     _, tokenizer = nano_pair
     chat = Chat(*nano_pair, seed=5, think=thinks, max_denoising_steps=3, max_tokens=128)
-    thought = tokenizer.encode("<|channel>thought\nlet me see<channel|>", add_special_tokens=False) if thinks else []
-    ones, end = (tokenizer.encode(text, add_special_tokens=False) for text in ("1" * (64 - len(thought)), "23<turn|>"))
+    thought = (
+        tokenizer.encode("<|channel>thought\nlet me see<channel|>", add_special_tokens=False)
+        if thinks
+        else []
+    )
+    ones, end = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in ("1" * (64 - len(thought)), "23<turn|>")
+    )
     with monkeypatch.context() as patch:
         scripted(patch, nano_pair[0], [[*thought, *ones], end])
         assert say(chat, "Add " + "7" * 100) == "1" * len(ones) + "23"
@@ -73,8 +85,13 @@ def test_what_a_second_turn_encodes_past_the_window(nano_pair, monkeypatch, thin
     second = len(chat_ids(tokenizer, chat.messages[:-1], think=thinks))
     reused = first if thinks else first + 64
     assert (chat.stats.reused, chat.stats.encoded) == (reused, second - reused)
-    assert chat.messages[-1]["content"] == generate(*nano_pair, chat_ids(tokenizer, chat.messages[:-1], think=thinks), seed=6,
-                                                    max_denoising_steps=3, max_tokens=128)
+    assert chat.messages[-1]["content"] == generate(
+        *nano_pair,
+        chat_ids(tokenizer, chat.messages[:-1], think=thinks),
+        seed=6,
+        max_denoising_steps=3,
+        max_tokens=128,
+    )
 
 
 def test_an_answer_that_is_broken_off(nano_pair):
@@ -119,11 +136,25 @@ class TestCommand:
         assert "steps a canvas" in err
 
     def test_commands(self, monkeypatch, capsys):
-        code, out, err = self.talk(monkeypatch, capsys, "/system Be kind.", "/system", "/what", "Add 1 and 2.", "/reset", "/stats")
+        code, out, err = self.talk(
+            monkeypatch,
+            capsys,
+            "/system Be kind.",
+            "/system",
+            "/sytem",
+            "/what",
+            "/help",
+            "Add 1 and 2.",
+            "/reset",
+            "/stats",
+        )
         assert (code, out) == (0, "3\n")
         assert "set to 'Be kind.'" in err
         assert "the system message is gone" in err
-        assert "/reset forgets the conversation" in err
+        assert "There is no command /sytem. Did you mean /system?" in err
+        assert "There is no command /what. /help lists all commands." in err
+        for name, meaning in COMMANDS.items():
+            assert f"{name:8} {meaning}\n" in err
         assert "0 turns" in err
 
     def test_an_error_does_not_end_it(self, monkeypatch, capsys):
@@ -135,21 +166,29 @@ class TestCommand:
         code, _, err = self.talk(monkeypatch, capsys, options=("--coverage", "2"))
         assert code == 2
         assert "coverage must lie" in err
-        code, _, err = self.talk(monkeypatch, capsys, options=("--coverage", "0.9", "--self-conditioning", "dense"))
+        code, _, err = self.talk(
+            monkeypatch, capsys, options=("--coverage", "0.9", "--self-conditioning", "dense")
+        )
         assert code == 2
         assert "coverage has no meaning with dense" in err
 
 
 @pytest.mark.parametrize("name", ["gemma4-like", "scanning"])
-def test_a_prompt_that_ends_in_an_empty_thought_is_reused_up_to_it(random_folder, random_pair, name):
-    """The history does not repeat the thought: what is before it is kept for the next turn, and the text is as without a cache."""
+def test_a_prompt_that_ends_in_an_empty_thought_is_reused_up_to_it(
+    random_folder, random_pair, name
+):
+    """The history does not repeat the thought: what is before it is kept for the next turn, and the
+    text is as without a cache.
+    """
     tokenizer = load_tokenizer(random_folder, (1, 5, 13))
     tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
     chat = Chat(random_pair[0], tokenizer, seed=5, max_denoising_steps=2, max_tokens=16)
     for number, question in enumerate(("Add 12 and 30, and then all the others.", "And now?")):
         say(chat, question)
         prompt = chat_ids(tokenizer, chat.messages[:-1])
-        alone = generate(random_pair[0], tokenizer, prompt, seed=5 + number, max_denoising_steps=2, max_tokens=16)
+        alone = generate(
+            random_pair[0], tokenizer, prompt, seed=5 + number, max_denoising_steps=2, max_tokens=16
+        )
         assert chat.messages[-1]["content"] == alone
     first = chat_ids(tokenizer, chat.messages[:1])
     assert chat.stats.reused == repeated(tokenizer, first) < len(first)

@@ -1,39 +1,20 @@
 """Sparse self-conditioning against dense, position by position."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import conditioning
-from mlx_diffgemma.conditioning import BUCKET, Belief, dense, soft_embedding
-from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.sampler import KEPT, Before, Flag, StepNumbers, sample_step
-from mlx_diffgemma.session import Loop, Session
+from mlx_diffgemma.decoding.loop import Loop
+from mlx_diffgemma.decoding.session import Session
+from mlx_diffgemma.sampling import self_conditioning
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
+from mlx_diffgemma.sampling.sampler import KEPT, Flag, StepNumbers, sample_step
+from mlx_diffgemma.sampling.self_conditioning import BUCKET, dense, soft_embedding
+from tests.helpers.beliefs import LENGTH, VOCABULARY, belief, logits_with, no_history
 from tests.variants import few
-
-LENGTH, VOCABULARY = 24, 301  # of the tiny model
-
-
-def logits_with(sharp, seed=0, ahead=40):
-    """[1, LENGTH, VOCABULARY] whose first ``sharp`` positions are certain and whose others are flat."""
-    logits = np.random.default_rng(seed).normal(0, 1, (1, LENGTH, VOCABULARY))
-    logits[0, np.arange(sharp), np.arange(sharp)] += ahead
-    return mx.array(logits.astype(np.float32))
-
-
-def no_history(rows):
-    shape = (rows, LENGTH)
-    return Before(mx.zeros(shape, dtype=mx.int32), mx.zeros(shape, dtype=mx.bool_), mx.zeros((rows, 0, LENGTH), dtype=mx.int32))
-
-
-def belief(logits, temperature=0.7, tail=1e-6):
-    rows = logits.shape[0]
-    one = mx.ones((rows,))
-    numbers = StepNumbers(one * temperature, one * 0.1, one * 0.005, tail=one * tail)
-    step = sample_step(logits, None, mx.zeros((rows, LENGTH), dtype=mx.int32), no_history(rows), numbers, mx.array([1]))
-    counts = [int(row[Flag.UNCOVERED]) for row in step.flags.tolist()]
-    return Belief(logits, numbers.temperature, step.kept, step.uncovered, counts)
 
 
 class TestSampler:
@@ -73,7 +54,9 @@ class TestSoftEmbedding:
     def test_rows_do_not_influence_each_other(self, tiny):
         """Other counts, other buckets, one row covered in full: each row as if it were alone."""
         # certain enough to be covered, not so certain that dense would give the same bits
-        logits = mx.concatenate([logits_with(sharp, seed, ahead=12) for seed, sharp in enumerate((24, 3, 20))])
+        logits = mx.concatenate(
+            [logits_with(sharp, seed, ahead=12) for seed, sharp in enumerate((24, 3, 20))]
+        )
         together = soft_embedding(tiny, belief(logits, tail=0.01))
         assert not mx.array_equal(together[0], dense(tiny, logits / 0.7)[0])
         for row in range(3):
@@ -81,25 +64,48 @@ class TestSoftEmbedding:
             assert alone.counts == [(0, 21, 4)[row]]
             assert mx.array_equal(together[row : row + 1], soft_embedding(tiny, alone))
 
+    def test_rows_have_their_own_temperatures(self, tiny):
+        logits = mx.concatenate([logits_with(20, seed, ahead=12) for seed in range(2)])
+        together = belief(logits, tail=0.01)
+        together = replace(together, temperature=mx.array([0.7, 0.4]))
+        found = soft_embedding(tiny, together)
+        for row, temperature in enumerate((0.7, 0.4)):
+            expected = dense(tiny, logits[row : row + 1] / temperature)
+            uncovered = np.flatnonzero(np.array(together.uncovered[row]))
+            assert uncovered.size
+            for place in uncovered.tolist():
+                assert mx.allclose(found[row, place], expected[0, place], atol=1e-6)
+
     def test_a_dense_row_beside_a_sparse_one(self, tiny):
         logits = mx.concatenate([logits_with(24), logits_with(24, 1)])
         one = mx.ones((2,))
         numbers = StepNumbers(one * 0.7, one, one, tail=mx.array([-1.0, 1e-6]))
-        step = sample_step(logits, None, mx.zeros((2, LENGTH), dtype=mx.int32), no_history(2), numbers, mx.array([1]))
+        step = sample_step(
+            logits,
+            None,
+            mx.zeros((2, LENGTH), dtype=mx.int32),
+            no_history(2),
+            numbers,
+            mx.array([1]),
+        )
         assert step.flags[:, Flag.UNCOVERED].tolist() == [LENGTH, 0]
 
     def test_few_shapes_occur(self, tiny, monkeypatch):
         shapes = set()
-        real = conditioning.dense
-        monkeypatch.setattr(conditioning, "dense", lambda model, scaled: shapes.add(scaled.shape[0]) or real(model, scaled))
+        real = self_conditioning.dense
+        monkeypatch.setattr(
+            self_conditioning,
+            "dense",
+            lambda model, scaled: shapes.add(scaled.shape[0]) or real(model, scaled),
+        )
         logits = mx.concatenate([logits_with(20, seed) for seed in range(9)])
         for rows in range(1, 10):
             soft_embedding(tiny, belief(logits[:rows]))
         assert shapes == {8, 16, BUCKET, 2 * BUCKET}
 
     def test_quantised_tables(self, divisible_folder, tmp_path):
-        from mlx_diffgemma.convert import convert
-        from mlx_diffgemma.weights import load_model
+        from mlx_diffgemma.checkpoint.convert import convert
+        from mlx_diffgemma.checkpoint.loading import load_model
 
         for recipe in ("4bit", "mxfp4"):
             model = load_model(convert(str(divisible_folder), tmp_path / recipe, recipe=recipe))
@@ -113,29 +119,53 @@ class TestLoop:
     @staticmethod
     def tokens(model, generation, ids, coverage, seed=0):
         policy = ReferencePolicy.from_config(generation, coverage=coverage)
-        session = Session(model, ids, policy, Draws(seed, model.config.text.vocab_size), generation.eos_token_ids, max_tokens=1)
+        session = Session(
+            model,
+            ids,
+            policy,
+            Draws(seed, model.config.text.vocab_size),
+            generation.eos_token_ids,
+            max_tokens=1,
+        )
         loop = Loop(model, [session])
         while loop.active:
             loop.advance()
         return session.canvases[0].tokens.tolist(), session.canvases[0].steps
 
-    @pytest.mark.parametrize(("text", "seed"), few(
-        [("Sort these numbers: 42 17 91", 0), ("Add 12 and 30.", 1), ("Tell me a story about Leo the owl and a map.", 2)],
-        ("Sort these numbers: 42 17 91", 0), ("Add 12 and 30.", 1)))
+    @pytest.mark.parametrize(
+        ("text", "seed"),
+        few(
+            [
+                ("Sort these numbers: 42 17 91", 0),
+                ("Add 12 and 30.", 1),
+                ("Tell me a story about Leo the owl and a map.", 2),
+            ],
+            ("Sort these numbers: 42 17 91", 0),
+            ("Add 12 and 30.", 1),
+        ),
+    )
     def test_same_ids_as_dense(self, nano_pair, text, seed):
         from mlx_diffgemma import chat_ids
 
         model, tokenizer = nano_pair
         ids = chat_ids(tokenizer, [{"role": "user", "content": text}])
         generation = model.config.generation
-        assert self.tokens(model, generation, ids, 1 - 1e-6, seed) == self.tokens(model, generation, ids, None, seed)
+        assert self.tokens(model, generation, ids, 1 - 1e-6, seed) == self.tokens(
+            model, generation, ids, None, seed
+        )
 
-    def test_the_dense_product_is_left_out_where_everything_is_covered(self, nano_pair, monkeypatch):
+    def test_the_dense_product_is_left_out_where_everything_is_covered(
+        self, nano_pair, monkeypatch
+    ):
         from mlx_diffgemma import chat_ids
 
         model, tokenizer = nano_pair
-        taken, real = [], conditioning.dense
-        monkeypatch.setattr(conditioning, "dense", lambda m, scaled: taken.append(scaled.size // 1024) or real(m, scaled))
+        taken, real = [], self_conditioning.dense
+        monkeypatch.setattr(
+            self_conditioning,
+            "dense",
+            lambda m, scaled: taken.append(scaled.size // 1024) or real(m, scaled),
+        )
         ids = chat_ids(tokenizer, [{"role": "user", "content": "Add 12 and 30."}])
         _, steps = self.tokens(model, model.config.generation, ids, 1 - 1e-6)
         assert sum(taken) < 64 * (steps - 1), "fewer positions than the plain path takes"

@@ -4,67 +4,43 @@ it reads it.
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma import nano
-from mlx_diffgemma.dialect import Dialect, arranged
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.literal import Control, Marks, encode_literally
-from mlx_diffgemma.nano.build_tokenizer import MARKERS
-from mlx_diffgemma.tokenizer import (
+from mlx_diffgemma.text.dialect import Dialect, arranged
+from mlx_diffgemma.text.literal import Control, Marks, encode_literally
+from mlx_diffgemma.text.tokenizer import (
     answer_ids,
     calls_as_json,
     chat_ids,
     dialect_of,
     encode_prompt,
-    load_tokenizer,
     repeated,
     template_of,
 )
 from mlx_diffgemma.tuning.data import load_split
-from tests.test_cli import run
+from tests.helpers.in_process import run
+from tests.helpers.templates import (
+    CONTROL,
+    EOS,
+    GEMMA,
+    NANO,
+    TOKENIZERS,
+    call,
+    user,
+    with_template,
+)
 
-FOLDER = Path(__file__).parent / "templates"
-EOS = (1, 5, 13)
-NANO = load_tokenizer(nano.FOLDER, EOS)
 TURN, TURN_END = 4, 5
-CONTROL = [*MARKERS, "<pad>", "<eos>", "<bos>"]
 THINKING, NOT_THINKING = "<|turn>model\n", "<|turn>model\n<|channel>thought\n<channel|>"
-
-
-def with_template(name):
-    tokenizer = load_tokenizer(nano.FOLDER, EOS)
-    if name != "nano":
-        tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
-    return tokenizer
-
-
-TOKENIZERS = {name: with_template(name) for name in ("nano", "gemma4-like", "scanning", "json")}
-GEMMA = ("nano", "gemma4-like", "scanning")
 
 
 @pytest.fixture(params=TOKENIZERS)
 def tokenizer(request):
     return TOKENIZERS[request.param]
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def call(arguments, content="", name="weather", **more):
-    return {
-        "role": "assistant",
-        "content": content,
-        "tool_calls": [
-            {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
-        ],
-        **more,
-    }
 
 
 def text(tokenizer, messages, **options):
@@ -541,7 +517,7 @@ class TestCommand:
             found.append(list(prompt))
             return iter(())
 
-        monkeypatch.setattr("mlx_diffgemma.cli.stream_generate", noted)
+        monkeypatch.setattr("mlx_diffgemma.cli.generate.stream_generate", noted)
         run(monkeypatch, capsys, "generate", "-p", "a<eos>b", *options)
         return found[0]
 

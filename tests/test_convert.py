@@ -1,7 +1,6 @@
 """Conversion: what is written, that it can be trusted, and what a user gets wrong."""
 
 import filecmp
-import importlib
 import itertools
 import json
 import os
@@ -17,20 +16,25 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_map
 
-from mlx_diffgemma import chat_ids, convert, generate, layouts, load, nano
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.config import GenerationConfig, ModelConfig
+from mlx_diffgemma import chat_ids, convert, generate, load, nano
+from mlx_diffgemma.checkpoint import convert as convert_module
+from mlx_diffgemma.checkpoint import layouts, writer
+from mlx_diffgemma.checkpoint import outputs as outputs_module
+from mlx_diffgemma.checkpoint import plan as plan_module
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.checkpoint.options import ConvertOptions
 from mlx_diffgemma.errors import CheckpointWarning, UserError
-from mlx_diffgemma.recipes import RECIPES, kind_of
-from mlx_diffgemma.storage import INDEX, Stored, read_header
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.model.config import ModelConfig
+from mlx_diffgemma.model.generation_config import GenerationConfig
+from mlx_diffgemma.model.recipes import RECIPES, kind_of
+from mlx_diffgemma.safetensors import INDEX, Stored, read_header, read_headers
 from tests.checkpoints import make_checkpoint
-from tests.test_cli import run
-from tests.test_layouts import tensors_of
+from tests.helpers.in_process import run
+from tests.helpers.tensors import tensors_of
 from tests.variants import few
 
 ROOT = Path(__file__).parents[1]
-module = importlib.import_module("mlx_diffgemma.convert")  # the package has the function under this name
 
 
 def same_files(a, b):
@@ -47,7 +51,11 @@ def logits(model, seed=0):
     (last,) = model.encode([mx.random.randint(1, vocabulary, (90,))], [cache], logits="last").logits
     canvas = mx.random.randint(1, vocabulary, (1, length))
     first = model.denoise(canvas, [cache]).logits
-    return last, first, model.denoise(canvas, [cache], model.soft_embed(mx.softmax(first, axis=-1))).logits
+    return (
+        last,
+        first,
+        model.denoise(canvas, [cache], model.soft_embed(mx.softmax(first, axis=-1))).logits,
+    )
 
 
 class TestRecipes:
@@ -66,11 +74,20 @@ class TestRecipes:
         memory = load_model(nano.FOLDER, "bfloat16")
 
         def predicate(path, layer):
-            precision = recipe.precision_of(kind_of(path), layer.weight.shape[-1]) if hasattr(layer, "to_quantized") else None
+            precision = (
+                recipe.precision_of(kind_of(path), layer.weight.shape[-1])
+                if hasattr(layer, "to_quantized")
+                else None
+            )
             return vars(precision) if precision else False
 
         nn.quantize(memory, class_predicate=predicate)
-        memory.update(tree_map(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, memory.parameters()))
+        memory.update(
+            tree_map(
+                lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x,
+                memory.parameters(),
+            )
+        )
         for a, b in zip(logits(saved), logits(memory)):
             assert mx.array_equal(a, b)
 
@@ -78,8 +95,11 @@ class TestRecipes:
     def test_twice_gives_the_same_files(self, recipe, tmp_path):
         same_files(*(convert("nano", tmp_path / name, recipe=recipe) for name in ("one", "two")))
 
-    @pytest.mark.parametrize("recipe", few([r for r in RECIPES.values() if r.quantises], "4bit-bf16-core", "nvfp4"),
-                             ids=lambda r: r.name)
+    @pytest.mark.parametrize(
+        "recipe",
+        few([r for r in RECIPES.values() if r.quantises], "4bit-bf16-core", "nvfp4"),
+        ids=lambda r: r.name,
+    )
     def test_every_class_gets_its_precision(self, recipe, tmp_path):
         source = make_checkpoint(tmp_path / "src", "divisible", vision="divisible")
         folder = convert(str(source), tmp_path / "out", recipe=recipe.name)
@@ -87,7 +107,9 @@ class TestRecipes:
         for name, original in tensors_of(source).items():
             path = name.removesuffix(".weight")
             is_matrix = original.ndim > 1 and "position" not in name
-            precision = recipe.precision_of(kind_of(path), original.shape[-1]) if is_matrix else None
+            precision = (
+                recipe.precision_of(kind_of(path), original.shape[-1]) if is_matrix else None
+            )
             if precision is None or "down_proj.linear" in name or "input_proj" in name:
                 assert mx.array_equal(tensors[name], original), name
             else:
@@ -95,7 +117,9 @@ class TestRecipes:
                 for suffix, array in expected.items():
                     assert mx.array_equal(tensors[f"{path}.{suffix}"], array), (name, suffix)
 
-    @pytest.mark.parametrize("recipe", few([r.name for r in RECIPES.values() if r.quantises], "4bit", "nvfp4"))
+    @pytest.mark.parametrize(
+        "recipe", few([r.name for r in RECIPES.values() if r.quantises], "4bit", "nvfp4")
+    )
     def test_dequantised_is_what_the_packed_weights_mean(self, recipe, tmp_path):
         packed = convert("nano", tmp_path / "q", recipe=recipe)
         plain = convert(str(packed), tmp_path / "d", dequantize=True, dtype="float32")
@@ -105,13 +129,18 @@ class TestRecipes:
             assert mx.abs(a - b).max() < 1e-4
 
     def test_uniform_4bit_is_further_from_the_original(self, tmp_path):
-        """By the divergence of the denoiser's logits, several times over; bench/recipes.py has the whole table."""
+        """By the divergence of the denoiser's logits, several times over; bench/recipes.py has the
+        whole table.
+        """
         original = load_model(nano.FOLDER)
 
         def divergence(recipe):
             model, total = load_model(convert("nano", tmp_path / recipe, recipe=recipe)), 0.0
             for seed in range(2):
-                p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (logits(m, seed)[1] for m in (original, model)))
+                p, q = (
+                    x - mx.logsumexp(x, axis=-1, keepdims=True)
+                    for x in (logits(m, seed)[1] for m in (original, model))
+                )
                 total += (mx.exp(p) * (p - q)).sum(axis=-1).mean().item()
             return total
 
@@ -123,17 +152,36 @@ class TestWhatIsKept:
         folder = convert("nano", tmp_path / "out")
         ours, theirs = tensors_of(nano.FOLDER), tensors_of(folder)
         assert ours.keys() == theirs.keys()
-        assert all(mx.array_equal(array, theirs[name]) and array.dtype == theirs[name].dtype for name, array in ours.items())
+        assert all(
+            mx.array_equal(array, theirs[name]) and array.dtype == theirs[name].dtype
+            for name, array in ours.items()
+        )
 
     def test_files(self, tmp_path):
         source = shutil.copytree(nano.FOLDER, tmp_path / "src")
-        for name in ("processor_config.json", "preprocessor_config.json", "LICENSE.txt", "pytorch_model.bin.index.json", "run.py"):
+        for name in (
+            "processor_config.json",
+            "preprocessor_config.json",
+            "LICENSE.txt",
+            "pytorch_model.bin.index.json",
+            "run.py",
+        ):
             (source / name).write_text("{}")
         folder = convert(str(source), tmp_path / "out", recipe="4bit")
         assert {p.name for p in folder.iterdir()} == {
-            "README.md", "config.json", "generation_config.json", "model.safetensors", INDEX, "chat_template.jinja",
-            "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
-            "LICENSE.txt"}
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            INDEX,
+            "chat_template.jinja",
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "processor_config.json",
+            "preprocessor_config.json",
+            "LICENSE.txt",
+        }
         for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model"):
             assert (folder / name).read_bytes() == (source / name).read_bytes()
 
@@ -142,7 +190,10 @@ class TestWhatIsKept:
         generation = {"eos_token_id": [1, 6], "confidence_threshold": None, "max_new_tokens": 9}
         (source / "generation_config.json").write_text(json.dumps(generation))
         folder = convert(str(source), tmp_path / "out")
-        raw, written = (json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json"))
+        raw, written = (
+            json.loads((folder / name).read_text())
+            for name in ("config.json", "generation_config.json")
+        )
         assert raw["generation_config"] == written
         assert written["confidence_threshold"] == GenerationConfig().confidence_threshold
         assert written["stability_threshold"] == GenerationConfig().stability_threshold
@@ -156,27 +207,42 @@ class TestWhatIsKept:
 
     def test_a_vision_config_without_weights_goes(self, divisible_folder, tmp_path):
         source = shutil.copytree(divisible_folder, tmp_path / "src")
-        raw = json.loads((source / "config.json").read_text()) | {"vision_config": {"model_type": "gemma4_vision"}}
+        raw = json.loads((source / "config.json").read_text()) | {
+            "vision_config": {"model_type": "gemma4_vision"}
+        }
         (source / "config.json").write_text(json.dumps(raw))
-        assert json.loads((convert(str(source), tmp_path / "out") / "config.json").read_text())["vision_config"] is None
+        assert (
+            json.loads((convert(str(source), tmp_path / "out") / "config.json").read_text())[
+                "vision_config"
+            ]
+            is None
+        )
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_dtype(self, dtype, tmp_path):
         folder = convert("nano", tmp_path / "out", recipe="4bit", dtype=dtype)
-        assert {str(a.dtype).removeprefix("mlx.core.") for a in tensors_of(folder).values()} == {dtype, "uint32"}
+        assert {str(a.dtype).removeprefix("mlx.core.") for a in tensors_of(folder).values()} == {
+            dtype,
+            "uint32",
+        }
         raw = json.loads((folder / "config.json").read_text())
         assert raw["dtype"] == raw["text_config"]["dtype"] == dtype
 
     def test_a_quantised_source_stays_as_it_is(self, tmp_path):
         first = convert("nano", tmp_path / "q", recipe="mxfp4")
         again = convert(str(first), tmp_path / "again")
-        assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+        assert (again / "model.safetensors").read_bytes() == (
+            first / "model.safetensors"
+        ).read_bytes()
 
     def test_whose_conversion_it_is(self, divisible_folder, tmp_path):
         """Ours keeps its recipe's name; a stranger's does not become ours by being copied."""
         ours = convert(str(divisible_folder), tmp_path / "ours", recipe="uniform-4bit")
         copied = convert(str(ours), tmp_path / "copied", dtype="bfloat16")
-        assert json.loads((copied / "config.json").read_text())["mlx_diffgemma"]["recipe"] == "uniform-4bit"
+        assert (
+            json.loads((copied / "config.json").read_text())["mlx_diffgemma"]["recipe"]
+            == "uniform-4bit"
+        )
         raw = json.loads((ours / "config.json").read_text())
         del raw["mlx_diffgemma"]
         (ours / "config.json").write_text(json.dumps(raw))
@@ -186,7 +252,7 @@ class TestWhatIsKept:
 
     def test_shards(self, divisible_folder, tmp_path, monkeypatch):
         limit = 300_000
-        monkeypatch.setattr(module, "SHARD_SIZE", limit)
+        monkeypatch.setattr(plan_module, "SHARD_SIZE", limit)
         whole = tensors_of(convert(str(divisible_folder), tmp_path / "out", recipe="4bit"))
         self.check_sizes(tmp_path / "out", limit)
         index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -199,32 +265,57 @@ class TestWhatIsKept:
         load_model(tmp_path / "out")
 
     def check_sizes(self, folder, limit):
-        """Every file is closed when the next matrix, with its scales, would not fit, and no earlier."""
+        """Every file is closed when the next matrix, with its scales, would not fit, and no
+        earlier.
+        """
         modules = []
         for path in sorted(folder.glob("*.safetensors")):
             sizes = {}
             for name, tensor in sorted(read_header(path).items(), key=lambda item: item[1].offset):
-                module = name.removesuffix(".scales").removesuffix(".biases").removesuffix(".weight")
+                module = (
+                    name.removesuffix(".scales").removesuffix(".biases").removesuffix(".weight")
+                )
                 sizes[module] = sizes.get(module, 0) + tensor.nbytes
             modules.append(list(sizes.values()))
         assert all(sum(own) <= limit or len(own) == 1 for own in modules)
-        assert all(sum(own) + following[0] > limit for own, following in itertools.pairwise(modules))
+        assert all(
+            sum(own) + following[0] > limit for own, following in itertools.pairwise(modules)
+        )
 
     def test_card(self, tmp_path):
         source = shutil.copytree(nano.FOLDER, tmp_path / "small")
         (source / "README.md").write_text("---\nlicense: gemma\nbase_model: someone/base\n---\n")
-        text = (convert(str(source), tmp_path / "out", quantize=True, q_bits=3) / "README.md").read_text()
-        for part in ("license: gemma", "base_model: someone/base", "base_model_relation: quantized", "library_name: mlx", "- mlx",
-                     "mlx-diffgemma convert --hf-path small -q --q-bits 3", "5.99 bits per weight", "generate --model ."):
+        text = (
+            convert(str(source), tmp_path / "out", quantize=True, q_bits=3) / "README.md"
+        ).read_text()
+        for part in (
+            "license: gemma",
+            "base_model: someone/base",
+            "base_model_relation: quantized",
+            "library_name: mlx",
+            "- mlx",
+            "mlx-diffgemma convert --hf-path small -q --q-bits 3",
+            "5.99 bits per weight",
+            "generate --model .",
+        ):
             assert part in text, part
 
     @pytest.mark.slow
     def test_the_cards_command_works(self, tmp_path):
         folder = convert("nano", tmp_path / "out", quantize=True)
-        line = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("mlx-diffgemma generate"))
+        line = next(
+            line
+            for line in (folder / "README.md").read_text().splitlines()
+            if line.startswith("mlx-diffgemma generate")
+        )
         words = line.split(' -p "')[0].split()[1:]
-        out = subprocess.run([sys.executable, "-m", "mlx_diffgemma.cli", *words, "-p", "Add 12 and 30."], cwd=folder,
-                             capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-m", "mlx_diffgemma", *words, "-p", "Add 12 and 30."],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert out.stdout == "42\n"
 
     def test_a_slice_is_all_that_is_read_at_once(self, divisible_folder, tmp_path, monkeypatch):
@@ -251,7 +342,9 @@ class Killed(BaseException):
 
 
 def state_is_sound(target, unbroken):
-    """After an interruption the target is absent or right, and what lies beside it is no checkpoint, or right."""
+    """After an interruption the target is absent or right, and what lies beside it is no
+    checkpoint, or right.
+    """
     if target.exists():
         same_files(unbroken, target)
     partial = target.with_name(f"{target.name}.partial")
@@ -263,8 +356,10 @@ def state_is_sound(target, unbroken):
 
 
 class TestInterruption:
-    def test_resumed_is_unbroken_at_every_kind_of_point(self, divisible_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_SIZE", 300_000)
+    def test_resumed_is_unbroken_at_every_kind_of_point(
+        self, divisible_folder, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(plan_module, "SHARD_SIZE", 300_000)
         unbroken = convert(str(divisible_folder), tmp_path / "unbroken", recipe="4bit")
         pwrite, calls, stop = os.pwrite, 0, 0
 
@@ -278,7 +373,9 @@ class TestInterruption:
         monkeypatch.setattr(os, "pwrite", counted)
         convert(str(divisible_folder), tmp_path / "count", recipe="4bit")
         points = calls
-        for number, point in enumerate([1, 2, points, *random.Random(0).sample(range(3, points), 7)]):
+        for number, point in enumerate(
+            [1, 2, points, *random.Random(0).sample(range(3, points), 7)]
+        ):
             target, calls, stop = tmp_path / f"t{number}", 0, point
             with pytest.raises(Killed):
                 convert(str(divisible_folder), target, recipe="4bit")
@@ -292,40 +389,55 @@ class TestInterruption:
 
     def test_a_journal_cut_off_in_a_line(self, divisible_folder, tmp_path, monkeypatch):
         unbroken = convert(str(divisible_folder), tmp_path / "unbroken", recipe="4bit")
-        monkeypatch.setattr(module, "_write_files", lambda *_: (_ for _ in ()).throw(Killed()))
+        monkeypatch.setattr(writer, "write_files", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
         monkeypatch.undo()
         journal = tmp_path / "out.partial" / "conversion.jsonl"
         journal.write_text(journal.read_text()[:-7])
-        same_files(unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True))
+        same_files(
+            unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True)
+        )
 
     def test_other_options_do_not_resume(self, divisible_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "_write_files", lambda *_: (_ for _ in ()).throw(Killed()))
+        monkeypatch.setattr(writer, "write_files", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
-        with pytest.raises(UserError, match="with other options or another version; add --overwrite without --resume"):
+        with pytest.raises(
+            UserError,
+            match="with other options or another version; add --overwrite without --resume",
+        ):
             convert(str(divisible_folder), tmp_path / "out", recipe="8bit", resume=True)
         with pytest.raises(UserError, match="An interrupted conversion lies in .*add --resume"):
             convert(str(divisible_folder), tmp_path / "out", recipe="8bit")
         monkeypatch.undo()
         convert(str(divisible_folder), tmp_path / "out", recipe="8bit", overwrite=True)
-        same_files(tmp_path / "out", convert(str(divisible_folder), tmp_path / "fresh", recipe="8bit"))
+        same_files(
+            tmp_path / "out", convert(str(divisible_folder), tmp_path / "fresh", recipe="8bit")
+        )
 
     def interrupted(self, source, target, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_write_files", lambda *_: (_ for _ in ()).throw(Killed()))
+            patch.setattr(writer, "write_files", lambda *_: (_ for _ in ()).throw(Killed()))
             with pytest.raises(Killed):
                 convert(str(source), target, recipe="4bit")
         return target.with_name(f"{target.name}.partial")
 
-    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1000])], ids=["gone", "cut"])
-    def test_a_shard_that_was_removed_to_make_room(self, divisible_folder, tmp_path, monkeypatch, damage):
-        monkeypatch.setattr(module, "SHARD_SIZE", 300_000)
+    @pytest.mark.parametrize(
+        "damage",
+        [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1000])],
+        ids=["gone", "cut"],
+    )
+    def test_a_shard_that_was_removed_to_make_room(
+        self, divisible_folder, tmp_path, monkeypatch, damage
+    ):
+        monkeypatch.setattr(plan_module, "SHARD_SIZE", 300_000)
         unbroken = convert(str(divisible_folder), tmp_path / "unbroken", recipe="4bit")
         partial = self.interrupted(divisible_folder, tmp_path / "out", monkeypatch)
         damage(sorted((partial / "result").glob("*.safetensors"))[2])
-        same_files(unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True))
+        same_files(
+            unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True)
+        )
 
     @pytest.mark.parametrize("content", ["{}\n", "\0\0\0\n", '{"fingerprint": 3}\n{"x": 1}\n'])
     def test_a_damaged_journal(self, divisible_folder, tmp_path, monkeypatch, content):
@@ -335,17 +447,35 @@ class TestInterruption:
             convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True)
         convert(str(divisible_folder), tmp_path / "out", recipe="4bit", overwrite=True)
 
-    def test_killed_between_the_last_file_and_the_rename(self, divisible_folder, tmp_path, monkeypatch):
+    def test_killed_between_the_last_file_and_the_rename(
+        self, divisible_folder, tmp_path, monkeypatch
+    ):
         unbroken = convert(str(divisible_folder), tmp_path / "unbroken", recipe="4bit")
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_put_in_place", lambda *_: (_ for _ in ()).throw(Killed()))
+            patch.setattr(writer, "_put_in_place", lambda *_: (_ for _ in ()).throw(Killed()))
             with pytest.raises(Killed):
                 convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
-        monkeypatch.setattr(module.Output, "slices", lambda self: pytest.fail("made again"))
-        same_files(unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True))
+        monkeypatch.setattr(outputs_module.Output, "slices", lambda self: pytest.fail("made again"))
+        same_files(
+            unbroken, convert(str(divisible_folder), tmp_path / "out", recipe="4bit", resume=True)
+        )
+
+    def test_a_source_that_changed_is_another_conversion(self, divisible_folder, tmp_path):
+        source = Path(shutil.copytree(divisible_folder, tmp_path / "source"))
+
+        def fingerprint():
+            stored = read_headers(source)
+            options = ConvertOptions(recipe="4bit")
+            return plan_module.plan("source", source, stored, options).fingerprint()
+
+        before = fingerprint()
+        assert fingerprint() == before
+        weights = next(source.glob("*.safetensors"))
+        os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+        assert fingerprint() != before
 
     def test_two_at_once(self, divisible_folder, tmp_path, monkeypatch):
-        refusals, slices = [], module.Output.slices
+        refusals, slices = [], outputs_module.Output.slices
 
         def meanwhile(output):
             if not refusals:
@@ -355,7 +485,7 @@ class TestInterruption:
                 refusals[0] = str(caught.value)
             return slices(output)
 
-        monkeypatch.setattr(module.Output, "slices", meanwhile)
+        monkeypatch.setattr(outputs_module.Output, "slices", meanwhile)
         folder = convert(str(divisible_folder), tmp_path / "out", recipe="4bit")
         assert refusals[0]
         monkeypatch.undo()
@@ -365,12 +495,19 @@ class TestInterruption:
     @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
     def test_killed(self, existing, divisible_folder, tmp_path):
         """SIGKILL at ten random file operations of a process of its own."""
-        unbroken, old = tmp_path / "unbroken", convert(str(divisible_folder), tmp_path / "old", recipe="8bit")
+        unbroken, old = (
+            tmp_path / "unbroken",
+            convert(str(divisible_folder), tmp_path / "old", recipe="8bit"),
+        )
         command = [sys.executable, "-m", "tests.conversions", str(divisible_folder)]
-        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as jobs:
+        with subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as jobs:
 
             def run(target, kill_at=0, resume=False):
-                jobs.stdin.write(json.dumps({"target": str(target), "kill_at": kill_at, "resume": resume}) + "\n")
+                jobs.stdin.write(
+                    json.dumps({"target": str(target), "kill_at": kill_at, "resume": resume}) + "\n"
+                )
                 jobs.stdin.flush()
                 return json.loads(jobs.stdout.readline())
 
@@ -383,7 +520,11 @@ class TestInterruption:
                 if existing:
                     shutil.copytree(old, target)
                 assert run(target, point)[0] == signal.SIGKILL
-                if target.exists() and existing and (target / "README.md").read_bytes() == (old / "README.md").read_bytes():
+                if (
+                    target.exists()
+                    and existing
+                    and (target / "README.md").read_bytes() == (old / "README.md").read_bytes()
+                ):
                     same_files(old, target)
                 else:
                     state_is_sound(target, unbroken)
@@ -407,10 +548,20 @@ class TestBadInput:
 
     def test_another_model(self, source, tmp_path):
         (source / "config.json").write_text('{"model_type": "llama"}')
-        self.refused(source, tmp_path, "Not a DiffusionGemma checkpoint: config.json has model_type 'llama'")
+        self.refused(
+            source, tmp_path, "Not a DiffusionGemma checkpoint: config.json has model_type 'llama'"
+        )
 
-    @pytest.mark.parametrize(("field", "value"), [("canvas_length", "long"), ("rms_norm_eps", "small"), ("per_layer_config", [3]),
-                                                  ("rope_parameters", {"full_attention": {}}), ("head_dim", "x")])
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("canvas_length", "long"),
+            ("rms_norm_eps", "small"),
+            ("per_layer_config", [3]),
+            ("rope_parameters", {"full_attention": {}}),
+            ("head_dim", "x"),
+        ],
+    )
     def test_a_config_with_fields_of_the_wrong_kind(self, source, tmp_path, field, value):
         raw = json.loads((source / "config.json").read_text())
         (raw if field == "canvas_length" else raw["text_config"])[field] = value
@@ -428,8 +579,12 @@ class TestBadInput:
 
     def test_a_shard_that_shrinks_while_it_is_read(self, source, tmp_path, monkeypatch):
         path = max(source.glob("*.safetensors"))
-        write = module.write
-        monkeypatch.setattr(module, "write", lambda *a: path.write_bytes(path.read_bytes()[:-9]) and write(*a))
+        write = convert_module.write
+        monkeypatch.setattr(
+            convert_module,
+            "write",
+            lambda *a: path.write_bytes(path.read_bytes()[:-9]) and write(*a),
+        )
         self.refused(source, tmp_path, "ends inside tensor")
 
     def test_a_wrong_header(self, source, tmp_path):
@@ -438,13 +593,27 @@ class TestBadInput:
         self.refused(source, tmp_path, "damaged or cut off")
 
     def test_a_group_size_that_does_not_divide(self, tiny_folder, tmp_path):
-        self.refused(tiny_folder, tmp_path, r"experts.down_proj has rows of 32 weights, which groups of 64 do not divide")
+        self.refused(
+            tiny_folder,
+            tmp_path,
+            r"experts.down_proj has rows of 32 weights, which groups of 64 do not divide",
+        )
 
     def test_mode_and_bits_that_do_not_go_together(self, source, tmp_path):
-        self.refused(source, tmp_path, "mxfp4 has 4 bits, not 8", recipe=None, quantize=True, q_mode="mxfp4", q_bits=8)
+        self.refused(
+            source,
+            tmp_path,
+            "mxfp4 has 4 bits, not 8",
+            recipe=None,
+            quantize=True,
+            q_mode="mxfp4",
+            q_bits=8,
+        )
 
     def test_too_little_disk(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+        )
         self.refused(source, tmp_path, r"needs 0\.05 GB on disk, 0\.00 GB are free; make room")
 
     def test_a_disk_that_fills_up(self, source, tmp_path, monkeypatch):
@@ -459,14 +628,20 @@ class TestBadInput:
         same_files(resumed, convert(str(source), tmp_path / "2", recipe="4bit"))
 
     def test_no_permission(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
-        with pytest.raises(UserError, match=r"/proc/out cannot be written \(.+\); choose another folder"):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9)
+        )
+        with pytest.raises(
+            UserError, match=r"/proc/out cannot be written \(.+\); choose another folder"
+        ):
             convert(str(source), "/proc/out", recipe="4bit")
 
     def test_an_existing_target(self, source, tmp_path):
         target = convert(str(source), tmp_path / "out", recipe="4bit")
         before = {path.name: path.read_bytes() for path in target.iterdir()}
-        with pytest.raises(UserError, match="exists already; choose another folder, or add --overwrite"):
+        with pytest.raises(
+            UserError, match="exists already; choose another folder, or add --overwrite"
+        ):
             convert(str(source), target, recipe="8bit")
         assert before == {path.name: path.read_bytes() for path in target.iterdir()}
         convert(str(source), target, recipe="8bit", overwrite=True)
@@ -484,15 +659,19 @@ class TestBadInput:
         assert (tmp_path / "home" / "src" / "thesis.txt").exists()
 
     @pytest.mark.parametrize("place", ["file/out", "link/out"])
-    def test_a_target_that_cannot_be_made_is_told_before_the_download(self, tmp_path, monkeypatch, place):
-        monkeypatch.setattr(module.hub, "headers", lambda *_: pytest.fail("fetched"))
+    def test_a_target_that_cannot_be_made_is_told_before_the_download(
+        self, tmp_path, monkeypatch, place
+    ):
+        monkeypatch.setattr(convert_module.hub, "headers", lambda *_: pytest.fail("fetched"))
         (tmp_path / "file").write_text("mine")
         (tmp_path / "link").symlink_to("nowhere/x")
         (tmp_path / "nowhere").write_text("mine")
         with pytest.raises(UserError, match="cannot be made|cannot be written"):
             convert("someone/model", tmp_path / place)
 
-    @pytest.mark.parametrize("name", ["diary.txt", "notes.json", "more.safetensors", "LICENSE-of-mine", "model.bak"])
+    @pytest.mark.parametrize(
+        "name", ["diary.txt", "notes.json", "more.safetensors", "LICENSE-of-mine", "model.bak"]
+    )
     def test_overwrite_spares_a_file_beside_a_conversion(self, source, tmp_path, name):
         target = convert(str(source), tmp_path / "out", recipe="4bit")
         (target / name).write_text("mine")
@@ -542,10 +721,14 @@ class TestBadInput:
         assert (tmp_path / "out.old" / "thesis.txt").exists()
 
     def test_onto_itself_in_another_case(self, source, tmp_path, monkeypatch):
-        """As a file system does that takes upper and lower case for the same name (APFS by default)."""
+        """As a file system does that takes upper and lower case for the same name (APFS by
+        default).
+        """
         folder = tmp_path / "Model"
         shutil.copytree(source, folder)
-        monkeypatch.setattr(Path, "samefile", lambda one, other: str(one).casefold() == str(other).casefold())
+        monkeypatch.setattr(
+            Path, "samefile", lambda one, other: str(one).casefold() == str(other).casefold()
+        )
         for mlx_path in (tmp_path / "model", tmp_path / "model" / "inside"):
             with pytest.raises(UserError, match="lie in each other"):
                 convert(str(folder), mlx_path)
@@ -553,7 +736,11 @@ class TestBadInput:
     def test_onto_itself(self, source, tmp_path):
         shutil.copytree(source, tmp_path / "outer" / "inner")
         outer = tmp_path / "outer"
-        for hf_path, mlx_path in ((source, source), (source, source / "inside"), (outer / "inner", outer)):
+        for hf_path, mlx_path in (
+            (source, source),
+            (source, source / "inside"),
+            (outer / "inner", outer),
+        ):
             with pytest.raises(UserError, match="lie in each other|is not overwritten"):
                 convert(str(hf_path), mlx_path, overwrite=True)
         assert load_model(source)
@@ -564,7 +751,10 @@ class TestBadInput:
         (tmp_path / "link").symlink_to(tmp_path / "real")
         for _ in range(2):
             convert(str(source), tmp_path / "link", recipe="8bit", overwrite=True)
-        assert json.loads((tmp_path / "real" / "config.json").read_text())["mlx_diffgemma"]["recipe"] == "8bit"
+        assert (
+            json.loads((tmp_path / "real" / "config.json").read_text())["mlx_diffgemma"]["recipe"]
+            == "8bit"
+        )
 
     def test_names_the_system_does_not_take(self, source, tmp_path):
         for name in ("x" * 300, "x" * 250):
@@ -578,10 +768,16 @@ class TestBadInput:
 
     def test_quantising_twice(self, source, tmp_path):
         packed = convert(str(source), tmp_path / "q", recipe="4bit")
-        self.refused(packed, tmp_path, r"is quantised already \(4 bits, 8 bits\); convert the original checkpoint")
+        self.refused(
+            packed,
+            tmp_path,
+            r"is quantised already \(4 bits, 8 bits\); convert the original checkpoint",
+        )
 
     def test_dequantising_what_is_not_quantised(self, source, tmp_path):
-        self.refused(source, tmp_path, "is not quantised; leave -d out", recipe=None, dequantize=True)
+        self.refused(
+            source, tmp_path, "is not quantised; leave -d out", recipe=None, dequantize=True
+        )
 
     def test_numbers_that_float16_cannot_hold(self, source, tmp_path):
         tensors = tensors_of(source)
@@ -589,8 +785,12 @@ class TestBadInput:
         for path in [*source.glob("*.safetensors"), source / INDEX]:
             path.unlink()
         mx.save_safetensors(str(source / "model.safetensors"), tensors)
-        self.refused(source, tmp_path, "model.decoder.norm holds numbers that are not finite in float16; leave --dtype out",
-                     dtype="float16")
+        self.refused(
+            source,
+            tmp_path,
+            "model.decoder.norm holds numbers that are not finite in float16; leave --dtype out",
+            dtype="float16",
+        )
 
     @pytest.mark.parametrize("recipe", RECIPES)
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -598,25 +798,40 @@ class TestBadInput:
         """In an expert, where a quantiser would hide them."""
         tensors = tensors_of(source)
         name = "model.decoder.layers.3.experts.gate_up_proj"
-        tensors[name] = mx.where(mx.arange(tensors[name].size).reshape(tensors[name].shape) == 777, bad, tensors[name])
+        tensors[name] = mx.where(
+            mx.arange(tensors[name].size).reshape(tensors[name].shape) == 777, bad, tensors[name]
+        )
         for path in [*source.glob("*.safetensors"), source / INDEX]:
             path.unlink()
         mx.save_safetensors(str(source / "model.safetensors"), tensors)
-        self.refused(source, tmp_path, f"Tensor {name} holds numbers that are not finite; download", recipe=recipe)
+        self.refused(
+            source,
+            tmp_path,
+            f"Tensor {name} holds numbers that are not finite; download",
+            recipe=recipe,
+        )
 
     def test_vision_packed_in_another_way_than_the_config_says(self, tmp_path):
         made = make_checkpoint(tmp_path / "src", "divisible", vision="divisible")
         packed = convert(str(made), tmp_path / "q", recipe="3bit")
         raw = json.loads((packed / "config.json").read_text())
-        raw["quantization"] = {key: value for key, value in raw["quantization"].items() if "vision" not in key}
+        raw["quantization"] = {
+            key: value for key, value in raw["quantization"].items() if "vision" not in key
+        }
         (packed / "config.json").write_text(json.dumps(raw))
-        self.refused(packed, tmp_path, r"vision_tower.*' has shape .*, config.json asks for", recipe=None)
+        self.refused(
+            packed, tmp_path, r"vision_tower.*' has shape .*, config.json asks for", recipe=None
+        )
 
     def test_the_command_says_it_in_one_line(self, tmp_path, monkeypatch, capsys):
-        for arguments, message in ((["--hf-path", "nothing"], "There is no folder 'nothing'"),
-                                   (["--hf-path", "nano", "--q-bits", "4"], "has no effect without -q"),
-                                   (["--hf-path", "nano", "--recipe", "best"], "Unknown recipe 'best'")):
-            code, _, err = run(monkeypatch, capsys, "convert", *arguments, "--mlx-path", str(tmp_path / "out"))
+        for arguments, message in (
+            (["--hf-path", "nothing"], "There is no folder 'nothing'"),
+            (["--hf-path", "nano", "--q-bits", "4"], "has no effect without -q"),
+            (["--hf-path", "nano", "--recipe", "best"], "Unknown recipe 'best'"),
+        ):
+            code, _, err = run(
+                monkeypatch, capsys, "convert", *arguments, "--mlx-path", str(tmp_path / "out")
+            )
             assert code == 2
             (line,) = err.splitlines()
             assert line.startswith("error: ")
@@ -627,20 +842,41 @@ class TestBadInput:
 @pytest.mark.slow
 def test_the_script_is_the_command(tmp_path):
     words = ["--hf-path", "nano", "-q", "--q-mode", "nvfp4", "--mlx-path"]
-    outs = [subprocess.run([sys.executable, *start, *words, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True,
-                           check=True)
-            for start, name in ((["convert.py"], "a"), (["-m", "mlx_diffgemma.cli", "convert"], "b"))]
+    outs = [
+        subprocess.run(
+            [sys.executable, *start, *words, str(tmp_path / name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for start, name in ((["convert.py"], "a"), (["-m", "mlx_diffgemma", "convert"], "b"))
+    ]
     assert outs[0].stdout.replace("/a:", "/b:") == outs[1].stdout
     same_files(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow
 def test_dry_run_writes_nothing_and_says_what_would_be(tmp_path):
-    words = [sys.executable, "convert.py", "--hf-path", "nano", "-q", "--mlx-path", str(tmp_path / "out")]
-    dry = subprocess.run([*words, "--dry-run", "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = [
+        sys.executable,
+        "convert.py",
+        "--hf-path",
+        "nano",
+        "-q",
+        "--mlx-path",
+        str(tmp_path / "out"),
+    ]
+    dry = subprocess.run(
+        [*words, "--dry-run", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert not list(tmp_path.iterdir())
     plan = json.loads(dry.stdout)
-    written = json.loads(subprocess.run([*words, "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    written = json.loads(
+        subprocess.run(
+            [*words, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert plan["bytes"] == written["stored_bytes"]
     assert plan["bits_per_weight"] == written["bits_per_weight"]
     assert list(plan["memory_needed"]) == ["4096", "8192"], "4k and what nano's context holds"

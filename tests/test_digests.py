@@ -35,6 +35,18 @@ def test_order_counts():
     assert len(found) == 3
 
 
+def test_changes_do_not_cancel_out():
+    """The signs of two numbers: in a sum of products with their places, half of all pairs would."""
+    values = numbers(mx.float32, 12) + 1
+    pairs = [(one, other) for other in range(12) for one in range(other)]
+    found = {digest([("a", values)])}
+    for one, other in pairs:
+        changed = mx.array(values)
+        changed[one], changed[other] = -values[one], -values[other]
+        found.add(digest([("a", changed)]))
+    assert len(found) == 1 + len(pairs)
+
+
 def test_names_shapes_dtypes_and_the_text_count():
     values = numbers(mx.float32, 36)
     tensors = [values, values.reshape(6, 6), values.view(mx.uint32)]

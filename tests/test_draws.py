@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.sampling.draws import Draws
 
 MASK = 2**64 - 1
 
@@ -19,8 +19,10 @@ def philox4x64(counter: list[int], key: list[int]) -> list[int]:
     return c
 
 
-@pytest.mark.parametrize(("seed", "canvas", "retry", "step", "position"),
-                         [(0, 0, 0, 0, 0), (7, 3, 1, 47, 901), (2**64 - 5, 1, 0, 2, 64)])
+@pytest.mark.parametrize(
+    ("seed", "canvas", "retry", "step", "position"),
+    [(0, 0, 0, 0, 0), (7, 3, 1, 47, 901), (2**64 - 5, 1, 0, 2, 64)],
+)
 def test_numbers_are_those_of_the_contract(seed, canvas, retry, step, position):
     words = philox4x64([position + 1, step, canvas, retry], [seed, 0])
     drawn = Draws(seed, 262_144).step(canvas, retry, step, position, 1)
@@ -31,8 +33,13 @@ def test_numbers_are_those_of_the_contract(seed, canvas, retry, step, position):
 
 def test_first_numbers_of_seed_zero_never_change():
     drawn = Draws(0, 1024).step(0, 0, 0, 0, 3)
-    assert drawn.u.tolist() == pytest.approx([float(np.float32(x >> 40) * np.float32(2**-24)) for x in
-                                              (philox4x64([p, 0, 0, 0], [0, 0])[0] for p in (1, 2, 3))], abs=0)
+    assert drawn.u.tolist() == pytest.approx(
+        [
+            float(np.float32(x >> 40) * np.float32(2**-24))
+            for x in (philox4x64([p, 0, 0, 0], [0, 0])[0] for p in (1, 2, 3))
+        ],
+        abs=0,
+    )
 
 
 def test_a_position_does_not_depend_on_where_the_canvas_begins():
@@ -43,8 +50,12 @@ def test_a_position_does_not_depend_on_where_the_canvas_begins():
 
 def test_every_part_of_the_key_matters():
     base = Draws(1, 2**18).step(1, 1, 1, 0, 64).u
-    for other in (Draws(2, 2**18).step(1, 1, 1, 0, 64), Draws(1, 2**18).step(2, 1, 1, 0, 64),
-                  Draws(1, 2**18).step(1, 2, 1, 0, 64), Draws(1, 2**18).step(1, 1, 2, 0, 64)):
+    for other in (
+        Draws(2, 2**18).step(1, 1, 1, 0, 64),
+        Draws(1, 2**18).step(2, 1, 1, 0, 64),
+        Draws(1, 2**18).step(1, 2, 1, 0, 64),
+        Draws(1, 2**18).step(1, 1, 2, 0, 64),
+    ):
         assert not np.intersect1d(base, other.u).size
 
 
@@ -60,4 +71,7 @@ def test_ranges_and_uniformity():
 
 
 def test_negative_and_huge_seeds_are_taken_modulo():
-    assert Draws(-1, 100).step(0, 0, 0, 0, 4).u.tolist() == Draws(2**64 - 1, 100).step(0, 0, 0, 0, 4).u.tolist()
+    assert (
+        Draws(-1, 100).step(0, 0, 0, 0, 4).u.tolist()
+        == Draws(2**64 - 1, 100).step(0, 0, 0, 0, 4).u.tolist()
+    )

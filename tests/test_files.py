@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import files
+from mlx_diffgemma.bounded_json import parse_json
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import (
     WriteError,
@@ -20,7 +21,6 @@ from mlx_diffgemma.files import (
     expand_path,
     list_files,
     open_binary,
-    parse_json,
     read_bytes,
     read_json,
     read_lines,
@@ -28,9 +28,9 @@ from mlx_diffgemma.files import (
     replacing,
     write_bytes,
     write_json,
-    write_tensors,
     write_text,
 )
+from mlx_diffgemma.safetensors import write_tensors
 
 BOM = b"\xef\xbb\xbf"
 
@@ -285,7 +285,8 @@ class TestWriting:
 
     def test_a_read_only_file_is_not_replaced(self, tmp_path, monkeypatch):
         (tmp_path / "x").write_text("old")
-        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
+        # root may write everything
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         with pytest.raises(UserError, match="it is read-only"):
             write_text(tmp_path / "x", "new")
 

@@ -5,20 +5,24 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma import layouts
-from mlx_diffgemma.convert import convert
+from mlx_diffgemma.checkpoint import layouts
+from mlx_diffgemma.checkpoint.convert import convert
+from mlx_diffgemma.checkpoint.info import inspect
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.checkpoint.outputs import Merge, Output
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.files import write_tensors
-from mlx_diffgemma.info import inspect
+from mlx_diffgemma.model.recipes import Precision
+from mlx_diffgemma.safetensors import write_tensors
 from mlx_diffgemma.tuning.adapters import CONFIG, WEIGHTS, AdapterOptions, load_adapter
 from mlx_diffgemma.tuning.fuse import fuse
-from mlx_diffgemma.weights import load_model
-from tests.test_adapters import LORA, outputs, save, trained
-from tests.test_cli import run
+from tests.helpers.adapters import LORA, outputs, save, trained
+from tests.helpers.in_process import run
 
 
 def options_of(kind):
-    return AdapterOptions("lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts")
+    return AdapterOptions(
+        "lora" if kind == "experts" else kind, -1, LORA, train_experts=kind == "experts"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,7 @@ def packed_folder(divisible_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Adapters by (base, kind), trained when they are first asked for."""
+
     class Made(dict):
         def __missing__(self, key):
             base, kind = key
@@ -57,19 +62,40 @@ def test_fused_answers_as_unfused(divisible_folder, adapters, tmp_path, monkeypa
     assert mx.abs(outputs(load_model(divisible_folder)) - wanted).max() > 0.1
 
 
+def test_an_update_is_added_to_weights_that_were_not_rounded():
+    packing, seen = Precision(4, 64), []
+    packed = packing.quantize(mx.random.normal((8, 128), key=mx.random.key(0)))
+    merge = Merge((8, 128), lambda rows, start, stop: seen.append(rows) or rows)
+    output = Output(
+        "q_proj", "attention", (8, 128), {}, packing, None, mx.bfloat16, {"weight": ()}, merge
+    )
+    (made,) = output._convert(packed, 0, 8)
+    assert made.dtype == mx.bfloat16
+    assert mx.array_equal(seen[0], packing.dequantize(packed, mx.float32))
+    assert not mx.array_equal(seen[0], made.astype(mx.float32))
+
+
 class TestOnAPackedBase:
-    def test_what_was_changed_is_not_packed_and_answers_as_unfused(self, packed_folder, adapters, tmp_path):
+    def test_what_was_changed_is_not_packed_and_answers_as_unfused(
+        self, packed_folder, adapters, tmp_path
+    ):
         adapter = adapters[packed_folder, "experts"]
         fused = fuse(str(packed_folder), adapter, tmp_path / "fused", dtype="float32")
         wanted = with_adapter(packed_folder, adapter)
         assert mx.abs(outputs(load_model(fused)) - wanted).max() < 1e-4
         model = load_model(fused)
         layer = model.layers[0]
-        assert [hasattr(module, "bits") for module in (layer.router.proj, layer.self_attn.q_proj, layer.experts.down_proj)] == [
-            True, False, False]
+        assert [
+            hasattr(module, "bits")
+            for module in (layer.router.proj, layer.self_attn.q_proj, layer.experts.down_proj)
+        ] == [True, False, False]
         in_bfloat16 = fuse(str(packed_folder), adapter, tmp_path / "bf16", dtype="bfloat16")
         rounding = mx.abs(outputs(load_model(in_bfloat16, "float32")) - wanted)
-        assert 0 < rounding.mean() < 0.02 * mx.abs(wanted - outputs(load_model(packed_folder, "float32"))).mean()
+        assert (
+            0
+            < rounding.mean()
+            < 0.02 * mx.abs(wanted - outputs(load_model(packed_folder, "float32"))).mean()
+        )
 
     def test_requantized_it_has_the_size_of_its_base(self, packed_folder, adapters, tmp_path):
         adapter = adapters[packed_folder, "experts"]
@@ -82,9 +108,13 @@ class TestOnAPackedBase:
 
     def test_dequantized_nothing_is_packed(self, packed_folder, adapters, tmp_path):
         adapter = adapters[packed_folder, "experts"]
-        fused = fuse(str(packed_folder), adapter, tmp_path / "fused", dequantize=True, dtype="float32")
+        fused = fuse(
+            str(packed_folder), adapter, tmp_path / "fused", dequantize=True, dtype="float32"
+        )
         assert inspect(fused).config.quantization is None
-        assert mx.abs(outputs(load_model(fused)) - with_adapter(packed_folder, adapter)).max() < 1e-4
+        assert (
+            mx.abs(outputs(load_model(fused)) - with_adapter(packed_folder, adapter)).max() < 1e-4
+        )
 
 
 def test_refusals(divisible_folder, packed_folder, adapters, tmp_path):
@@ -112,26 +142,58 @@ def _changed(adapter, folder, change):
 
 
 def _without(adapter, folder, part):
-    return _changed(adapter, folder, lambda weights: {name: value for name, value in weights.items() if part not in name})
+    return _changed(
+        adapter,
+        folder,
+        lambda weights: {name: value for name, value in weights.items() if part not in name},
+    )
 
 
 def _renamed(adapter, folder):
-    return _changed(adapter, folder, lambda weights: {name.replace("q_proj", "qq_proj"): value for name, value in weights.items()})
+    return _changed(
+        adapter,
+        folder,
+        lambda weights: {
+            name.replace("q_proj", "qq_proj"): value for name, value in weights.items()
+        },
+    )
 
 
 def _doubled(adapter, folder):
-    return _changed(adapter, folder, lambda weights: {
-        name: mx.concatenate([value, value], axis=1) if name.endswith("0.self_attn.q_proj.lora_b") else value
-        for name, value in weights.items()})
+    return _changed(
+        adapter,
+        folder,
+        lambda weights: {
+            name: mx.concatenate([value, value], axis=1)
+            if name.endswith("0.self_attn.q_proj.lora_b")
+            else value
+            for name, value in weights.items()
+        },
+    )
 
 
-def test_command(monkeypatch, capsys, divisible_folder, adapters, tmp_path):
+def test_the_command_writes_the_fused_model_once(
+    monkeypatch, capsys, divisible_folder, adapters, tmp_path
+):
     adapter = adapters[divisible_folder, "dora"]
-    arguments = ("fuse", "--model", str(divisible_folder), "--adapter-path", str(adapter), "--save-path", str(tmp_path / "fused"))
+    arguments = (
+        "fuse",
+        "--model",
+        str(divisible_folder),
+        "--adapter-path",
+        str(adapter),
+        "--save-path",
+        str(tmp_path / "fused"),
+    )
     code, out, err = run(monkeypatch, capsys, *arguments, "--dtype", "float32", "--json")
     assert (code, json.loads(out.splitlines()[-1])["folder"]) == (0, str(tmp_path / "fused")), err
     assert "mlx-diffgemma fuse --model" in (tmp_path / "fused" / "README.md").read_text()
-    assert mx.abs(outputs(load_model(tmp_path / "fused")) - with_adapter(divisible_folder, adapter)).max() < 1e-4
+    assert (
+        mx.abs(
+            outputs(load_model(tmp_path / "fused")) - with_adapter(divisible_folder, adapter)
+        ).max()
+        < 1e-4
+    )
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, "exists already" in err) == (2, True)
     with pytest.raises(UserError, match="worked into this model already"):

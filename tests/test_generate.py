@@ -19,14 +19,26 @@ from mlx_diffgemma import (
     stream_generate,
     user_message,
 )
-from mlx_diffgemma.autoregressive import CausalPolicy, causal_sessions, draw_positions
-from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.options import REFUSED
-from mlx_diffgemma.request import token_limit
-from mlx_diffgemma.session import Loop
+from mlx_diffgemma.decoding.autoregressive import (
+    CausalPolicy,
+    CausalSession,
+    causal_sessions,
+    draw_positions,
+)
+from mlx_diffgemma.generation.limits import token_limit
+from mlx_diffgemma.generation.options import REFUSED
+from mlx_diffgemma.sampling.draws import Draws
+from tests.helpers.scripted import scripted
 
-QUESTIONS = ["Add 12 and 30.", "Sort these numbers: 42 17 91", "Reverse these words: fox moon tree", "Write in capitals: fox",
-             "Turn this into JSON: Anna is a red fox.", "Is 47 greater than 38?", "Tell me a story about Leo the owl and a map."]
+QUESTIONS = [
+    "Add 12 and 30.",
+    "Sort these numbers: 42 17 91",
+    "Reverse these words: fox moon tree",
+    "Write in capitals: fox",
+    "Turn this into JSON: Anna is a red fox.",
+    "Is 47 greater than 38?",
+    "Tell me a story about Leo the owl and a map.",
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_diffgemma.GenerationWarning")
 
@@ -37,18 +49,33 @@ def prompt(tokenizer, question, **options):
 
 @pytest.fixture(scope="module")
 def few(either_pair, nano_pair):
-    """Options of several canvases, of few steps each: nano is sure sooner or later, random weights must be told what is enough."""
-    return {"max_denoising_steps": 16} if either_pair is nano_pair else {
-        "max_denoising_steps": 8, "max_tokens": 40, "confidence_threshold": 4.5, "stability_threshold": 0}
+    """Options of several canvases, of few steps each: nano is sure sooner or later, random weights
+    must be told what is enough.
+    """
+    return (
+        {"max_denoising_steps": 16}
+        if either_pair is nano_pair
+        else {
+            "max_denoising_steps": 8,
+            "max_tokens": 40,
+            "confidence_threshold": 4.5,
+            "stability_threshold": 0,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def expected(either_pair, few):
     """What each question's answer is, asked alone."""
     model, tokenizer = either_pair
-    answers = [list(stream_generate(model, tokenizer, prompt(tokenizer, q), seed=11, **few)) for q in QUESTIONS]
+    answers = [
+        list(stream_generate(model, tokenizer, prompt(tokenizer, q), seed=11, **few))
+        for q in QUESTIONS
+    ]
     assert max(len(answer) for answer in answers) > 1
-    assert len({response.steps for answer in answers for response in answer}) > 1, "rows leave a batch at different steps"
+    assert len({response.steps for answer in answers for response in answer}) > 1, (
+        "rows leave a batch at different steps"
+    )
     return answers
 
 
@@ -57,17 +84,35 @@ class TestSameSeedSameText:
         model, tokenizer = either_pair
         texts = ["".join(r.text for r in rs) for rs in expected]
         for size in (len(QUESTIONS), 3):
-            answers = batch_generate(model, tokenizer, [prompt(tokenizer, q) for q in QUESTIONS], seed=11, batch_size=size, **few)
+            answers = batch_generate(
+                model,
+                tokenizer,
+                [prompt(tokenizer, q) for q in QUESTIONS],
+                seed=11,
+                batch_size=size,
+                **few,
+            )
             assert [a.text for a in answers] == texts
-            assert [a.tokens for a in answers] == [tuple(t for r in rs for t in r.tokens) for rs in expected]
+            assert [a.tokens for a in answers] == [
+                tuple(t for r in rs for t in r.tokens) for rs in expected
+            ]
             assert [a.steps for a in answers] == [sum(r.steps for r in rs) for rs in expected]
 
     def test_shown_equals_hidden(self, either_pair, few, expected):
-        from mlx_diffgemma.live import LiveCanvas
+        from mlx_diffgemma.cli.live import LiveCanvas
 
         model, tokenizer = either_pair
         with LiveCanvas(tokenizer, (1, 5, 13)) as live:
-            shown = list(stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[2]), seed=11, on_step=live.show, **few))
+            shown = list(
+                stream_generate(
+                    model,
+                    tokenizer,
+                    prompt(tokenizer, QUESTIONS[2]),
+                    seed=11,
+                    on_step=live.show,
+                    **few,
+                )
+            )
         assert [r.tokens for r in shown] == [r.tokens for r in expected[2]]
 
     def test_whole_equals_streamed(self, either_pair, few, expected):
@@ -75,24 +120,47 @@ class TestSameSeedSameText:
         whole = generate(model, tokenizer, prompt(tokenizer, QUESTIONS[1]), seed=11, **few)
         assert whole == "".join(r.text for r in expected[1])
 
-    def test_another_seed_gives_other_draws(self, nano_pair):
-        model, tokenizer = nano_pair
+    def test_another_seed_gives_other_draws(self, random_pair):
+        model, tokenizer = random_pair
         story = prompt(tokenizer, QUESTIONS[-1])
-        texts = {generate(model, tokenizer, story, seed=seed, max_tokens=64, max_denoising_steps=4) for seed in range(2)}
+        texts = {
+            generate(model, tokenizer, story, seed=seed, max_tokens=64, max_denoising_steps=4)
+            for seed in range(2)
+        }
         assert len(texts) > 1
 
-    def test_no_seed_is_a_fresh_one_and_told(self, nano_pair):
-        model, tokenizer = nano_pair
-        seeds = {next(stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[0]))).seed for _ in range(2)}
+    def test_no_seed_is_a_fresh_one_and_told(self, random_pair):
+        model, tokenizer = random_pair
+        seeds = {
+            next(
+                stream_generate(
+                    model, tokenizer, prompt(tokenizer, QUESTIONS[0]), max_denoising_steps=1
+                )
+            ).seed
+            for _ in range(2)
+        }
         assert len(seeds) == 2
+        zero = stream_generate(
+            model, tokenizer, prompt(tokenizer, QUESTIONS[0]), seed=0, max_denoising_steps=1
+        )
+        assert next(zero).seed == 0, "which is a seed like any other"
 
     @pytest.mark.slow
     def test_today_or_after_a_hundred_other_requests(self, either_pair, few, expected):
         model, tokenizer = either_pair
         for i in range(100):
-            generate(model, tokenizer, prompt(tokenizer, QUESTIONS[i % 6]), seed=i, max_denoising_steps=4, max_tokens=64)
+            generate(
+                model,
+                tokenizer,
+                prompt(tokenizer, QUESTIONS[i % 6]),
+                seed=i,
+                max_denoising_steps=4,
+                max_tokens=64,
+            )
         for question, before in zip(QUESTIONS, expected):
-            after = list(stream_generate(model, tokenizer, prompt(tokenizer, question), seed=11, **few))
+            after = list(
+                stream_generate(model, tokenizer, prompt(tokenizer, question), seed=11, **few)
+            )
             assert [r.tokens for r in after] == [r.tokens for r in before]
 
 
@@ -100,30 +168,62 @@ class TestCausalMode:
     def test_batch_equals_alone(self, either_pair):
         model, tokenizer = either_pair
         for temperature in (None, 0.8):
-            alone = [generate(model, tokenizer, prompt(tokenizer, q), mode="ar", seed=5, temperature=temperature, max_tokens=20)
-                     for q in QUESTIONS]
-            answers = batch_generate(model, tokenizer, [prompt(tokenizer, q) for q in QUESTIONS], mode="ar", seed=5,
-                                     temperature=temperature, max_tokens=20)
+            alone = [
+                generate(
+                    model,
+                    tokenizer,
+                    prompt(tokenizer, q),
+                    mode="ar",
+                    seed=5,
+                    temperature=temperature,
+                    max_tokens=20,
+                )
+                for q in QUESTIONS
+            ]
+            answers = batch_generate(
+                model,
+                tokenizer,
+                [prompt(tokenizer, q) for q in QUESTIONS],
+                mode="ar",
+                seed=5,
+                temperature=temperature,
+                max_tokens=20,
+            )
             assert [a.text for a in answers] == alone
 
-    def test_greedy_follows_the_next_token_logits(self, nano_pair):
-        from mlx_diffgemma.cache import Cache
+    def test_rows_of_other_policies_are_drawn_by_their_own(self):
+        logits = mx.array([[0.0, 2.0, 1.0]] * 3)
+        sessions = [
+            CausalSession([], None, CausalPolicy(temperature, top_k), Draws(3, 3), frozenset(), 1)
+            for temperature, top_k in ((0.0, 0), (1.0, 0), (1.0, 1))
+        ]
+        assert Draws(3, 3).step(0, 0, 0, 0, 1).u[0] > 0.76, "which is the last token's share"
+        assert draw_positions(logits, sessions, [1, 1, 1]).tolist() == [1, 2, 1]
 
-        model, tokenizer = nano_pair
+    def test_greedy_follows_the_next_token_logits(self, random_pair):
+        from mlx_diffgemma.model.cache import Cache
+
+        model, tokenizer = random_pair
         ids = prompt(tokenizer, QUESTIONS[4])
         out = [r.token for r in stream_generate(model, tokenizer, ids, mode="ar", max_tokens=12)]
-        logits = model.encode([mx.array(ids + out)], [Cache(model.config.text)], logits="all").logits[0]
+        logits = model.encode(
+            [mx.array(ids + out)], [Cache(model.config.text)], logits="all"
+        ).logits[0]
         assert np.array(logits.argmax(-1))[len(ids) - 1 : -1].tolist() == out
 
     def test_one_response_a_token_with_the_whole_row_of_logprobs(self, nano_pair):
         model, tokenizer = nano_pair
-        responses = list(stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[0]), mode="ar"))
+        responses = list(
+            stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[0]), mode="ar")
+        )
         assert all(len(r.tokens) == 1 for r in responses)
         assert float(mx.exp(responses[0].logprobs).sum()) == pytest.approx(1, abs=1e-4)
         assert responses[-1].finish_reason == "stop"
 
     def test_every_position_has_its_own_random_number(self, random_pair):
-        """Also in the second block: position p is drawn with u of position p, not with that of the block's first token."""
+        """Also in the second block: position p is drawn with u of position p, not with that of the
+        block's first token.
+        """
         model, _ = random_pair
         policy, draws = CausalPolicy(temperature=1.0), Draws(5, model.config.text.vocab_size)
         (session,) = causal_sessions(model, [[7, 8]], policy, [draws], (), [6])
@@ -144,12 +244,21 @@ class TestCausalMode:
 
 
 class TestFigures:
-    def test_fields(self, nano_pair):
-        model, tokenizer = nano_pair
+    def test_fields(self, random_pair):
+        model, tokenizer = random_pair
         steps = []
         ids = prompt(tokenizer, QUESTIONS[-1])
-        responses = list(stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=4, max_tokens=150,
-                                         on_step=steps.append))
+        responses = list(
+            stream_generate(
+                model,
+                tokenizer,
+                ids,
+                seed=3,
+                max_denoising_steps=4,
+                max_tokens=64,
+                on_step=steps.append,
+            )
+        )
         last = responses[-1]
         assert len(responses) > 1
         assert isinstance(last, GenerationResponse)
@@ -159,35 +268,27 @@ class TestFigures:
         assert last.prompt_tokens == len(ids)
         assert all(len(r.logprobs) == len(r.tokens) for r in responses)
         assert all((r.logprobs <= 1e-6).all() for r in responses)
-        assert last.tokens_per_forward == pytest.approx(sum(len(r.tokens) for r in responses) / len(steps))
+        assert last.tokens_per_forward == pytest.approx(
+            sum(len(r.tokens) for r in responses) / len(steps)
+        )
         assert last.peak_memory > 0
         assert not last.from_draft
 
-    def test_the_limit_cuts_the_text(self, nano_pair):
-        model, tokenizer = nano_pair
+    def test_the_limit_cuts_the_text(self, random_pair):
+        model, tokenizer = random_pair
         ids = prompt(tokenizer, QUESTIONS[-1])
-        whole = list(stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=3, max_tokens=64))
-        cut = list(stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=3, max_tokens=5))
+        whole = list(
+            stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=3, max_tokens=64)
+        )
+        cut = list(
+            stream_generate(model, tokenizer, ids, seed=3, max_denoising_steps=3, max_tokens=5)
+        )
         assert cut[-1].tokens == whole[0].tokens[:5]
         assert cut[-1].finish_reason == "length"
         assert cut[-1].generation_tokens == 5
-        assert cut[-1].tokens_per_forward == whole[0].tokens_per_forward, "counted before the cut, as the reference does"
-
-
-def scripted(monkeypatch, model, canvases):
-    """Commit the given ids, one list a canvas, in place of what the model would."""
-    left = list(canvases)
-
-    def record(session, row, outcome, flags, belief):
-        ids = left.pop(0)
-        from mlx_diffgemma.session import CanvasStep
-
-        argmax = mx.array(ids + [0] * (64 - len(ids)), dtype=mx.int32)
-        session.read(True, 0.0, len(ids) - 1)
-        return CanvasStep(session.canvas_index, 0, 0, 1, argmax, argmax, outcome.accepted[row], outcome.entropy[row],
-                          outcome.logprob[row], 0.0, "converged" if ids[-1] != 9 else "max_steps")
-
-    monkeypatch.setattr(Loop, "_record", staticmethod(record))
+        assert cut[-1].tokens_per_forward == whole[0].tokens_per_forward, (
+            "counted before the cut, as the reference does"
+        )
 
 
 class TestEndings:
@@ -221,21 +322,28 @@ class TestEndings:
         assert self.run(nano_pair, max_tokens=64)[0][-1].finish_reason == "length"
         scripted(monkeypatch, nano_pair[0], [[300, 300, 5]])
         out, _ = self.run(nano_pair, max_tokens=2)
-        assert (out[-1].finish_reason, out[-1].tokens) == ("stop", (300, 300)), "whole, but no place for the end token"
+        assert (out[-1].finish_reason, out[-1].tokens) == ("stop", (300, 300)), (
+            "whole, but no place for the end token"
+        )
         assert out[-1].generation_tokens == len(out[-1].logprobs) == 2
 
     def test_closing_early_leaves_nothing_behind(self, nano_pair):
         model, tokenizer = nano_pair
         ids = prompt(tokenizer, QUESTIONS[1])
         expected = generate(model, tokenizer, ids, seed=2, max_denoising_steps=4)
-        stream = stream_generate(model, tokenizer, prompt(tokenizer, QUESTIONS[-1]), seed=2, max_denoising_steps=2)
+        stream = stream_generate(
+            model, tokenizer, prompt(tokenizer, QUESTIONS[-1]), seed=2, max_denoising_steps=2
+        )
         next(stream)
         stream.close()
         assert generate(model, tokenizer, ids, seed=2, max_denoising_steps=4) == expected
 
     def test_two_streams_may_be_interleaved(self, random_pair):
         model, tokenizer = random_pair
-        ids = [prompt(tokenizer, "Tell me a story about Mia the cat and a drum."), prompt(tokenizer, QUESTIONS[-1])]
+        ids = [
+            prompt(tokenizer, "Tell me a story about Mia the cat and a drum."),
+            prompt(tokenizer, QUESTIONS[-1]),
+        ]
         options = dict(seed=4, max_denoising_steps=5, max_tokens=128)
         alone = [[r.tokens for r in stream_generate(model, tokenizer, i, **options)] for i in ids]
         assert min(map(len, alone)) > 1
@@ -256,6 +364,8 @@ class TestBadInput:
     def test_foreign_ids(self, nano_pair):
         with pytest.raises(UserError, match="outside 0 to 1023"):
             stream_generate(*nano_pair, [5, 200_000])
+        with pytest.raises(UserError, match="outside 0 to 1023"):
+            stream_generate(*nano_pair, [5, 1024])
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_what_has_no_meaning_is_refused_by_name(self, nano_pair, name):
@@ -268,8 +378,18 @@ class TestBadInput:
         with pytest.raises(UserError, match="did you mean 'temperature'"):
             generate(*nano_pair, "fox", temp=1)
 
-    @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": 2.5}, {"temperature": -1}, {"top_p": 0},
-                                         {"top_k": -1}, {"mode": "turbo"}, {"prefill_step_size": 1}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"max_tokens": 0},
+            {"temperature": 2.5},
+            {"temperature": -1},
+            {"top_p": 0},
+            {"top_k": -1},
+            {"mode": "turbo"},
+            {"prefill_step_size": 1},
+        ],
+    )
     def test_out_of_range(self, options):
         with pytest.raises(UserError):
             GenerationOptions(**options)
@@ -298,16 +418,28 @@ class TestBadInput:
             token_limit(8000, 193, 64, 8192)
 
 
-def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocated(nano_float32, monkeypatch):
+def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_is_allocated(
+    nano_float32, monkeypatch
+):
     from mlx_diffgemma import device
 
     monkeypatch.setattr(device, "memory_limit", lambda: 12_000_000)
-    monkeypatch.setattr(type(nano_float32[0]), "encode", lambda *a, **k: pytest.fail("something was computed"))
+    monkeypatch.setattr(
+        type(nano_float32[0]), "encode", lambda *a, **k: pytest.fail("something was computed")
+    )
     # 9 MB of weights, 4 of cache, and 13 of the experts' results for a chunk of the prompt.
-    with pytest.raises(UserError, match=r"A prompt of 6,000 tokens needs 0\.03 GB, this machine allows 0\.01 GB; shorten it"):
+    with pytest.raises(
+        UserError,
+        match=r"A prompt of 6,000 tokens needs 0\.03 GB, this machine allows 0\.01 GB; shorten it",
+    ):
         stream_generate(*nano_float32, [30] * 6000)
-    with pytest.raises(UserError, match="Running 3 prompts of up to 6,000 tokens together needs .*take fewer at once"):
+    with pytest.raises(
+        UserError,
+        match="Running 3 prompts of up to 6,000 tokens together needs .*take fewer at once",
+    ):
         batch_generate(*nano_float32, [[30] * 6000] * 3)
+    with pytest.raises(UserError, match="A prompt of 6,000 tokens"):
+        batch_generate(*nano_float32, [[30], [30] * 6000], batch_size=1)
 
 
 def test_room_for_the_tower(nano_pair, monkeypatch):
@@ -323,3 +455,20 @@ def test_room_for_the_tower(nano_pair, monkeypatch):
     stream_generate(model, tokenizer, prompt, images=images)
     with pytest.raises(UserError, match="A prompt of .* needs"):
         stream_generate(model, tokenizer, prompt, images=images, image_tokens=1120)
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "max_tokens", "plateau", "min_p"])
+@pytest.mark.parametrize("value", ["5", True, [1]])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(UserError, match=f"^{name} must be a number, got"):
+        GenerationOptions(**{name: value})
+
+
+def test_numpys_numbers_are_numbers():
+    options = GenerationOptions(top_k=np.int64(5), top_p=np.float32(0.5), canvas_length="growing")
+    assert (options.top_k, options.canvas_length) == (5, "growing")
+
+
+def test_an_unknown_option_ends_its_sentence():
+    with pytest.raises(UserError, match=r"Unknown option 'qqqq'\. Known are"):
+        GenerationOptions.from_keywords({"qqqq": 1})

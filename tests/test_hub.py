@@ -8,15 +8,16 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from mlx_diffgemma import hub, nano
+from mlx_diffgemma import nano
+from mlx_diffgemma.checkpoint import hub
 from mlx_diffgemma.errors import UserError
+from tests.helpers.command import COMMAND
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/diffusiongemma-tiny"
@@ -27,7 +28,9 @@ def etag(content: bytes) -> str:
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
-    """Repository info, file heads and file bodies with ranges; ``broken`` bodies stop in the middle."""
+    """Repository info, file heads and file bodies with ranges; ``broken`` bodies stop in the
+    middle.
+    """
 
     protocol_version = "HTTP/1.1"
     root: Path
@@ -44,12 +47,23 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0].strip("/")
         self.log.append(f"{self.command} {path}")
         if path.startswith(f"api/models/{REPO}/tree/"):
-            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": etag(p.read_bytes())}
-                    for p in sorted(self.root.iterdir())]
+            tree = [
+                {
+                    "type": "file",
+                    "path": p.name,
+                    "size": p.stat().st_size,
+                    "oid": etag(p.read_bytes()),
+                }
+                for p in sorted(self.root.iterdir())
+            ]
             return self.send(200, json.dumps(tree).encode(), body)
         if path.startswith(f"api/models/{REPO}"):
             files = [{"rfilename": p.name} for p in sorted(self.root.iterdir())]
-            return self.send(200, json.dumps({"id": REPO, "sha": SHA, "siblings": files, "private": False}).encode(), body)
+            return self.send(
+                200,
+                json.dumps({"id": REPO, "sha": SHA, "siblings": files, "private": False}).encode(),
+                body,
+            )
         prefix = f"{REPO}/resolve/{SHA}/"
         if not path.startswith(prefix):
             return self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
@@ -59,11 +73,16 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         if body and (wanted := self.headers.get("Range")):
             start, status = int(wanted.removeprefix("bytes=").split("-")[0]), 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        return self.send(status, content[start:], body, headers, cut=path.removeprefix(prefix) in self.broken)
+        return self.send(
+            status, content[start:], body, headers, cut=path.removeprefix(prefix) in self.broken
+        )
 
     def send(self, status, content, body, headers=None, cut=False):
         self.send_response(status)
-        for name, value in {"Content-Type": "application/octet-stream", "Content-Length": str(len(content))}.items():
+        for name, value in {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(len(content)),
+        }.items():
             self.send_header(name, value)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -88,16 +107,30 @@ def server(tmp_path):
 
 def command(endpoint, home, *arguments):
     """The command in a process of its own, since the Hub's library reads its settings at import."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "20",
-                "HF_HUB_ETAG_TIMEOUT": "20", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run([sys.executable, "-m", "mlx_diffgemma.cli", *arguments], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **settings}, cwd=Path(__file__).parents[1])
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "20",
+        "HF_HUB_ETAG_TIMEOUT": "20",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **settings},
+        cwd=Path(__file__).parents[1],
+    )
 
 
 @pytest.mark.slow
 def test_download_and_run(server):
     _, endpoint, home = server
-    out = command(endpoint, home, "generate", "--model", REPO, "-p", "Is 47 greater than 38?", "--seed", "1")
+    out = command(
+        endpoint, home, "generate", "--model", REPO, "-p", "Is 47 greater than 38?", "--seed", "1"
+    )
     local = command(endpoint, home, "generate", "-p", "Is 47 greater than 38?", "--seed", "1")
     assert out.returncode == 0, out.stderr
     assert out.stdout == local.stdout
@@ -112,7 +145,7 @@ def test_interrupted_download_goes_on(server):
     assert "Traceback" not in out.stderr
     last = out.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert "goes on where it stopped" in last
+    assert "continues where it stopped" in last
     handler.broken.clear()
     again = command(endpoint, home, "info", REPO)
     assert again.returncode == 0, again.stderr
@@ -125,7 +158,9 @@ def test_a_model_that_cannot_be_run_is_refused_before_its_weights_are_fetched(se
     handler, endpoint, home = server
     handler.root = tmp_path / "quantised"
     shutil.copytree(nano.FOLDER, handler.root)
-    config = json.loads((handler.root / "config.json").read_text()) | {"quantization": {"bits": 7, "group_size": 64}}
+    config = json.loads((handler.root / "config.json").read_text()) | {
+        "quantization": {"bits": 7, "group_size": 64}
+    }
     (handler.root / "config.json").write_text(json.dumps(config))
     out = command(endpoint, home, "generate", "--model", REPO, "-p", "fox")
     assert out.returncode == 2
@@ -143,10 +178,18 @@ def test_a_dry_run_fetches_headers_only(server):
     assert not list(home.rglob("model.safetensors"))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    pytest.param(["-d"], "is not quantised; leave -d out", marks=pytest.mark.slow),
-    pytest.param(["-q", "--q-group-size", "128"], "which groups of 128 do not divide", marks=pytest.mark.slow),
-    pytest.param(["-q", "--mlx-path", "."], "exists already", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(["-d"], "is not quantised; leave -d out", marks=pytest.mark.slow),
+        pytest.param(
+            ["-q", "--q-group-size", "128"],
+            "which groups of 128 do not divide",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["-q", "--mlx-path", "."], "exists already", marks=pytest.mark.slow),
+    ],
+)
 def test_what_headers_tell_is_refused_before_the_download(server, options, message):
     _, endpoint, home = server
     out = command(endpoint, home, "convert", "--hf-path", REPO, *options)
@@ -159,13 +202,17 @@ def test_what_headers_tell_is_refused_before_the_download(server, options, messa
 def test_a_dry_run_of_what_is_downloaded_needs_no_network(server):
     _, endpoint, home = server
     assert command(endpoint, home, "info", REPO).returncode == 0
-    out = command("http://127.0.0.1:9", home, "convert", "--hf-path", REPO, "-q", "--dry-run", "--json")
+    out = command(
+        "http://127.0.0.1:9", home, "convert", "--hf-path", REPO, "-q", "--dry-run", "--json"
+    )
     assert out.returncode == 0, out.stderr
 
 
 def test_convert_from_the_hub(server, tmp_path):
     _, endpoint, home = server
-    out = command(endpoint, home, "convert", "--hf-path", REPO, "-q", "--mlx-path", str(tmp_path / "out"))
+    out = command(
+        endpoint, home, "convert", "--hf-path", REPO, "-q", "--mlx-path", str(tmp_path / "out")
+    )
     assert out.returncode == 0, out.stderr
     assert f"base_model: {REPO}" in (tmp_path / "out" / "README.md").read_text()
 
@@ -173,9 +220,24 @@ def test_convert_from_the_hub(server, tmp_path):
 @pytest.mark.slow
 def test_nothing_is_converted_for_an_upload_that_nobody_may_make(server, tmp_path):
     _, endpoint, home = server
-    out = command(endpoint, home, "convert", "--hf-path", "nano", "-q", "--mlx-path", str(tmp_path / "out"), "--upload-repo", REPO)
+    out = command(
+        endpoint,
+        home,
+        "convert",
+        "--hf-path",
+        "nano",
+        "-q",
+        "--mlx-path",
+        str(tmp_path / "out"),
+        "--upload-repo",
+        REPO,
+    )
     assert out.returncode == 2
-    assert out.stderr.strip().splitlines()[-1].startswith("error: Nobody is logged in who could upload to")
+    assert (
+        out.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: Nobody is logged in who could upload to")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -190,7 +252,11 @@ def test_no_such_repository(server):
 def test_no_network(tmp_path):
     out = command("http://127.0.0.1:9", tmp_path, "info", REPO)
     assert out.returncode == 2
-    assert out.stderr.strip().splitlines()[-1].startswith("error: someone/diffusiongemma-tiny could not be fetched")
+    assert (
+        out.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: someone/diffusiongemma-tiny could not be fetched")
+    )
 
 
 @pytest.mark.slow
@@ -209,8 +275,17 @@ def test_what_is_local():
 
 
 def test_all_that_a_tokenizer_needs_is_downloaded():
-    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt", "config.json",
-             "model.safetensors.index.json", "LICENSE", "README.md")
+    names = (
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "vocab.txt",
+        "config.json",
+        "model.safetensors.index.json",
+        "LICENSE",
+        "README.md",
+    )
     for name in names:
         assert any(fnmatch(name, pattern) for pattern in hub.SMALL), name
     assert any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in hub.WANTED)

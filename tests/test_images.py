@@ -5,37 +5,27 @@ import io
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 import tracemalloc
 import zlib
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image as pillow
 from PIL import features
 
-from mlx_diffgemma import images as module
-from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.images import BUDGETS, fitting_size, open_image, prepare
+from mlx_diffgemma.media import images as module
+from mlx_diffgemma.media import sources
+from mlx_diffgemma.media.images import BUDGETS, fitting_size, open_image, open_images, prepare
+from mlx_diffgemma.model.config import VisionConfig
+from tests.helpers.files_over_http import content, serving, stripes
 
 CONFIG = VisionConfig.from_dict({"patch_size": 16, "pooling_kernel_size": 3})
-
-
-def content(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def stripes(width=40, height=20):
-    """Left half red, right half blue."""
-    image = pillow.new("RGB", (width, height), "red")
-    image.paste("blue", (width // 2, 0, width, height))
-    return image
 
 
 class TestOpening:
@@ -44,12 +34,22 @@ class TestOpening:
         data = content(image)
         (tmp_path / "a.png").write_bytes(data)
         url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        for source in (image, data, bytearray(data), memoryview(data), tmp_path / "a.png", str(tmp_path / "a.png"), url):
+        for source in (
+            image,
+            data,
+            bytearray(data),
+            memoryview(data),
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+            url,
+        ):
             assert open_image(source).tobytes() == image.tobytes()
 
     def test_exif_rotation_is_carried_out(self):
         exif = pillow.Exif()
-        exif[0x0112] = 6  # turned by 90 degrees: shown upright it is 20 wide and 40 high, red on top
+        exif[0x0112] = (
+            6  # turned by 90 degrees: shown upright it is 20 wide and 40 high, red on top
+        )
         opened = open_image(content(stripes(), "PNG", exif=exif))
         assert opened.size == (20, 40)
         assert opened.getpixel((10, 3)) == (255, 0, 0)
@@ -73,8 +73,12 @@ class TestOpening:
         right = np.rint(values / 257)
         for image in (pillow.fromarray(values), pillow.fromarray(values.astype(np.int32))):
             np.testing.assert_array_equal(np.asarray(open_image(image))[:, :, 0], right)
-        np.testing.assert_array_equal(np.asarray(open_image(pillow.frombytes("I;16B", (256, 256), values.astype(">u2").tobytes())))
-                                      [:, :, 0], right)
+        np.testing.assert_array_equal(
+            np.asarray(
+                open_image(pillow.frombytes("I;16B", (256, 256), values.astype(">u2").tobytes()))
+            )[:, :, 0],
+            right,
+        )
 
     def test_memory_of_sixteen_bits(self):
         image = pillow.fromarray(np.full((1000, 1000), 30_000, dtype=np.uint16))
@@ -86,7 +90,9 @@ class TestOpening:
             tracemalloc.stop()
 
     def test_integers_of_32_bits_outside_the_range_are_clipped(self):
-        opened = open_image(pillow.fromarray(np.array([[-5, 257, 65535, 2**31 - 1]], dtype=np.int32)))
+        opened = open_image(
+            pillow.fromarray(np.array([[-5, 257, 65535, 2**31 - 1]], dtype=np.int32))
+        )
         assert np.asarray(opened)[0, :, 0].tolist() == [0, 1, 255, 255]
 
     def test_an_integer_image_within_eight_bits_is_not_scaled(self):
@@ -116,11 +122,17 @@ class TestSizes:
     @pytest.mark.parametrize("budget", BUDGETS)
     def test_as_the_reference_has_them(self, budget):
         """Above all for images so flat that not one row fits."""
-        theirs = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4").get_aspect_ratio_preserving_size
+        theirs = pytest.importorskip(
+            "transformers.models.gemma4.image_processing_pil_gemma4"
+        ).get_aspect_ratio_preserving_size
         around = [factor * budget + more for factor in (1, 2, 3) for more in (-1, 0, 1)]
-        for long, short in [(long, short) for long in (*around, 5, 97, 20_000) for short in (1, 2, 3, 7)]:
+        for long, short in [
+            (long, short) for long in (*around, 5, 97, 20_000) for short in (1, 2, 3, 7)
+        ]:
             for height, width in ((long, short), (short, long)):
-                assert fitting_size(height, width, 16, 3, budget) == theirs(height, width, 16, budget * 9, 3)
+                assert fitting_size(height, width, 16, 3, budget) == theirs(
+                    height, width, 16, budget * 9, 3
+                )
 
     def test_more_tokens_see_more(self):
         sizes = [prepare(stripes(400, 300), CONFIG, budget).soft_tokens for budget in BUDGETS]
@@ -142,16 +154,26 @@ class TestSizes:
         changed = a.pixels.copy()
         changed[0, 0, 0] ^= 1
         assert module.Image(changed, 16, 3).digest != a.digest
-        assert module.Image(a.pixels.reshape(a.pixels.shape[1], a.pixels.shape[0], 3), 16, 3).digest != a.digest
+        assert (
+            module.Image(a.pixels.reshape(a.pixels.shape[1], a.pixels.shape[0], 3), 16, 3).digest
+            != a.digest
+        )
 
 
 def png_of(width, height):
     """A PNG that says it is this large and holds next to nothing."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def ico_of(png):
@@ -160,7 +182,9 @@ def ico_of(png):
 
 
 def icns_of(png):
-    return b"icns" + struct.pack(">I", 16 + len(png)) + b"ic08" + struct.pack(">I", 8 + len(png)) + png
+    return (
+        b"icns" + struct.pack(">I", 16 + len(png)) + b"ic08" + struct.pack(">I", 8 + len(png)) + png
+    )
 
 
 def dds():
@@ -170,21 +194,104 @@ def dds():
     return bytes(file)
 
 
+def heif_registered():
+    """Whether Pillow can write the pictures of these tests."""
+    pillow_heif.register_heif_opener()
+    return "HEIF" in pillow.SAVE
+
+
+class TestTogether:
+    """The images of one request."""
+
+    @pytest.fixture(autouse=True)
+    def limits(self, monkeypatch):
+        monkeypatch.setattr(module, "PIXEL_LIMIT", 1000)
+
+    def test_as_each_alone(self, tmp_path):
+        stripes(20, 10).save(tmp_path / "a.png")
+        images = open_images([tmp_path / "a.png", content(stripes(10, 20))])
+        assert [image.size for image in images] == [(20, 10), (10, 20)]
+
+    def test_headers_of_all_before_one_is_decoded(self, monkeypatch, tmp_path):
+        stripes().save(tmp_path / "a.png")
+        file, data = str(tmp_path / "a.png"), content(stripes())
+        with serving() as url:
+            remote = f"{url}/a.png"
+            monkeypatch.setattr(module, "_decoded", lambda *_: pytest.fail("it was decoded"))
+            for sources in ([file, remote], [remote, remote], [file, data]):
+                with pytest.raises(UserError, match="more than 1,000 pixels together"):
+                    open_images(sources, allow_urls=True)
+
+    def test_bytes(self, monkeypatch):
+        size = len(content(stripes(20, 10)))
+        monkeypatch.setattr(sources, "FILE_LIMIT", 4500)
+        with serving() as url:
+            assert size < 500
+            assert open_images([f"{url}/a.png"], allow_urls=True)
+            with pytest.raises(UserError, match="not an image"):
+                open_images([f"{url}/big"], allow_urls=True)
+            with pytest.raises(UserError, match="larger than 0 MB together"):
+                open_images([f"{url}/tall", f"{url}/tall"], allow_urls=True)
+
+    def test_seconds(self, monkeypatch):
+        monkeypatch.setattr(sources, "TOGETHER_SECONDS", 0.3)
+        with serving() as url:
+            start = time.monotonic()
+            with pytest.raises(UserError, match="all images together take longer than 0.3 seconds"):
+                open_images([f"{url}/slow", f"{url}/slow"], allow_urls=True)
+            assert time.monotonic() - start < 2
+
+
+def test_heic():
+    assert heif_registered()
+    exif = pillow.Exif()
+    exif[0x0112] = 6
+    written = content(stripes(64, 32), "HEIF", quality=-1, chroma=444, exif=exif.tobytes())
+    pillow.OPEN.pop("HEIF")  # nobody has registered it
+    opened = open_image(written)
+    assert (opened.mode, opened.size) == ("RGB", (32, 64))
+    assert np.abs(np.asarray(opened, dtype=int)[2, 2] - (255, 0, 0)).max() < 8
+
+
+def test_the_least_soft_tokens_of_any_shape():
+    for budget in BUDGETS:
+        sizes = [fitting_size(1000, 1000 + 7 * n, 16, 3, budget) for n in range(40_000)]
+        assert min(height * width for height, width in sizes) // 48**2 >= budget // 2
+
+
 class TestRefused:
-    @pytest.mark.parametrize(("source", "message"), [
-        (b"", "is not an image"), (b"hello", "is not an image"), (content(stripes(200, 200))[:60], "damaged or cut off"),
-        (content(stripes(200, 200), "JPEG")[:700], "damaged or cut off"), (png_of(200_000, 200_000), "40000000000 pixels"),
-        (png_of(12_000, 12_000), "more than the 100,000,000 allowed"), (png_of(0, 5), "not an image|cannot be read|no size"),
-        ("missing.png", "There is no image missing.png"), ("data:image/png;base64,@@", "data URL is not of the form"),
-        ("data:image/png,abc", "data URL is not of the form"), ("https://example.org/a.png", "Remote images are not fetched here"),
-        (pillow.new("RGB", (0, 7)), "has no size"), ("data:image/png;base64,ü", "data URL is not of the form"),
-        ("a\0b.png", r"'a\\x00b.png' is not the path of a file"), ("~nosuchuser/a.png", "'~nosuchuser/a.png' is not the path"),
-        (np.zeros((4, 4, 3), dtype=np.uint8), "an image of Pillow, not ndarray"), (None, "not NoneType"), ([b""], "not list"),
-        (ico_of(png_of(20_000, 20_000)), "cannot be read as an image .*400000000 pixels"),
-        (icns_of(png_of(20_000, 20_000)), "allowed are PNG, JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "is not an image that can be read here; allowed are PNG"),
-        (dds(), "is not an image that can be read here"),
-        ("HTTPS://example.org/a.png", "Remote images are not fetched here")], ids=lambda value: str(value)[:40])
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            (b"", "is not an image"),
+            (b"hello", "is not an image"),
+            (content(stripes(200, 200))[:60], "damaged or cut off"),
+            (content(stripes(200, 200), "JPEG")[:700], "damaged or cut off"),
+            (png_of(200_000, 200_000), "40000000000 pixels"),
+            (png_of(12_000, 12_000), "more than the 100,000,000 allowed"),
+            (png_of(0, 5), "not an image|cannot be read|no size"),
+            ("missing.png", "There is no image missing.png"),
+            ("data:image/png;base64,@@", "data URL is not of the form"),
+            ("data:image/png,abc", "data URL is not of the form"),
+            ("https://example.org/a.png", "Remote images are not fetched here"),
+            (pillow.new("RGB", (0, 7)), "has no size"),
+            ("data:image/png;base64,ü", "data URL is not of the form"),
+            ("a\0b.png", r"'a\\x00b.png' is not the path of a file"),
+            ("~nosuchuser/a.png", "'~nosuchuser/a.png' is not the path"),
+            (np.zeros((4, 4, 3), dtype=np.uint8), "an image of Pillow, not ndarray"),
+            (None, "not NoneType"),
+            ([b""], "not list"),
+            (ico_of(png_of(20_000, 20_000)), "cannot be read as an image .*400000000 pixels"),
+            (icns_of(png_of(20_000, 20_000)), "allowed are PNG, JPEG"),
+            (
+                b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n",
+                "is not an image that can be read here; allowed are PNG",
+            ),
+            (dds(), "is not an image that can be read here"),
+            ("HTTPS://example.org/a.png", "Remote images are not fetched here"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
     def test_in_one_sentence(self, source, message, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=message) as raised:
@@ -202,12 +309,29 @@ class TestRefused:
         with pytest.raises(UserError, match="damaged or cut off"):
             open_image(bytes(data))
 
+    def test_heic_without_its_package(self, monkeypatch):
+        data = content(stripes(64, 64), "HEIF", quality=-1) if heif_registered() else b""
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        monkeypatch.delitem(pillow.OPEN, "HEIF")
+        told = r"is a HEIC picture, .* install it with `pip install 'mlx-diffgemma\[heif\]'`"
+        with pytest.raises(UserError, match=told):
+            open_image(data)
+        with pytest.raises(UserError, match="is not an image that can be read here"):
+            open_image(data[:8] + b"isom" + data[12:])
+
+    def test_a_damaged_heic(self):
+        assert heif_registered()
+        data = bytearray(content(pillow.effect_noise((64, 64), 90).convert("RGB"), "HEIF"))
+        data[data.index(b"mdat") + 8 :] = b"\xff" * (len(data) - data.index(b"mdat") - 8)
+        with pytest.raises(UserError, match="damaged or cut off"):
+            open_image(bytes(data))
+
     def test_a_folder(self, tmp_path):
         with pytest.raises(UserError, match=f"{tmp_path} is a folder"):
             open_image(tmp_path)
 
     def test_a_file_that_does_not_end(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(module, "FILE_LIMIT", 3_000_000)
+        monkeypatch.setattr(sources, "FILE_LIMIT", 3_000_000)
         with (tmp_path / "long.png").open("wb") as file:
             file.truncate(3_000_001)
         with pytest.raises(UserError, match="long.png is larger than 3 MB"):
@@ -232,39 +356,10 @@ class TestRefused:
             prepare(stripes(10_000, 2), short, 280)
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.path == "/slow":
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(100):
-                self.wfile.write(b"x")
-                time.sleep(0.05)
-            return
-        body = {"/a.png": content(stripes()), "/big": b"x" * 4000}.get(self.path)
-        self.send_response(200 if body else 404)
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def serving():
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # who asked may leave before the end
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @contextmanager
 def replying(reply):
     """A server that says the same to everyone."""
+
     def answer():
         connection, _ = listener.accept()
         with connection:
@@ -286,47 +381,81 @@ class TestUrls:
             assert open_image(f"{url}/a.png", allow_urls=True).tobytes() == stripes().tobytes()
             with pytest.raises(UserError, match=r"cannot be fetched \(Not Found\)"):
                 open_image(f"{url}/b.png", allow_urls=True)
-            monkeypatch.setattr(module, "DOWNLOAD_LIMIT", 3000)
+            monkeypatch.setattr(sources, "DOWNLOAD_LIMIT", 3000)
             with pytest.raises(UserError, match="is larger than"):
                 open_image(f"{url}/big", allow_urls=True)
 
     def test_the_time_is_that_of_the_whole(self, monkeypatch):
         """A server that sends a byte now and then is left."""
-        monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.5)
+        monkeypatch.setattr(sources, "DOWNLOAD_SECONDS", 0.5)
         with serving() as url:
-            start = time.monotonic()
-            with pytest.raises(UserError, match="cannot be fetched .it takes longer than 0.5 seconds"):
-                open_image(f"{url}/slow", allow_urls=True)
-            assert time.monotonic() - start < 3
+            for page in ("slow", "dripping"):
+                start = time.monotonic()
+                with pytest.raises(
+                    UserError, match="cannot be fetched .it takes longer than 0.5 seconds"
+                ):
+                    open_image(f"{url}/{page}", allow_urls=True)
+                assert time.monotonic() - start < 3
 
-    @pytest.mark.parametrize("url", ["http://127.0.0.1/a b.png", "http://127.0.0.1:port/a", "http://[::1/a", "http:///a.png",
-                                     "http://127.0.0.1/\nHost: a", "http://127.0.0.1:9/ü.png"])
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "http://127.0.0.1/a b.png",
+            "http://127.0.0.1:port/a",
+            "http://[::1/a",
+            "http:///a.png",
+            "http://127.0.0.1/\nHost: a",
+            "http://127.0.0.1:9/ü.png",
+        ],
+    )
     def test_none_of_its_form(self, url):
         with pytest.raises(UserError, match="cannot be fetched") as raised:
             open_image(url, allow_urls=True)
         assert "\n" not in str(raised.value)
 
-    @pytest.mark.parametrize("reply", [b"junk\r\nmore\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\nabc",
-                                       b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", b""],
-                             ids=["junk", "cut off", "headers", "nothing"])
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            b"junk\r\nmore\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\nabc",
+            b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+            b"",
+        ],
+        ids=["junk", "cut off", "headers", "nothing"],
+    )
     def test_a_reply_that_is_none(self, reply):
         with replying(reply) as url, pytest.raises(UserError, match="cannot be fetched") as raised:
             open_image(url, allow_urls=True)
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "siglip"}, "vision_config.model_type is 'siglip'"),
-    ({"hidden_activation": "relu"}, "vision_config.hidden_activation is 'relu'"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
-    ({"head_dim": 10}, "must divide by 4"), ({"num_key_value_heads": 5}, "must divide by 4")], ids=lambda x: json.dumps(x)[:30])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "siglip"}, "vision_config.model_type is 'siglip'"),
+        ({"hidden_activation": "relu"}, "vision_config.hidden_activation is 'relu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
+        ({"head_dim": 10}, "must divide by 4"),
+        ({"num_key_value_heads": 5}, "must divide by 4"),
+    ],
+    ids=lambda x: json.dumps(x)[:30],
+)
 def test_another_tower_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         VisionConfig.from_dict(change)
 
 
-@pytest.mark.parametrize("write", [str, lambda url: url.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64"),
-                                   lambda url: url.rstrip("="), lambda url: url[:40] + "\r\n" + url[40:] + "\n"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        str,
+        lambda url: url.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64"),
+        lambda url: url.rstrip("="),
+        lambda url: url[:40] + "\r\n" + url[40:] + "\n",
+        lambda url: url[:40] + "%0D%0a" + url[40:].replace("=", "%3D").replace("+", "%2B"),
+        lambda url: url.replace(";base64", ";charset=utf-8; base64"),
+    ],
+)
 def test_data_urls_as_they_are_written(write):
     file = io.BytesIO()
     pillow.new("RGB", (3, 2), "red").save(file, "PNG")

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from mlx_diffgemma.infill import Fill, Infilled
-from tests.test_cli import run
+from mlx_diffgemma.generation.holes import Fill, Infilled
+from tests.helpers.in_process import run
 
 TEXT = '{"name": "Anna",\r\n "age": <|hole:3|>, "city": "Paris"}\r\n'
 PROMPT = "Turn this into JSON: Anna is 31 years old and lives in Paris."
@@ -22,13 +22,38 @@ def record(tmp_path):
 
 
 def test_prefix_and_suffix(monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "infill", "--prefix", '{"name": "Anna", "age": ', "--suffix", ', "city": "Paris"}',
-                         "-p", PROMPT, "--length", "3", "--seed", "0")
+    code, out, err = run(
+        monkeypatch,
+        capsys,
+        "infill",
+        "--prefix",
+        '{"name": "Anna", "age": ',
+        "--suffix",
+        ', "city": "Paris"}',
+        "-p",
+        PROMPT,
+        "--length",
+        "3",
+        "--seed",
+        "0",
+    )
     assert (code, out, err) == (0, '{"name": "Anna", "age": 31, "city": "Paris"}\n', "")
 
 
 def test_a_file_comes_back_byte_for_byte(monkeypatch, capsys, record):
-    code, out, _ = run(monkeypatch, capsys, "infill", str(record), "-p", PROMPT, "--regex", "[0-9]{2}", "--seed", "0", *FEW)
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "infill",
+        str(record),
+        "-p",
+        PROMPT,
+        "--regex",
+        "[0-9]{2}",
+        "--seed",
+        "0",
+        *FEW,
+    )
     before, behind = TEXT.split("<|hole:3|>")
     assert code == 0
     assert out.startswith(before)
@@ -38,8 +63,19 @@ def test_a_file_comes_back_byte_for_byte(monkeypatch, capsys, record):
 
 
 def test_in_place(monkeypatch, capsys, record):
-    code, out, _ = run(monkeypatch, capsys, "infill", str(record), "--choices", "31,13", "--seed", "0", "--in-place", "--force",
-                       *FEW)
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "infill",
+        str(record),
+        "--choices",
+        "31,13",
+        "--seed",
+        "0",
+        "--in-place",
+        "--force",
+        *FEW,
+    )
     assert (code, out) == (0, "")
     assert record.read_bytes() in [TEXT.replace("<|hole:3|>", age).encode() for age in ("31", "13")]
 
@@ -58,8 +94,8 @@ class TestInPlace:
 
         self.meanwhile = lambda: None
         self.converged = True
-        monkeypatch.setattr("mlx_diffgemma.infill_command.infill", filled)
-        monkeypatch.setattr("mlx_diffgemma.infill_command.load", lambda *_, **__: (None, None))
+        monkeypatch.setattr("mlx_diffgemma.cli.infill.infill", filled)
+        monkeypatch.setattr("mlx_diffgemma.cli.infill.load", lambda *_, **__: (None, None))
         return lambda *more: run(monkeypatch, capsys, "infill", str(record), "--in-place", *more)
 
     def test_it_is_replaced(self, command, record):
@@ -111,7 +147,7 @@ class TestInPlace:
         def never(*_arguments, **_options):
             raise AssertionError("it was loaded")
 
-        monkeypatch.setattr("mlx_diffgemma.infill_command.load", never)
+        monkeypatch.setattr("mlx_diffgemma.cli.infill.load", never)
         monkeypatch.setattr(os, "access", lambda *_: False)
         code, _, err = command()
         assert code == 2
@@ -119,8 +155,20 @@ class TestInPlace:
 
 
 def test_what_was_tried_is_told(monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "infill", "--suffix", " years old" * 40, "--length", "1-3", "--seed", "5", "--json",
-                         "--verbose", *FEW)
+    code, out, err = run(
+        monkeypatch,
+        capsys,
+        "infill",
+        "--suffix",
+        " years old" * 40,
+        "--length",
+        "1-3",
+        "--seed",
+        "5",
+        "--json",
+        "--verbose",
+        *FEW,
+    )
     assert code == 0
     record = json.loads(out.splitlines()[-1])
     assert [one["length"] for one in record["fills"][0]["candidates"]] == [1, 2, 3]
@@ -133,13 +181,36 @@ def test_what_was_tried_is_told(monkeypatch, capsys):
 def test_edit_by_marks_and_by_lines(monkeypatch, capsys, tmp_path):
     path = tmp_path / "story.txt"
     path.write_bytes(b"One.\r\nMia was a <|edit|>red<|/edit|> fox.\nThe end.")
-    code, out, _ = run(monkeypatch, capsys, "edit", str(path), "-p", "Tell it in blue:", "--choices", "blue,green", *FEW)
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "edit",
+        str(path),
+        "-p",
+        "Tell it in blue:",
+        "--choices",
+        "blue,green",
+        *FEW,
+    )
     assert code == 0
     assert out in [f"One.\r\nMia was a {word} fox.\nThe end." for word in ("blue", "green")]
     plain = b"One.\r\nMia was a red fox.\nThe end."
     path.write_bytes(plain)
-    code, _, _ = run(monkeypatch, capsys, "edit", str(path), "-p", "Shorter:", "--lines", "2", "--length", "4",
-                     "--in-place", "--force", *FEW)
+    code, _, _ = run(
+        monkeypatch,
+        capsys,
+        "edit",
+        str(path),
+        "-p",
+        "Shorter:",
+        "--lines",
+        "2",
+        "--length",
+        "4",
+        "--in-place",
+        "--force",
+        *FEW,
+    )
     assert code == 0
     written = path.read_bytes()
     assert written.startswith(b"One.\r\n")
@@ -147,20 +218,27 @@ def test_edit_by_marks_and_by_lines(monkeypatch, capsys, tmp_path):
     assert written != plain
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["infill"], "There is no text"), (["infill", "none.txt"], "none.txt cannot be read"),
-    (["infill", "FILE", "--prefix", "a"], "leave --prefix and --suffix out"),
-    (["infill", "--prefix", "a", "--in-place"], "needs a FILE"),
-    (["infill", "PLAIN"], "has no hole"), (["infill", "BYTES"], "bytes.txt is UTF-16"),
-    (["infill", "--prefix", "a", "--length", "many"], "'many' is no length"),
-    (["infill", "--prefix", "a", "--length", "0"], "at least 1 token"),
-    (["infill", "--prefix", "a", "--regex", "("], "expression"),
-    (["infill", "--prefix", "a", "--regex", "a", "--choices", "b"], "Give one"),
-    (["infill", "--prefix", "a", "--temp", "-1"], "temperature"), (["infill", "--prefix", "a", "--batch-size", "0"], "batch_size"),
-    (["edit", "PLAIN", "-p", "x"], "One span must be marked"),
-    (["edit", "PLAIN", "-p", "x", "--lines", "9"], "no lines of a text of 2"),
-    (["edit", "PLAIN", "-p", "x", "--lines", "2-1"], "no lines"), (["edit", "-", "-p", "x", "--in-place"], "needs a FILE"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infill"], "There is no text"),
+        (["infill", "none.txt"], "none.txt cannot be read"),
+        (["infill", "FILE", "--prefix", "a"], "leave --prefix and --suffix out"),
+        (["infill", "--prefix", "a", "--in-place"], "needs a FILE"),
+        (["infill", "PLAIN"], "has no hole"),
+        (["infill", "BYTES"], "bytes.txt is UTF-16"),
+        (["infill", "--prefix", "a", "--length", "many"], "'many' is no length"),
+        (["infill", "--prefix", "a", "--length", "0"], "at least 1 token"),
+        (["infill", "--prefix", "a", "--regex", "("], "expression"),
+        (["infill", "--prefix", "a", "--regex", "a", "--choices", "b"], "Give one"),
+        (["infill", "--prefix", "a", "--temp", "-1"], "temperature"),
+        (["infill", "--prefix", "a", "--batch-size", "0"], "batch_size"),
+        (["edit", "PLAIN", "-p", "x"], "One span must be marked"),
+        (["edit", "PLAIN", "-p", "x", "--lines", "9"], "no lines of a text of 2"),
+        (["edit", "PLAIN", "-p", "x", "--lines", "2-1"], "no lines"),
+        (["edit", "-", "-p", "x", "--in-place"], "needs a FILE"),
+    ],
+)
 def test_wrong_input_is_one_line(monkeypatch, capsys, tmp_path, record, arguments, message):
     (tmp_path / "plain.txt").write_text("no hole\nhere")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe<|hole|>")

@@ -5,13 +5,8 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from mlx_diffgemma.live import LiveCanvas
-from mlx_diffgemma.session import CanvasStep
-
-
-def step(ids, number=0, reason=None, entropy=1.0):
-    ids = mx.array(ids)
-    return CanvasStep(0, 0, number, 8, ids, ids, ids > 0, mx.full(ids.shape, entropy), mx.zeros(ids.shape), entropy, reason)
+from mlx_diffgemma.cli.live import LiveCanvas
+from tests.helpers.steps import ids_of, step
 
 
 @pytest.fixture
@@ -29,13 +24,14 @@ def drawn(nano_pair):
     return draw
 
 
-def ids_of(nano_pair, text):
-    return nano_pair[1].encode(text, add_special_tokens=False)
-
-
 def test_frames_are_throttled_but_the_last_one_is_drawn(drawn, nano_pair):
     ids = ids_of(nano_pair, "fox")
-    out = drawn((step(ids, 0), 0.0), (step(ids, 1), 0.01), (step(ids, 2), 0.02), (step(ids, 3, "converged"), 0.03))
+    out = drawn(
+        (step(ids, 0), 0.0),
+        (step(ids, 1), 0.01),
+        (step(ids, 2), 0.02),
+        (step(ids, 3, "converged"), 0.03),
+    )
     assert "step 1 of" in out
     assert "step 2 of" not in out
     assert "step 3 of" not in out
@@ -55,11 +51,22 @@ def test_colour_tells_certain_from_guessing(drawn, nano_pair):
 
 def test_drafted_positions_that_stand_and_that_were_repaired_are_told_apart(drawn, nano_pair):
     ids = [*ids_of(nano_pair, "fox moon"), 1, 7]
-    guess = [*ids[:-3], 9, 1, 7]  # the last token of the text was guessed wrong; what comes after the end is not shown
+    guess = [
+        *ids[:-3],
+        9,
+        1,
+        7,
+    ]  # the last token of the text was guessed wrong; what comes after the end is not shown
     found = replace(step(ids), draft=mx.array(guess))
     out = drawn((found, 0.0))
     count = len(ids) - 2
-    for text in (f"{count} positions drafted", f"{count - 1} stand", "1 repaired", "\x1b[4;31m", "\x1b[7;31m"):
+    for text in (
+        f"{count} positions drafted",
+        f"{count - 1} stand",
+        "1 repaired",
+        "\x1b[4;31m",
+        "\x1b[7;31m",
+    ):
         assert text in out, text
     assert "drafted" not in drawn((step(ids), 0.0))
     nothing = drawn((replace(step(ids), draft=mx.full((len(ids),), -1)), 0.0))

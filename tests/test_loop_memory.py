@@ -1,4 +1,6 @@
-"""Between two steps the loop holds the small self-conditioning signal, never the logits it was made from."""
+"""Between two steps the loop holds the small self-conditioning signal, never the logits it was made
+from.
+"""
 
 from dataclasses import replace
 
@@ -6,11 +8,13 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_diffgemma.config import released_config
-from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.session import Loop, Session
+from mlx_diffgemma.decoding.loop import Loop
+from mlx_diffgemma.decoding.session import Session
+from mlx_diffgemma.decoding.verifier import verify
+from mlx_diffgemma.model.config import released_config
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
 
 VOCABULARY, CANVAS = 32_768, 32
 LOGITS = 4 * VOCABULARY * CANVAS  # bytes of one canvas
@@ -21,21 +25,44 @@ def wide():
     """One tiny layer under a vocabulary that everything else is small beside."""
     config = released_config()
     layer = replace(config.text.layers[0], num_kv_heads=1, head_dim=16, rotated=8)
-    text = replace(config.text, layers=(layer,), hidden_size=16, intermediate_size=16, moe_intermediate_size=16,
-                   num_experts=2, top_k_experts=1, num_attention_heads=1, vocab_size=VOCABULARY)
+    text = replace(
+        config.text,
+        layers=(layer,),
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_experts=2,
+        top_k_experts=1,
+        num_attention_heads=1,
+        vocab_size=VOCABULARY,
+    )
     model = DiffusionGemma(replace(config, text=text, canvas_length=CANVAS, vision=None))
-    drawn = [(name, mx.random.normal(value.shape, key=mx.random.key(index)) * 0.3)
-             for index, (name, value) in enumerate(tree_flatten(model.parameters()))]
+    drawn = [
+        (name, mx.random.normal(value.shape, key=mx.random.key(index)) * 0.3)
+        for index, (name, value) in enumerate(tree_flatten(model.parameters()))
+    ]
     model.update(tree_unflatten(drawn))
     mx.eval(model.parameters())
     return model
 
 
 def steps(model, coverage, rows):
-    """(bytes held above the weights after each step, bytes above the weights at the peak of each step)."""
+    """(bytes held above the weights after each step, bytes above the weights at the peak of each
+    step).
+    """
     policy = ReferencePolicy.from_config(model.config.generation, coverage=coverage)
-    loop = Loop(model, [Session(model, [5, 6, 7], policy, Draws(row, VOCABULARY), (1,), CANVAS) for row in range(rows)])
-    weights, held, peaks = sum(array.nbytes for _, array in tree_flatten(model.parameters())), [], []
+    loop = Loop(
+        model,
+        [
+            Session(model, [5, 6, 7], policy, Draws(row, VOCABULARY), (1,), CANVAS)
+            for row in range(rows)
+        ],
+    )
+    weights, held, peaks = (
+        sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        [],
+        [],
+    )
     start = mx.get_active_memory() - weights
     for _ in range(3):
         mx.reset_peak_memory()
@@ -56,16 +83,19 @@ def test_no_logits_live_through_the_next_step(wide, coverage, rows):
 
 
 def test_a_verdict_does_not_hold_the_logits_of_its_text(wide):
-    from mlx_diffgemma.judge import consult
-
-    policy = ReferencePolicy.from_config(wide.config.generation)
-    session = Session(wide, [5, 6, 7], policy, Draws(0, VOCABULARY), (1,), CANVAS)
-    session.next_logits = mx.zeros((VOCABULARY,))
-    session.open_canvas()
-    session.read(False, 0.0, 0)
-    mx.eval(session.next_logits)
+    cache = Session(
+        wide,
+        [5, 6, 7],
+        ReferencePolicy.from_config(wide.config.generation),
+        Draws(0, VOCABULARY),
+        (1,),
+        CANVAS,
+    ).cache
+    first = mx.zeros((VOCABULARY,))
+    mx.eval(first)
     mx.synchronize()
     before = mx.get_active_memory()
-    consult(wide, [(session, list(range(3, 3 + CANVAS)))])
+    verdicts = verify(wide, [list(range(3, 3 + CANVAS))], [cache], [first])
     mx.synchronize()
     assert mx.get_active_memory() - before < 0.2 * LOGITS
+    assert len(verdicts) == 1

@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.masks import block_mask, causal_mask
+from mlx_diffgemma.model.masks import block_mask, causal_mask
 
 
 def expected(past, rows, window, blocks):

@@ -19,8 +19,12 @@ def resident() -> int:
 @pytest.mark.filterwarnings("ignore::mlx_diffgemma.GenerationWarning")
 def test_two_hundred_generations(nano_pair, capsys):
     model, tokenizer = nano_pair
-    questions = ["Add 12 and 30.", "Sort these numbers: 42 17 91", "Tell me a story about Leo the owl and a map.",
-                 "Turn this into JSON: Anna is a red fox."]
+    questions = [
+        "Add 12 and 30.",
+        "Sort these numbers: 42 17 91",
+        "Tell me a story about Leo the owl and a map.",
+        "Turn this into JSON: Anna is a red fox.",
+    ]
     marks = {}
     for i in range(1, 201):
         prompt = chat_ids(tokenizer, [{"role": "user", "content": questions[i % 4]}])
@@ -31,7 +35,9 @@ def test_two_hundred_generations(nano_pair, capsys):
             mx.clear_cache()
             marks[i] = (resident(), mx.get_active_memory())
     with capsys.disabled():
-        print(f"\nresident after 50: {marks[50][0] / 1e6:.1f} MB, after 200: {marks[200][0] / 1e6:.1f} MB; "
-              f"active {marks[50][1]} and {marks[200][1]} bytes")
+        print(
+            f"\nresident after 50: {marks[50][0] / 1e6:.1f} MB, after 200: {marks[200][0] / 1e6:.1f} MB; "
+            f"active {marks[50][1]} and {marks[200][1]} bytes"
+        )
     assert marks[200][0] <= 1.03 * marks[50][0]
     assert marks[200][1] == marks[50][1]

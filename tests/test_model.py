@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import layers
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.model import Segment
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.model import layers
+from mlx_diffgemma.model.attention import Segment
+from mlx_diffgemma.model.cache import Cache
 
 RNG = np.random.default_rng(0)
 LONG = RNG.integers(1, 301, 75).tolist()
@@ -24,12 +25,22 @@ def encoded(model, ids, pieces=None):
 
 
 def same_caches(one, two):
-    return len(one.arrays) == len(two.arrays) and all(mx.array_equal(a, b).item() for a, b in zip(one.arrays, two.arrays))
+    return len(one.arrays) == len(two.arrays) and all(
+        mx.array_equal(a, b).item() for a, b in zip(one.arrays, two.arrays)
+    )
 
 
 @pytest.mark.parametrize("pieces", [[40, 35], [2] * 36 + [3], [73, 2], [16, 16, 16, 27], [14, 61]])
 def test_chunked_prefill_equals_whole(tiny, pieces):
     assert same_caches(encoded(tiny, LONG, pieces), encoded(tiny, LONG))
+
+
+def test_masks_of_a_chunk_are_those_of_each_layer(tiny):
+    """Of as many past keys and rows in sliding and in full layers."""
+    cache = encoded(tiny, LONG[:15])
+    chunk = tiny.encode([mx.array(LONG[15:31])], [cache], logits="all").logits[0]
+    whole = tiny.encode([mx.array(LONG[:31])], [Cache(tiny.config.text)], logits="all").logits[0]
+    np.testing.assert_allclose(np.array(chunk), np.array(whole[15:]), atol=1e-4)
 
 
 def test_single_rows_equal_whole_up_to_rounding(tiny):
@@ -54,7 +65,9 @@ def test_a_batch_equals_its_rows_alone(tiny):
     soft = mx.random.normal((2, 24, 64), key=mx.random.key(0))
     both = tiny.denoise(mx.array(CANVAS), together, soft).logits
     for row in range(2):
-        single = tiny.denoise(mx.array(CANVAS[row : row + 1]), [alone[row]], soft[row : row + 1]).logits
+        single = tiny.denoise(
+            mx.array(CANVAS[row : row + 1]), [alone[row]], soft[row : row + 1]
+        ).logits
         assert mx.array_equal(both[row], single[0])
 
 
@@ -75,7 +88,9 @@ def test_no_signal_equals_a_signal_of_zeros(tiny):
 def test_a_signal_changes_the_logits(tiny):
     cache = encoded(tiny, SHORT)
     plain = tiny.denoise(mx.array(CANVAS[:1]), [cache]).logits
-    assert not mx.allclose(plain, tiny.denoise(mx.array(CANVAS[:1]), [cache], mx.ones((1, 24, 64))).logits, atol=0.1)
+    assert not mx.allclose(
+        plain, tiny.denoise(mx.array(CANVAS[:1]), [cache], mx.ones((1, 24, 64))).logits, atol=0.1
+    )
 
 
 def test_held_rows_equal_appended_ones_once_accepted(tiny):
@@ -106,12 +121,17 @@ def test_taps_change_nothing_and_bring_the_layers(tiny):
 
 def test_causal_and_canvas_rows_share_a_forward(tiny):
     """Commit fusion rests on this: mixed segments give each mode its own layer scalar."""
-    apart, mixed = [encoded(tiny, LONG), encoded(tiny, SHORT)], [encoded(tiny, LONG), encoded(tiny, SHORT)]
+    apart, mixed = (
+        [encoded(tiny, LONG), encoded(tiny, SHORT)],
+        [encoded(tiny, LONG), encoded(tiny, SHORT)],
+    )
     tiny.encode([mx.array(SHORT)], [apart[0]])
     canvas = tiny.model.decoder.self_conditioning(tiny.embed(mx.array(CANVAS[0])), None)
     alone = tiny.denoise(mx.array(CANVAS[:1]), [apart[1]]).hidden[0]
     rows = mx.concatenate((tiny.embed(mx.array(SHORT)), canvas))
-    hidden, _ = tiny._forward(rows, [Segment(0, 6, mixed[0]), Segment(6, 30, mixed[1], canvas=True)], ())
+    hidden, _ = tiny._forward(
+        rows, [Segment(0, 6, mixed[0]), Segment(6, 30, mixed[1], canvas=True)], ()
+    )
     assert same_caches(mixed[0], apart[0])
     np.testing.assert_allclose(np.array(hidden[6:]), np.array(alone), atol=2e-5)
 
@@ -124,9 +144,27 @@ def test_bidirectional_blocks_see_their_own_future(tiny):
         return tiny._forward(x, [Segment(0, 12, Cache(tiny.config.text), blocks=blocks)], ())[0]
 
     assert mx.array_equal(hidden(rows, ())[:11], hidden(changed, ())[:11])
-    block = ((8, 12),)
+    block = ((1, 4), (8, 12))
     assert mx.array_equal(hidden(rows, block)[:8], hidden(changed, block)[:8])
     assert not mx.allclose(hidden(rows, block)[8:11], hidden(changed, block)[8:11], atol=1e-3)
+
+
+def test_replaced_weights_are_used_at_once(tiny_folder):
+    """Projections of the same rows are one product, made of the weights as they were loaded."""
+    joined, apart = (load_model(tiny_folder, "float32") for _ in range(2))
+    for layer in apart.layers:
+        layer.self_attn._joined = layer.mlp._joined = None
+    for path in ("self_attn.k_proj", "mlp.up_proj"):
+        before = encoded(joined, LONG)
+        for model in (joined, apart):
+            module = model.layers[1]
+            for name in path.split("."):
+                module = module[name]
+            module.weight = module.weight * 1.5
+        found = encoded(joined, LONG)
+        assert not same_caches(found, before)
+        for a, b in zip(found.arrays, encoded(apart, LONG).arrays):
+            np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-5)
 
 
 def test_an_overflow_is_not_capped_into_a_token(tiny):
@@ -149,7 +187,13 @@ class TestRowBlocks:
         calls, attention = [], layers.attention
 
         def spy(queries, keys, values, mask):
-            calls.append((queries.shape[1] * queries.shape[2] * keys.shape[2], queries.shape[2], keys.shape[2]))
+            calls.append(
+                (
+                    queries.shape[1] * queries.shape[2] * keys.shape[2],
+                    queries.shape[2],
+                    keys.shape[2],
+                )
+            )
             return attention(queries, keys, values, mask)
 
         monkeypatch.setattr(layers, "attention", spy)
@@ -169,8 +213,9 @@ class TestRowBlocks:
         assert len(calls) > 12, "there are blocks"
         assert all(mx.array_equal(a, b) for a, b in zip(whole, blocks))
 
-    def test_no_array_beyond_the_bound(self, tiny, monkeypatch):
-        heads, scores = 4, 4 * 151 * 20
+    @pytest.mark.parametrize("rows", [20, 15])
+    def test_no_array_beyond_the_bound(self, tiny, monkeypatch, rows):
+        heads, scores = 4, 4 * 151 * rows  # of 15 rows each, one would be left over
         _, calls = self.run(tiny, monkeypatch, scores)
         # one row more than the bound allows, where it would be left over alone
         assert max(size for size, _, _ in calls) <= scores + heads * (self.LENGTH + 24)

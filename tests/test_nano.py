@@ -8,11 +8,13 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffgemma import nano
-from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
-from mlx_diffgemma.info import inspect
-from mlx_diffgemma.nano import golden
-from mlx_diffgemma.nano.tasks import NARROW_STAGES, TASKS, draw, held_out_examples, story_score
-from mlx_diffgemma.storage import read_header
+from mlx_diffgemma.checkpoint.info import inspect
+from mlx_diffgemma.diagnostics import golden
+from mlx_diffgemma.evaluation.nano_stories import NARROW_STAGES, story_score
+from mlx_diffgemma.evaluation.nano_tasks import TASKS, draw, held_out_examples
+from mlx_diffgemma.model.config import FULL, SLIDING, ModelConfig
+from mlx_diffgemma.safetensors import read_header
+from tests.helpers.deferred import Reference
 
 CARD = (nano.FOLDER / "README.md").read_text(encoding="utf-8")
 
@@ -39,8 +41,12 @@ class TestVersion:
     def test_scores_in_the_card_are_those_measured(self):
         folder = nano.FOLDER.parents[2] / "bench" / "results"
         for mode in ("diffusion", "ar"):
-            for result in json.loads((folder / f"nano-evaluate-{mode}.json").read_text())["results"]:
-                row = next(line for line in CARD.splitlines() if line.startswith(f"| {result['task']} |"))
+            for result in json.loads((folder / f"nano-evaluate-{mode}.json").read_text())[
+                "results"
+            ]:
+                row = next(
+                    line for line in CARD.splitlines() if line.startswith(f"| {result['task']} |")
+                )
                 assert f"{result['score']:.1%}" in row
 
 
@@ -84,20 +90,20 @@ class TestContract:
             assert not mx.array_equal(layer.layer_scalar, encoder.layer_scalar)
 
     def test_transformers_loads_and_runs_it(self):
-        from mlx_diffgemma.parity.reference import Reference
-
         reference = Reference(nano.FOLDER)
         assert reference.model.generation_config.sampler_config.entropy_bound == 0.1
 
     def test_the_trainer_computes_what_the_reference_computes(self):
-        """The trainer's fused forward over [sequence ; canvas] against the shipped model run in two modes."""
+        """The trainer's fused forward over [sequence ; canvas] against the shipped model run in two
+        modes.
+        """
         import numpy as np
         import torch
         from safetensors.torch import load_file
+        from train_nano import HIDDEN, Network
 
-        from mlx_diffgemma.cache import Cache
-        from mlx_diffgemma.nano.train import HIDDEN, Network
-        from mlx_diffgemma.weights import load_model
+        from mlx_diffgemma.checkpoint.loading import load_model
+        from mlx_diffgemma.model.cache import Cache
 
         weights = {k: v.float() for k, v in load_file(nano.FOLDER / "model.safetensors").items()}
         rng = np.random.default_rng(0)
@@ -105,8 +111,12 @@ class TestContract:
         soft = rng.normal(size=(1, 32, HIDDEN)).astype(np.float32)
         network = Network(weights)
         with torch.no_grad():
-            sequence, denoised, _ = network(torch.tensor(ids)[None], torch.tensor(canvas)[None], torch.tensor([80]),
-                                            torch.tensor(soft))
+            sequence, denoised, _ = network(
+                torch.tensor(ids)[None],
+                torch.tensor(canvas)[None],
+                torch.tensor([80]),
+                torch.tensor(soft),
+            )
             causal, logits = network.head(sequence)[0].numpy(), network.head(denoised)[0].numpy()
         model = load_model(nano.FOLDER, "float32")
         cache = Cache(model.config.text)
@@ -130,7 +140,9 @@ class TestTasks:
     def test_no_held_out_input_is_ever_drawn_for_training(self, task, wide):
         rng = random.Random(0)
         held_out = {e.key for e in held_out_examples(task, 500)}
-        assert not any(draw(task, rng, held_out=False, wide=wide).key in held_out for _ in range(2000))
+        assert not any(
+            draw(task, rng, held_out=False, wide=wide).key in held_out for _ in range(2000)
+        )
 
     @pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.name)
     def test_five_hundred_distinct_inputs(self, task):
@@ -158,7 +170,9 @@ class TestTasks:
         assert story_score(example.answer[: len(example.answer) // 2], example) == 0
 
     def test_stories_need_several_canvases(self, nano_pair):
-        lengths = [len(nano_pair[1].encode(e.answer)) for e in held_out_examples(TASKS["story"], 50)]
+        lengths = [
+            len(nano_pair[1].encode(e.answer)) for e in held_out_examples(TASKS["story"], 50)
+        ]
         assert min(lengths) > 64
         assert len(NARROW_STAGES) == 10
 

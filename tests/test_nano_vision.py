@@ -8,16 +8,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sentencepiece
+from nano_vision_card import card
 
 from mlx_diffgemma import batch_generate, chat_ids, convert, load, nano, user_message
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.diagnostics import golden
+from mlx_diffgemma.diagnostics.forwards import compare_images
+from mlx_diffgemma.diagnostics.parity import default_images
+from mlx_diffgemma.evaluation import pictures
 from mlx_diffgemma.evaluation.tasks import tasks_named
-from mlx_diffgemma.nano import golden, pictures
-from mlx_diffgemma.nano.vision_card import card
-from mlx_diffgemma.parity.compare import compare_images, default_images
-from mlx_diffgemma.parity.reference import Reference
-from mlx_diffgemma.prompt import place, prepare_media
-from mlx_diffgemma.storage import read_headers
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.media.prompt import place, prepare_media
+from mlx_diffgemma.safetensors import read_headers
+from tests.helpers.deferred import Reference
 from tests.variants import few
 
 FOLDER = nano.FOLDERS[nano.VISION]
@@ -37,7 +39,12 @@ class TestVersion:
         assert card(RESULTS) == (FOLDER / "README.md").read_text(encoding="utf-8")
 
     def test_the_tokenizer_is_nanos(self):
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        for name in (
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        ):
             assert (FOLDER / name).read_bytes() == (nano.FOLDER / name).read_bytes()
 
     def test_it_is_small(self):
@@ -50,7 +57,7 @@ class TestVersion:
 
 
 def test_it_was_trained_on_prompts_as_the_template_writes_them(sighted):
-    from mlx_diffgemma.nano.train_vision import Recipe, picture_batch
+    from train_nano_vision import Recipe, picture_batch
 
     model, tokenizer = sighted
     encode = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model")).encode
@@ -61,7 +68,11 @@ def test_it_was_trained_on_prompts_as_the_template_writes_them(sighted):
         rng.choices((16, 64), (0.7, 0.3))
         picture = pictures.draw(rng, False, kind, ratio)
         task = next(t for t in tasks_named("pictures") if t.name == f"pictures-{kind}")
-        media = type(task.questions(1)[0].images[0])(picture.images, picture.seconds) if picture.seconds else None
+        media = (
+            type(task.questions(1)[0].images[0])(picture.images, picture.seconds)
+            if picture.seconds
+            else None
+        )
         images = prepare_media([media] if media else picture.images, model.config)
         asked = chat_ids(tokenizer, [user_message(picture.question, len(images))])
         ids, _ = place(asked, images, model.config.image_tokens, tokenizer)
@@ -70,21 +81,30 @@ def test_it_was_trained_on_prompts_as_the_template_writes_them(sighted):
 
 @pytest.mark.parametrize(("limit", "wanted"), few([(1, 0.75), (4, 0.8), (24, 0.85)], (1, 0.75)))
 def test_it_answers_questions_about_held_out_pictures(sighted, limit, wanted):
-    """The first questions of the evaluation whose figures are on the card, of every kind; every second is about a pair it has never
-    seen.  Of 5 one may be wrong, of 20 three, of 120 17: the card says 92 %."""
+    """The first questions of the evaluation whose figures are on the card, of every kind; every
+    second is about a pair it has never seen.  Of 5 one may be wrong, of 20 three, of 120 17: the
+    card says 92 %.
+    """
     model, tokenizer = sighted
     questions = [question for task in tasks_named("pictures") for question in task.questions(limit)]
     prompts = [chat_ids(tokenizer, question.messages) for question in questions]
     images = [question.images for question in questions]
-    answers = batch_generate(model, tokenizer, prompts, images=images, seeds=range(len(prompts)), max_tokens=64)
-    right = [question.mark(answer.text).score for question, answer in zip(questions, answers, strict=True)]
+    answers = batch_generate(
+        model, tokenizer, prompts, images=images, seeds=range(len(prompts)), max_tokens=64
+    )
+    right = [
+        question.mark(answer.text).score
+        for question, answer in zip(questions, answers, strict=True)
+    ]
     assert np.mean(right) > wanted
 
 
 def test_held_out_pairs_are_never_drawn_for_training():
     rng = random.Random(0)
     for number in range(400):
-        picture = pictures.draw(rng, number % 2 == 1, pictures.KINDS[number % 5], pictures.RATIOS[number % 5])
+        picture = pictures.draw(
+            rng, number % 2 == 1, pictures.KINDS[number % 5], pictures.RATIOS[number % 5]
+        )
         assert any(thing.is_held_out for thing in picture.things) == (number % 2 == 1)
 
 
@@ -93,7 +113,9 @@ def test_the_picture_decides(sighted):
     rng = random.Random(1)
     a, b = (pictures.draw(rng, False, "one", (8, 8)) for _ in range(2))
     prompt = chat_ids(tokenizer, [user_message("What is in the picture?", 1)])
-    answers = batch_generate(model, tokenizer, [prompt, prompt], images=[a.images, b.images], seed=0, max_tokens=64)
+    answers = batch_generate(
+        model, tokenizer, [prompt, prompt], images=[a.images, b.images], seed=0, max_tokens=64
+    )
     assert answers[0].text != answers[1].text
 
 
@@ -101,8 +123,8 @@ def test_the_picture_decides(sighted):
 def test_parity(sighted):
     """Trained weights, stage by stage against transformers, on noise.
 
-    Not on drawings: MLX's own BLAS adds up the 1,728 values of a patch one by one, and where all are alike its error is 2.4e-5 in
-    one row in a hundred, as large as the bound.
+    Not on drawings: MLX's own BLAS adds up the 1,728 values of a patch one by one, and where all
+    are alike its error is 2.4e-5 in one row in a hundred, as large as the bound.
     """
     model, _ = sighted
     for stage in compare_images(model, Reference(FOLDER), default_images(model)):
@@ -115,10 +137,15 @@ def test_mlx_vlm_sees_the_same(tmp_path):
 
     folder = convert(nano.VISION, tmp_path / "out", dtype="float32")
     model, theirs = load_model(folder), vlm.load_model(folder)
-    (image,) = prepare_media(pictures.draw(random.Random(0), False, "one", (7, 9)).images, model.config)
+    (image,) = prepare_media(
+        pictures.draw(random.Random(0), False, "one", (7, 9)).images, model.config
+    )
     encoder = theirs.model.encoder
     soft = encoder.vision_tower(mx.array(image.patches)[None], mx.array(image.positions)[None])
-    assert mx.abs(encoder.embed_vision(soft)[0] - model.see(mx.array(image.patches), image.grid)).max() < 1e-3
+    assert (
+        mx.abs(encoder.embed_vision(soft)[0] - model.see(mx.array(image.patches), image.grid)).max()
+        < 1e-3
+    )
 
 
 def test_eyes_are_opened_by_the_first_image():
@@ -128,7 +155,9 @@ def test_eyes_are_opened_by_the_first_image():
     model, _ = load(nano.VISION, dtype="float32")
     gc.collect()
     held = mx.get_active_memory() - before
-    tower = sum(tensor.nbytes * 2 for name, tensor in read_headers(FOLDER).items() if "vision" in name)  # bf16 to float32
+    tower = sum(
+        tensor.nbytes * 2 for name, tensor in read_headers(FOLDER).items() if "vision" in name
+    )  # bf16 to float32
     whole = sum(tensor.nbytes * 2 for tensor in read_headers(FOLDER).values())
     assert held <= whole - tower + 100_000
     mx.eval(model.parameters())

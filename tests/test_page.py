@@ -1,4 +1,6 @@
-"""The pages in a real browser: the replay of a recorded answer, and the chat page, against a stub of the server and the server."""
+"""The pages in a real browser: the replay of a recorded answer, and the chat page, against a stub
+of the server and the server.
+"""
 
 import itertools
 import json
@@ -11,12 +13,11 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.cli import app
-from mlx_diffgemma.trace import FORMAT, Recorder, Tracer
+from mlx_diffgemma.cli.app import app
+from mlx_diffgemma.generation.trace import FORMAT, Recorder, Tracer
 from tests.browser import Stub, Watched, chunk, delta, opened, recorded
+from tests.helpers.steps import STORY, ids_of, records_of, step
 from tests.serving.process import serving, until
-from tests.test_live import ids_of, step
-from tests.test_trace import STORY, records_of
 
 pytestmark = pytest.mark.browser
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> & <b>bold</b>"
@@ -70,7 +71,10 @@ def tab_of(browser):
 def replay(tmp_path_factory):
     """(path of a page that a real run recorded, its frames)."""
     path = tmp_path_factory.mktemp("replay") / "answer.html"
-    app(["generate", "-p", STORY, "--seed", "7", "-m", "80", "--trace", str(path)], standalone_mode=False)
+    app(
+        ["generate", "-p", STORY, "--seed", "7", "-m", "80", "--trace", str(path)],
+        standalone_mode=False,
+    )
     return path, records_of(path)[1:-1]
 
 
@@ -97,7 +101,10 @@ def positions(page):
 def contrast(first, second):
     def luminance(colour):
         parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-        parts = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in parts]
+        parts = [
+            value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+            for value in parts
+        ]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
     low, high = sorted((luminance(first), luminance(second)))
@@ -120,8 +127,13 @@ class TestReplay:
         assert positions(page) == "".join(frames[5]["pieces"])
         figures = page.locator(".player .figures").inner_text()
         share = round(100 * frames[5]["accepted"].count("1") / len(frames[5]["accepted"]))
-        for text in (f"6 of {frames[5]['max_steps']}", f"{frames[5]['mean_entropy']:.3f} nats", f"{share} %",
-                     f"{frames[5]['seconds']:.2f} s", "Tokens/s"):
+        for text in (
+            f"6 of {frames[5]['max_steps']}",
+            f"{frames[5]['mean_entropy']:.3f} nats",
+            f"{share} %",
+            f"{frames[5]['seconds']:.2f} s",
+            "Tokens/s",
+        ):
             assert text in figures, text
         page.keyboard.press("End")
         assert number(page) == len(frames) - 1
@@ -146,11 +158,14 @@ class TestReplay:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
             colours = page.locator(".legend .token").evaluate_all(
-                "all => all.map(one => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor])")
+                "all => all.map(one => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor])"
+            )
             assert len({ground for _, ground in colours}) == len(BANDS)
             for ink, ground in colours:
                 assert contrast(ink, ground) >= 4.5, (scheme, ink, ground)
-            stage = page.locator(".stage").evaluate("one => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor]")
+            stage = page.locator(".stage").evaluate(
+                "one => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor]"
+            )
             assert contrast(*stage) >= 7
 
     @pytest.mark.parametrize("speed", ["0.5", "1", "2"])
@@ -159,8 +174,10 @@ class TestReplay:
         page = timed.page
         page.goto(path.as_uri())
         page.get_by_label("Speed").select_option(speed)
-        waits = [min(1500, max(60, 1000 * (after["seconds"] - before["seconds"]))) / float(speed)
-                 for before, after in itertools.pairwise(frames)]
+        waits = [
+            min(1500, max(60, 1000 * (after["seconds"] - before["seconds"]))) / float(speed)
+            for before, after in itertools.pairwise(frames)
+        ]
         page.get_by_role("button", name="Play").click()
         assert page.get_by_role("button", name="Pause").is_visible()
         page.clock.run_for(int(sum(waits[:3]) + waits[3] / 2))
@@ -183,7 +200,9 @@ class TestReplay:
         assert number(page) == 1, "stepping pauses"
         page.keyboard.press("Tab")
         assert page.locator(":focus").get_attribute("aria-label") == "Play"
-        assert page.locator(":focus").evaluate("one => getComputedStyle(one).outlineStyle") == "solid"
+        assert (
+            page.locator(":focus").evaluate("one => getComputedStyle(one).outlineStyle") == "solid"
+        )
         page.keyboard.press(" ")
         assert page.get_by_role("button", name="Pause").is_visible(), "pressed once, not twice"
         page.keyboard.press("Tab")
@@ -216,7 +235,9 @@ class TestReplay:
 
     def test_what_a_killed_run_left(self, watched, replay, tmp_path):
         text = replay[0].read_text(encoding="utf-8")
-        (tmp_path / "killed.html").write_text(text[: text.rindex('{"canvas"') + 50], encoding="utf-8")
+        (tmp_path / "killed.html").write_text(
+            text[: text.rindex('{"canvas"') + 50], encoding="utf-8"
+        )
         page = watched.page
         page.goto((tmp_path / "killed.html").as_uri())
         assert page.get_by_role("slider").get_attribute("max") == str(len(replay[1]) - 2)
@@ -225,7 +246,9 @@ class TestReplay:
     def test_drafts_are_shown(self, watched, nano_pair, tmp_path):
         ids = ids_of(nano_pair, "fox moon")
         found = replace(step(ids), draft=mx.array([9, -1, *ids[2:]]))
-        with Recorder(tmp_path / "draft.html", Tracer(nano_pair[1], (1, 5, 13)), {"prompt": "fox"}) as recorder:
+        with Recorder(
+            tmp_path / "draft.html", Tracer(nano_pair[1], (1, 5, 13)), {"prompt": "fox"}
+        ) as recorder:
             recorder.step(found)
         page = watched.page
         page.goto((tmp_path / "draft.html").as_uri())
@@ -271,8 +294,13 @@ class TestChat:
         assert page.locator(".live").count() == 0
         footer = records_of(replay[0])[-1]
         each = footer["tokens"] / footer["steps"]
-        assert page.locator(".foot").inner_text().startswith(
-            f"{footer['tokens']} tokens · {footer['steps']} steps · {each:.1f} tokens a forward · ")
+        assert (
+            page.locator(".foot")
+            .inner_text()
+            .startswith(
+                f"{footer['tokens']} tokens · {footer['steps']} steps · {each:.1f} tokens a forward · "
+            )
+        )
         assert "tokens/s" in page.locator(".foot").inner_text()
         slider = page.get_by_role("slider", name="Step")
         assert slider.input_value() == str(len(frames)), "past the frames stands the answer"
@@ -287,17 +315,29 @@ class TestChat:
 
     def test_the_request_settings_and_history(self, watched, stub):
         stub.pause = 0
-        stub.answers = [[delta(content="first"), delta(finish_reason="stop"), "data: [DONE]\n\n"] for _ in range(3)]
+        stub.answers = [
+            [delta(content="first"), delta(finish_reason="stop"), "data: [DONE]\n\n"]
+            for _ in range(3)
+        ]
         page = visit(watched, stub)
         ask(page, "one")
         page.locator(".foot").wait_for()
-        assert stub.asked[0][1] == {"model": "nano", "messages": [{"role": "user", "content": "one"}], "stream": True,
-                                    "stream_options": {"include_usage": True, "include_drafts": True}}
+        assert stub.asked[0][1] == {
+            "model": "nano",
+            "messages": [{"role": "user", "content": "one"}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "include_drafts": True},
+        }
         assert "Authorization" not in stub.asked[0][0]
         assert page.locator(".problem").count() == 0
         page.get_by_role("button", name="Settings").click()
-        for name, value in (("System prompt", "Be brief."), ("Temperature", "0.5"), ("Seed", "0"), ("Max tokens", "90"),
-                            ("API key, if the server wants one", "sesame")):
+        for name, value in (
+            ("System prompt", "Be brief."),
+            ("Temperature", "0.5"),
+            ("Seed", "0"),
+            ("Max tokens", "90"),
+            ("API key, if the server wants one", "sesame"),
+        ):
             page.get_by_label(name).fill(value)
         page.get_by_label("Let the model think before it answers").check()
         page.get_by_role("button", name="Done").click()
@@ -306,10 +346,19 @@ class TestChat:
         page.locator(".foot").nth(1).wait_for()
         headers, body = stub.asked[1]
         assert headers["Authorization"] == "Bearer sesame"
-        assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"},
-                                    {"role": "assistant", "content": "first"}, {"role": "user", "content": "two"}]
-        assert (body["model"], body["temperature"], body["seed"], body["max_tokens"], body["reasoning_effort"]) == (
-            "other", 0.5, 0, 90, "medium")
+        assert body["messages"] == [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "first"},
+            {"role": "user", "content": "two"},
+        ]
+        assert (
+            body["model"],
+            body["temperature"],
+            body["seed"],
+            body["max_tokens"],
+            body["reasoning_effort"],
+        ) == ("other", 0.5, 0, 90, "medium")
         page.get_by_role("button", name="New chat").click()
         assert page.locator(".turn").count() == 0
         page.get_by_role("button", name="Sort these numbers").click()
@@ -320,8 +369,10 @@ class TestChat:
 
     def test_stop_ends_the_request_and_keeps_what_was_said(self, watched, stub):
         stub.pause = 0.05
-        stub.answers = [[delta(content=f"{count} ") for count in range(400)],
-                        [delta(content="again"), delta(finish_reason="stop"), "data: [DONE]\n\n"]]
+        stub.answers = [
+            [delta(content=f"{count} ") for count in range(400)],
+            [delta(content="again"), delta(finish_reason="stop"), "data: [DONE]\n\n"],
+        ]
         page = visit(watched, stub)
         ask(page, "count")
         page.get_by_text("0 1 2").wait_for()
@@ -336,8 +387,10 @@ class TestChat:
 
     def test_a_new_chat_leaves_the_answer_of_the_old_one_behind(self, watched, stub):
         stub.pause = 0.05
-        stub.answers = [[delta(content=f"{count} ") for count in range(400)],
-                        [delta(content="fresh"), delta(finish_reason="stop"), "data: [DONE]\n\n"]]
+        stub.answers = [
+            [delta(content=f"{count} ") for count in range(400)],
+            [delta(content="fresh"), delta(finish_reason="stop"), "data: [DONE]\n\n"],
+        ]
         page = visit(watched, stub)
         ask(page, "count")
         page.get_by_text("0 1 2").wait_for()
@@ -351,9 +404,26 @@ class TestChat:
         assert page.locator("#announce").text_content() == "fresh"
 
     def test_refusals_are_shown_and_the_message_is_given_back(self, watched, stub):
-        stub.answers = [(400, {"message": "max_tokens 9,000 does not fit.", "type": "invalid_request_error", "param": "max_tokens",
-                               "code": None}),
-                        (401, {"message": "The key is missing.", "type": "authentication_error", "param": None, "code": None})]
+        stub.answers = [
+            (
+                400,
+                {
+                    "message": "max_tokens 9,000 does not fit.",
+                    "type": "invalid_request_error",
+                    "param": "max_tokens",
+                    "code": None,
+                },
+            ),
+            (
+                401,
+                {
+                    "message": "The key is missing.",
+                    "type": "authentication_error",
+                    "param": None,
+                    "code": None,
+                },
+            ),
+        ]
         page = visit(watched, stub)
         ask(page, "one")
         page.get_by_role("alert").wait_for()
@@ -368,13 +438,28 @@ class TestChat:
 
     def test_an_error_a_malformed_event_and_a_cut_in_the_stream(self, watched, stub):
         stub.pause = 0
-        stub.answers = [[delta(content="part "), chunk(error={"message": "The model returned NaN.", "type": "server_error"})],
-                        [": a comment\n\n", delta(content="one "), "data: {not json\n\n", delta("stop", content="two"),
-                         "data: [DONE]\n\n"],
-                        [delta(content="half")]]
+        stub.answers = [
+            [
+                delta(content="part "),
+                chunk(error={"message": "The model returned NaN.", "type": "server_error"}),
+            ],
+            [
+                ": a comment\n\n",
+                delta(content="one "),
+                "data: {not json\n\n",
+                delta("stop", content="two"),
+                "data: [DONE]\n\n",
+            ],
+            [delta(content="half")],
+        ]
         page = visit(watched, stub)
-        for count, (text, says) in enumerate((("part ", "The model returned NaN."), ("one two", "1 event of the stream"),
-                                              ("half", "connection ended before"))):
+        for count, (text, says) in enumerate(
+            (
+                ("part ", "The model returned NaN."),
+                ("one two", "1 event of the stream"),
+                ("half", "connection ended before"),
+            )
+        ):
             ask(page, "go")
             page.locator(".foot").nth(count).wait_for()
             assert page.locator(".model .text").nth(count).text_content() == text
@@ -390,11 +475,36 @@ class TestChat:
 
     def test_text_stays_text(self, watched, stub):
         stub.pause = 0
-        frame = {"canvas": 0, "retry": 0, "step": 0, "max_steps": 8, "pieces": [EVIL], "entropy": [None], "accepted": "1",
-                 "mean_entropy": None, "reason": "converged", "certificate": EVIL, "seconds": 0.5}
-        call = {"index": 0, "id": "1", "type": "function", "function": {"name": EVIL, "arguments": EVIL}}
-        stub.answers = [[chunk(choices=[], diffusion=frame), delta(reasoning_content=EVIL), delta(tool_calls=[call]),
-                         delta(content=EVIL), delta(finish_reason="stop"), "data: [DONE]\n\n"], (500, {"message": EVIL})]
+        frame = {
+            "canvas": 0,
+            "retry": 0,
+            "step": 0,
+            "max_steps": 8,
+            "pieces": [EVIL],
+            "entropy": [None],
+            "accepted": "1",
+            "mean_entropy": None,
+            "reason": "converged",
+            "certificate": EVIL,
+            "seconds": 0.5,
+        }
+        call = {
+            "index": 0,
+            "id": "1",
+            "type": "function",
+            "function": {"name": EVIL, "arguments": EVIL},
+        }
+        stub.answers = [
+            [
+                chunk(choices=[], diffusion=frame),
+                delta(reasoning_content=EVIL),
+                delta(tool_calls=[call]),
+                delta(content=EVIL),
+                delta(finish_reason="stop"),
+                "data: [DONE]\n\n",
+            ],
+            (500, {"message": EVIL}),
+        ]
         page = visit(watched, stub)
         ask(page, EVIL)
         page.locator(".foot").wait_for()
@@ -424,7 +534,12 @@ class TestChat:
         header, *frames, footer = records_of(tmp_path / "a.jsonl")
         _, *expected, told = records_of(replay[0])
         assert frames == expected
-        assert (header["format"], header["model"], header["prompt"], header["seed"]) == (FORMAT, "nano", STORY, None)
+        assert (header["format"], header["model"], header["prompt"], header["seed"]) == (
+            FORMAT,
+            "nano",
+            STORY,
+            None,
+        )
         assert set(told) - {"text"} <= set(footer) | {"seed"}
         assert footer["tokens"] == told["tokens"]
 
@@ -438,7 +553,12 @@ class TestChat:
         page.get_by_role("slider").fill("3")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.locator("#log").evaluate("one => one.scrollWidth - one.clientWidth") <= 0
-        assert page.locator(".positions .token").first.evaluate("one => getComputedStyle(one).transitionDuration") == "0s"
+        assert (
+            page.locator(".positions .token").first.evaluate(
+                "one => getComputedStyle(one).transitionDuration"
+            )
+            == "0s"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -466,14 +586,18 @@ class TestServed:
         watched.complaints.clear()  # of the 401
         return watched.page
 
-    def test_an_answer_is_what_generate_writes_step_by_step(self, page, replay, watched, served, tmp_path):
+    def test_an_answer_is_what_generate_writes_step_by_step(
+        self, page, replay, watched, served, tmp_path
+    ):
         settings(page, **{"Seed": "7", "Max tokens": "80"})
         ask(page, STORY)
         page.locator(".live .positions .token").first.wait_for()
         page.locator(".foot").wait_for()
         *_, told = records_of(replay[0])
         assert page.locator(".model .text").text_content() == told["text"]
-        assert f"{told['tokens']} tokens · {told['steps']} steps" in page.locator(".foot").inner_text()
+        assert (
+            f"{told['tokens']} tokens · {told['steps']} steps" in page.locator(".foot").inner_text()
+        )
         with page.expect_download() as download:
             page.get_by_role("button", name="Save trace").click()
         shutil.copy(download.value.path(), tmp_path / "a.jsonl")
@@ -512,8 +636,12 @@ class TestServed:
 
     def test_what_the_server_warns_of_is_shown(self, page):
         settings(page, **{"Seed": "7", "Max tokens": "5"})
-        page.route("**/v1/chat/completions", lambda route: route.continue_(
-            post_data={**route.request.post_data_json, "max_denoising_steps": 1}))
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.continue_(
+                post_data={**route.request.post_data_json, "max_denoising_steps": 1}
+            ),
+        )
         ask(page, STORY)
         page.locator(".foot").wait_for()
         assert "did not converge" in page.locator(".warning").inner_text()

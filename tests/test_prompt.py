@@ -1,4 +1,6 @@
-"""Prompts with images: where they stand, how they are read, and that nothing but they decides what is read."""
+"""Prompts with images: where they stand, how they are read, and that nothing but they decides what
+is read.
+"""
 
 import gc
 import json
@@ -9,62 +11,51 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from PIL import Image as pillow
 
-from mlx_diffgemma import batch_generate, chat_ids, generate, layers, load, request, stream_generate, user_message
-from mlx_diffgemma import model as model_module
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.chat import Chat
-from mlx_diffgemma.draws import Draws
+from mlx_diffgemma import batch_generate, chat_ids, generate, load, stream_generate, user_message
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.decoding.loop import Loop
+from mlx_diffgemma.decoding.prefill import prefill
+from mlx_diffgemma.decoding.prompt_cache import PromptCache
+from mlx_diffgemma.decoding.session import Session
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.images import Image, prepare
-from mlx_diffgemma.nano.pictures import draw
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.prompt import PlacedImage, keyed, next_chunk, place, prepare_media, read_rows
-from mlx_diffgemma.prompt_cache import PromptCache
-from mlx_diffgemma.session import Loop, Session, prefill
-from mlx_diffgemma.video import Film, Video
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.evaluation.pictures import draw
+from mlx_diffgemma.generation import request
+from mlx_diffgemma.generation.chat import Chat
+from mlx_diffgemma.media.images import Image
+from mlx_diffgemma.media.prompt import (
+    keyed,
+    next_chunk,
+    place,
+    prepare_media,
+    read_rows,
+)
+from mlx_diffgemma.media.video import Film, Video
+from mlx_diffgemma.model import attention as attention_module
+from mlx_diffgemma.model import layers
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
 from tests.checkpoints import VISIONS, make_checkpoint
+from tests.helpers.images import noise, prompt_of, small
 from tests.variants import few
 
 QUESTION = "What colour is it?"
 
 
-def noise(seed, width=100, height=80):
-    return pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """A random lively model of window 16 with a tower; an image is four times as long as the window."""
-    return load_model(make_checkpoint(tmp_path_factory.mktemp("seeing"), calm=False, vision="plain"), "float32")
+    """A random lively model of window 16 with a tower; an image is four times as long as the
+    window.
+    """
+    return load_model(
+        make_checkpoint(tmp_path_factory.mktemp("seeing"), calm=False, vision="plain"), "float32"
+    )
 
 
 @pytest.fixture(scope="module")
 def sighted():
     return load("nano-vision")
-
-
-def small(model, seed, tokens=None):
-    """An image of 70 soft tokens at most, or of exactly so many in a row."""
-    if tokens is None:
-        return prepare(noise(seed), model.config.vision, 70)
-    unit = model.config.vision.patch_size * model.config.vision.pooling_kernel_size
-    pixels = np.random.default_rng(seed).integers(0, 256, (unit, unit * tokens, 3), dtype=np.uint8)
-    return Image(pixels, model.config.vision.patch_size, model.config.vision.pooling_kernel_size)
-
-
-def prompt_of(model, *parts):
-    """(ids, placed) of text lengths and images."""
-    rng, tokens, ids, placed = np.random.default_rng(0), model.config.image_tokens, [], []
-    for part in parts:
-        if isinstance(part, int):
-            ids += rng.integers(1, 250, part).tolist()
-        else:
-            placed.append(PlacedImage(len(ids) + 1, part))
-            ids += [tokens.begin, *[tokens.image] * part.soft_tokens, tokens.end]
-    return ids, placed
 
 
 class TestPlaces:
@@ -81,11 +72,17 @@ class TestPlaces:
         assert [t for t in whole if t not in (16, 17, 18)] == [t for t in ids if t != 18]
 
     def test_a_film_tells_its_times(self, sighted):
-        """As the reference's processor writes a video, with the image token in place of the video token."""
+        """As the reference's processor writes a video, with the image token in place of the video
+        token.
+        """
         model, tokenizer = sighted
         frames = tuple(small(model, i) for i in range(3))
-        ids, placed = place(chat_ids(tokenizer, [user_message("What?", 1)]), [Film(frames, (0.0, 1.04, 61.0))],
-                            model.config.image_tokens, tokenizer)
+        ids, placed = place(
+            chat_ids(tokenizer, [user_message("What?", 1)]),
+            [Film(frames, (0.0, 1.04, 61.0))],
+            model.config.image_tokens,
+            tokenizer,
+        )
         one = f"<|image>{'<|image|>' * frames[0].soft_tokens}<image|>"
         text = f"<|turn>user\n00:00 {one} 00:01 {one} 01:01 {one}What?<turn|>\n<|turn>model\n"
         assert ids == tokenizer.encode(tokenizer.bos_token + text, add_special_tokens=False)
@@ -94,13 +91,22 @@ class TestPlaces:
     @pytest.mark.parametrize(("markers", "images"), [(0, 1), (1, 0), (2, 1), (1, 3)])
     def test_as_many_markers_as_images(self, sighted, markers, images):
         model, tokenizer = sighted
-        with pytest.raises(UserError, match=rf"{markers} image marker\(s\) and {images} image\(s\)"):
-            stream_generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", markers)]), images=[noise(0)] * images)
+        with pytest.raises(
+            UserError, match=rf"{markers} image marker\(s\) and {images} image\(s\)"
+        ):
+            stream_generate(
+                model,
+                tokenizer,
+                chat_ids(tokenizer, [user_message("What?", markers)]),
+                images=[noise(0)] * images,
+            )
 
     def test_without_eyes(self, nano_pair):
         model, tokenizer = nano_pair
         with pytest.raises(UserError, match="has no vision weights"):
-            generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), images=[noise(0)])
+            generate(
+                model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), images=[noise(0)]
+            )
 
     def test_without_image_tokens(self, seeing):
         with pytest.raises(UserError, match="must name boi_token_id"):
@@ -120,15 +126,20 @@ class TestPlaces:
         config = load_model(folder).config
         assert (config.vision, config.image_tokens) == (None, None)
 
-    @pytest.mark.parametrize("images", ["cat.png", b"cat", noise(0), Video("cat.mp4"), Path("cat.png")],
-                             ids=lambda images: type(images).__name__)
+    @pytest.mark.parametrize(
+        "images",
+        ["cat.png", b"cat", noise(0), Video("cat.mp4"), Path("cat.png")],
+        ids=lambda images: type(images).__name__,
+    )
     def test_one_image_in_place_of_a_list(self, sighted, images):
         model, tokenizer = sighted
         prompt = chat_ids(tokenizer, [user_message("What?", 1)])
-        for call in (lambda: generate(model, tokenizer, prompt, images=images),
-                     lambda: batch_generate(model, tokenizer, [prompt], images=images),
-                     lambda: batch_generate(model, tokenizer, [prompt], images=[images]),
-                     lambda: list(Chat(model, tokenizer).send("What?", images=images))):
+        for call in (
+            lambda: generate(model, tokenizer, prompt, images=images),
+            lambda: batch_generate(model, tokenizer, [prompt], images=images),
+            lambda: batch_generate(model, tokenizer, [prompt], images=[images]),
+            lambda: list(Chat(model, tokenizer).send("What?", images=images)),
+        ):
             with pytest.raises(UserError, match=r"give a list, images=\[…\]"):
                 call()
 
@@ -145,8 +156,15 @@ class TestPlaces:
         """--ignore-chat-template: markers are part of the text."""
         model, tokenizer = sighted
         options = dict(images=[noise(0)], mode="ar", max_tokens=8)
-        written = generate(model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), **options)
-        assert generate(model, tokenizer, "<|turn>user\n<|image|>What?<turn|>\n<|turn>model\n", **options) == written
+        written = generate(
+            model, tokenizer, chat_ids(tokenizer, [user_message("What?", 1)]), **options
+        )
+        assert (
+            generate(
+                model, tokenizer, "<|turn>user\n<|image|>What?<turn|>\n<|turn>model\n", **options
+            )
+            == written
+        )
 
     def test_one_list_a_prompt(self, sighted):
         model, tokenizer = sighted
@@ -182,8 +200,17 @@ class TestChunks:
 
     @pytest.mark.parametrize("size", few([2, 3, 7, 16, 33, 64, 100], 2, 7, 33, 100))
     def test_the_size_does_not_show(self, seeing, size):
-        ids, placed = prompt_of(seeing, 5, small(seeing, 0), 9, small(seeing, 1, 3), small(seeing, 2, 1), 40, small(seeing, 3, 20),
-                                2)
+        ids, placed = prompt_of(
+            seeing,
+            5,
+            small(seeing, 0),
+            9,
+            small(seeing, 1, 3),
+            small(seeing, 2, 1),
+            40,
+            small(seeing, 3, 20),
+            2,
+        )
         whole, pieces = Cache(seeing.config.text), Cache(seeing.config.text)
         x, blocks = read_rows(seeing, ids, 0, placed)
         seeing.encode([x], [whole], blocks=[blocks])
@@ -197,7 +224,9 @@ class TestChunks:
         assert chunks > 1
         assert all(mx.array_equal(a, b) for a, b in zip(whole.arrays, pieces.arrays, strict=True))
         canvas = mx.array(np.random.default_rng(1).integers(1, 300, (1, 24)))
-        assert mx.array_equal(seeing.denoise(canvas, [whole]).logits, seeing.denoise(canvas, [pieces]).logits)
+        assert mx.array_equal(
+            seeing.denoise(canvas, [whole]).logits, seeing.denoise(canvas, [pieces]).logits
+        )
 
     @pytest.mark.parametrize("scores", [1, 4 * 100 * 5, 4 * 100 * 23])
     def test_few_rows_at_a_time_do_not_show(self, seeing, monkeypatch, scores):
@@ -205,9 +234,13 @@ class TestChunks:
         ids, placed = prompt_of(seeing, 5, small(seeing, 0), 40, small(seeing, 1, 20), 30)
         x, blocks = read_rows(seeing, ids, 0, placed)
         whole = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
-        sizes, make = [], model_module.block_mask
+        sizes, make = [], attention_module.block_mask
         monkeypatch.setattr(layers, "SCORES", scores)
-        monkeypatch.setattr(model_module, "block_mask", lambda *args: sizes.append(make(*args).size) or make(*args))
+        monkeypatch.setattr(
+            attention_module,
+            "block_mask",
+            lambda *args: sizes.append(make(*args).size) or make(*args),
+        )
         parts = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
         assert mx.array_equal(whole, parts)
         assert max(sizes) <= max(scores / 4, 3 * len(ids)) + 2 * len(ids)
@@ -221,15 +254,26 @@ class TestChunks:
         for image in (first, Image(changed, second.patch_size, second.side)):
             ids, placed = prompt_of(seeing, 4, image, 3)
             x, blocks = read_rows(seeing, ids, 0, placed)
-            hidden.append(seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0])
+            assert blocks == [(placed[0].start, placed[0].stop)], "the tower alone mixes them, too"
+            hidden.append(
+                seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
+            )
         assert mx.array_equal(hidden[0][:5], hidden[1][:5])
         assert mx.abs(hidden[0] - hidden[1]).max(axis=-1)[5:].min() > 1e-4
 
 
 def session(model, seed, parts, cache=None):
     ids, placed = prompt_of(model, *parts)
-    return Session(model, ids, ReferencePolicy.from_config(model.config.generation), Draws(seed, 301), (1,), 48, prompt_cache=cache,
-                   images=placed)
+    return Session(
+        model,
+        ids,
+        ReferencePolicy.from_config(model.config.generation),
+        Draws(seed, 301),
+        (1,),
+        48,
+        prompt_cache=cache,
+        images=placed,
+    )
 
 
 def run(model, sessions, chunk=2048):
@@ -253,8 +297,12 @@ class TestSessions:
     def test_the_cache_knows_images_apart(self, seeing):
         cache = PromptCache(seeing)
         parts = [(5, small(seeing, 0), 3), (5, small(seeing, 1), 3), (5, small(seeing, 1), 3, 8)]
-        for part, reused in zip(parts, (0, 0, 5 + small(seeing, 1).soft_tokens + 2 + 3), strict=True):
-            assert run(seeing, [session(seeing, 0, part, cache)]) == run(seeing, [session(seeing, 0, part)])
+        for part, reused in zip(
+            parts, (0, 0, 5 + small(seeing, 1).soft_tokens + 2 + 3), strict=True
+        ):
+            assert run(seeing, [session(seeing, 0, part, cache)]) == run(
+                seeing, [session(seeing, 0, part)]
+            )
             assert cache.reused == reused
 
     def test_a_saved_cache_knows_them_too(self, seeing, sighted, tmp_path):
@@ -284,15 +332,17 @@ class TestSessions:
             return see(model, patches, grid)
 
         monkeypatch.setattr(type(seeing), "see", spy)
-        prefill(seeing, [session(seeing, 0, (3, *(small(seeing, i) for i in range(10)), 3))], 100_000)
+        prefill(
+            seeing, [session(seeing, 0, (3, *(small(seeing, i) for i in range(10)), 3))], 100_000
+        )
         assert len(seen) == 10
         one = small(seeing, 0)
         inner = len(one.patches) * 4 * (one.patches.shape[1] + 24 * 10)
         assert max(seen) - seen[0] < inner + 10 * one.soft_tokens * 64 * 4 + 100_000
 
-
     def test_a_cache_reads_little_of_the_tower(self, tmp_path):
         """And still tells two towers apart where images were read."""
+
         def made(seed):
             folder = make_checkpoint(tmp_path / str(seed), calm=False, vision="plain")
             if seed:
@@ -301,7 +351,9 @@ class TestSessions:
                 name = "model.encoder.vision_tower.encoder.layers.2.input_layernorm.weight"
                 path = path if name in tensors else folder / "model-00001-of-00002.safetensors"
                 tensors = dict(mx.load(str(path)))
-                mx.save_safetensors(str(path), {**tensors, name: tensors[name] + 1}, {"format": "pt"})
+                mx.save_safetensors(
+                    str(path), {**tensors, name: tensors[name] + 1}, {"format": "pt"}
+                )
             return load_model(folder, "float32")
 
         models = [made(0), made(1)]
@@ -321,10 +373,17 @@ class TestFrontEnds:
         model, tokenizer = sighted
         prompts = [chat_ids(tokenizer, [user_message(QUESTION, 1)])] * 2
         options = dict(mode="ar", max_tokens=12)
-        whole = [generate(model, tokenizer, prompt, images=[noise(i)], **options) for i, prompt in enumerate(prompts)]
-        chunked = [generate(model, tokenizer, prompt, images=[noise(i)], prefill_step_size=7, **options)
-                   for i, prompt in enumerate(prompts)]
-        together = batch_generate(model, tokenizer, prompts, images=[[noise(0)], [noise(1)]], **options)
+        whole = [
+            generate(model, tokenizer, prompt, images=[noise(i)], **options)
+            for i, prompt in enumerate(prompts)
+        ]
+        chunked = [
+            generate(model, tokenizer, prompt, images=[noise(i)], prefill_step_size=7, **options)
+            for i, prompt in enumerate(prompts)
+        ]
+        together = batch_generate(
+            model, tokenizer, prompts, images=[[noise(0)], [noise(1)]], **options
+        )
         assert whole == chunked == [answer.text for answer in together]
 
     @pytest.mark.filterwarnings("ignore::mlx_diffgemma.GenerationWarning")
@@ -357,20 +416,35 @@ class TestFrontEnds:
         prompts = [chat_ids(tokenizer, [user_message(QUESTION, 1)])] * 3
         path = tmp_path / "0.png"
         noise(0).save(path)
-        options = dict(batch_size=1, mode="ar", max_tokens=2, on_answer=lambda *_: noise(1, 300, 20).save(path))
+        options = dict(
+            batch_size=1, mode="ar", max_tokens=2, on_answer=lambda *_: noise(1, 300, 20).save(path)
+        )
         with pytest.raises(UserError, match="changed after the batch began"):
             batch_generate(model, tokenizer, prompts, images=[[path]] * 3, **options)
-        monkeypatch.setattr(type(model), "encode", lambda *a, **k: pytest.fail("something was computed"))
+        monkeypatch.setattr(
+            type(model), "encode", lambda *a, **k: pytest.fail("something was computed")
+        )
         with pytest.raises(UserError, match="There is no image"):
-            batch_generate(model, tokenizer, prompts, images=[[path], [path], ["gone.png"]], **options)
+            batch_generate(
+                model, tokenizer, prompts, images=[[path], [path], ["gone.png"]], **options
+            )
 
     def test_image_tokens(self, sighted):
         model, tokenizer = sighted
         prompt = chat_ids(tokenizer, [user_message(QUESTION, 1)])
         options = dict(images=[noise(0, 200, 200)], max_tokens=1, mode="ar")
-        counts = [next(iter(stream_generate(model, tokenizer, prompt, image_tokens=tokens, **options))).prompt_tokens - len(prompt)
-                  for tokens in (None, 70, 140)]
-        assert counts == [65, 65, 122]  # 8 x 8 and 11 x 11, begin and end in the place of the marker
+        counts = [
+            next(
+                iter(stream_generate(model, tokenizer, prompt, image_tokens=tokens, **options))
+            ).prompt_tokens
+            - len(prompt)
+            for tokens in (None, 70, 140)
+        ]
+        assert counts == [
+            65,
+            65,
+            122,
+        ]  # 8 x 8 and 11 x 11, begin and end in the place of the marker
         with pytest.raises(UserError, match="got 100"):
             stream_generate(model, tokenizer, prompt, images=[noise(0)], image_tokens=100)
 
@@ -381,14 +455,29 @@ class TestFrontEnds:
         picture = draw(random.Random(5), False, "one", (8, 8))
         chat = Chat(model, tokenizer, seed=0, max_tokens=64)
         first = "".join(r.text for r in chat.send("What is in the picture?", images=picture.images))
-        assert first == generate(model, tokenizer, chat_ids(tokenizer, [user_message("What is in the picture?", 1)]),
-                                 images=picture.images, seed=0, max_tokens=64)
+        assert first == generate(
+            model,
+            tokenizer,
+            chat_ids(tokenizer, [user_message("What is in the picture?", 1)]),
+            images=picture.images,
+            seed=0,
+            max_tokens=64,
+        )
         encoded = chat.stats.encoded
         list(chat.send(QUESTION))
         assert chat.stats.reused >= encoded > 64, "the image is not encoded again"
-        messages = [user_message("What is in the picture?", 1), {"role": "assistant", "content": first},
-                    {"role": "user", "content": QUESTION}]
-        assert chat.messages[-1]["content"] == generate(model, tokenizer, chat_ids(tokenizer, messages), images=picture.images,
-                                                        seed=1, max_tokens=64)
+        messages = [
+            user_message("What is in the picture?", 1),
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": QUESTION},
+        ]
+        assert chat.messages[-1]["content"] == generate(
+            model,
+            tokenizer,
+            chat_ids(tokenizer, messages),
+            images=picture.images,
+            seed=1,
+            max_tokens=64,
+        )
         chat.reset()
         assert not chat.images

@@ -3,25 +3,31 @@
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_diffgemma import GenerationWarning, batch_generate, stream_generate
-from mlx_diffgemma.draws import Draws
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.options import GenerationOptions
-from mlx_diffgemma.policy import ReferencePolicy, Standing
-from mlx_diffgemma.rules import PRESETS, ConfidencePolicy, RulesPolicy
-from mlx_diffgemma.sampler import reveal
-from mlx_diffgemma.session import Loop, Session
-from tests.test_cli import run as command
-from tests.test_session import PROMPTS, UNSURE, Scripted, certain
+from mlx_diffgemma.generation.options import GenerationOptions
+from mlx_diffgemma.model.generation_config import GenerationConfig
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
+from mlx_diffgemma.sampling.rules import PRESETS, ConfidencePolicy, RulesPolicy
+from mlx_diffgemma.sampling.sampler import reveal
+from mlx_diffgemma.sampling.stopping import StopContext
+from tests.helpers.in_process import run as command
+from tests.helpers.ruled import NUMBERS, plain, run, session
+from tests.helpers.sessions import PROMPTS, UNSURE, Scripted, certain
 
-NUMBERS = {"max_steps": 6, "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.005, "stability": 1}
-LOOSE = NUMBERS | {"entropy_bound": 1e3, "max_steps": 3}  # accepts what it draws, so that a draw shows
+LOOSE = NUMBERS | {
+    "entropy_bound": 1e3,
+    "max_steps": 3,
+}  # accepts what it draws, so that a draw shows
 MANY_ENDS = tuple(range(1, 301, 9))  # so that random weights come upon one
 
 
@@ -29,26 +35,10 @@ def rules(kind=RulesPolicy, **changes):
     return kind(**NUMBERS | changes)
 
 
-def session(model, row, policy, max_tokens=48, eos=(1,), draws=None):
-    return Session(model, PROMPTS[row], policy, draws or Draws(row, 301), eos, max_tokens)
-
-
-def run(model, *sessions):
-    """For each session all steps that left the loop."""
-    steps, loop = {id(s): [] for s in sessions}, Loop(model, sessions)
-    while loop.active:
-        for s, step in loop.advance():
-            steps[id(s)].append(step)
-    return [steps[id(s)] for s in sessions]
-
-
-def plain(steps):
-    return [(s.canvas_index, s.retry, s.step, s.canvas.tolist(), s.argmax.tolist(), s.mean_entropy, s.reason, s.rejected)
-            for s in steps]
-
-
-def standing(entropies, stop=False, ends=(), retry=0, length=64, canvas_index=0):
-    return Standing(canvas_index, retry, length, stop, entropies, ends or [length] * len(entropies))
+def context(entropies, stop=False, ends=(), retry=0, length=64, canvas_index=0):
+    return StopContext(
+        canvas_index, retry, length, stop, entropies, ends or [length] * len(entropies)
+    )
 
 
 def test_without_a_rule_it_is_the_reference(tiny):
@@ -56,17 +46,35 @@ def test_without_a_rule_it_is_the_reference(tiny):
     assert plain(run(tiny, session(tiny, 1, rules()))[0]) == plain(reference)
 
 
-VARIANTS = [rules(drop_tail=1), rules(length="growing"), rules(length=10, stability=2), rules(ConfidencePolicy, threshold=0.05),
-            ReferencePolicy(**NUMBERS), rules(retry_unconverged=1), rules(drop_tail=1, coverage=0.9),
-            *(ReferencePolicy(**LOOSE, **options) for options in (
-                {}, {"temperature": 0.0}, {"top_k": 3}, {"top_k": 90, "top_p": 0.9}, {"min_p": 0.2}))]
+VARIANTS = [
+    rules(drop_tail=1),
+    rules(length="growing"),
+    rules(length=10, stability=2),
+    rules(ConfidencePolicy, threshold=0.05),
+    ReferencePolicy(**NUMBERS),
+    rules(retry_unconverged=1),
+    rules(drop_tail=1, coverage=0.9),
+    *(
+        ReferencePolicy(**LOOSE, **options)
+        for options in (
+            {},
+            {"temperature": 0.0},
+            {"top_k": 3},
+            {"top_k": 90, "top_p": 0.9},
+            {"min_p": 0.2},
+        )
+    ),
+]
 
 
 def test_rows_of_a_batch_equal_the_same_rows_alone_whatever_their_rules(tiny):
     """Canvases of different lengths, classes and attempts in one forward."""
+
     def sessions():
-        return [session(tiny, index % 4, policy, eos=MANY_ENDS if policy.name == "rules" else (1,))
-                for index, policy in enumerate(VARIANTS)]
+        return [
+            session(tiny, index % 4, policy, eos=MANY_ENDS if policy.name == "rules" else (1,))
+            for index, policy in enumerate(VARIANTS)
+        ]
 
     together = run(tiny, *sessions())
     assert len({step.argmax.size for steps in together for step in steps}) >= 4
@@ -74,22 +82,33 @@ def test_rows_of_a_batch_equal_the_same_rows_alone_whatever_their_rules(tiny):
         assert plain(run(tiny, one)[0]) == plain(expected)
 
 
+def test_a_dense_row_covers_nothing_beside_a_sparse_one():
+    numbers = ReferencePolicy.numbers(
+        [ReferencePolicy(**NUMBERS), ReferencePolicy(**NUMBERS, coverage=0.9)], [0, 0]
+    )
+    assert numbers.tail.tolist() == pytest.approx([-1.0, 0.1], abs=1e-6)
+
+
 class TestStop:
     def test_not_before_the_first_steps_asked_for(self):
-        assert rules(min_steps=3).judge(standing([0.0] * 2, stop=True)) is None
-        assert rules(min_steps=3).judge(standing([0.0] * 3, stop=True)) == "converged"
+        assert rules(min_steps=3).stop_reason(context([0.0] * 2, stop=True)) is None
+        assert rules(min_steps=3).stop_reason(context([0.0] * 3, stop=True)) == "converged"
 
     def test_plateau_counts_from_the_lowest_entropy(self):
         policy = rules(plateau=2)
-        assert policy.judge(standing([3.0, 1.0, 2.0])) is None
-        assert policy.judge(standing([3.0, 1.0, 2.0, 1.5])) == "plateau"
-        assert policy.judge(standing([3.0, 2.0, 1.0, 0.9])) is None
-        assert policy.judge(standing([3.0, 1.0, 2.0, 1.5], stop=True)) == "converged"
+        assert policy.stop_reason(context([3.0, 1.0, 2.0])) is None
+        assert policy.stop_reason(context([3.0, 1.0, 2.0, 1.5])) == "plateau"
+        assert policy.stop_reason(context([3.0, 2.0, 1.0, 0.9])) is None
+        assert policy.stop_reason(context([3.0, 1.0, 2.0, 1.5], stop=True)) == "converged"
 
     def test_a_plateau_did_not_converge(self, tiny):
         s = session(tiny, 0, rules(plateau=2), max_tokens=24)
         (steps,) = run(Scripted(tiny, [UNSURE] * 3), s)
-        assert (s.canvases[0].steps, s.canvases[0].converged, steps[-1].certificate) == (3, False, None)
+        assert (s.canvases[0].steps, s.canvases[0].converged, steps[-1].certificate) == (
+            3,
+            False,
+            None,
+        )
 
     def test_without_stability_entropy_alone_stops(self, tiny):
         s = session(tiny, 0, rules(stability=0), max_tokens=24)
@@ -99,7 +118,9 @@ class TestStop:
     def test_a_cap_moves_the_temperatures_unless_they_have_their_own_steps(self):
         assert rules(max_steps=2).schedule(1) == pytest.approx(0.6)
         assert rules(max_steps=2, temperature_steps=8).schedule(1) == pytest.approx(0.75)
-        assert rules(max_steps=8, temperature_steps=2).schedule(5) == pytest.approx(0.4), "the lowest, once it is reached"
+        assert rules(max_steps=8, temperature_steps=2).schedule(5) == pytest.approx(0.4), (
+            "the lowest, once it is reached"
+        )
 
 
 class TestDroppedTail:
@@ -111,8 +132,13 @@ class TestDroppedTail:
 
     def test_positions_after_a_stable_end_leave(self, tiny, monkeypatch):
         sizes, real = [], Scripted.denoise
-        monkeypatch.setattr(Scripted, "denoise", lambda self, canvas, *rest, **options: (
-            sizes.append(canvas.size) or real(self, canvas, *rest, **options)))
+        monkeypatch.setattr(
+            Scripted,
+            "denoise",
+            lambda self, canvas, *rest, **options: (
+                sizes.append(canvas.size) or real(self, canvas, *rest, **options)
+            ),
+        )
         unsure = self.ending(4) * 0.05  # the argmax stands but nothing is certain
         s = session(tiny, 0, rules(drop_tail=2), max_tokens=24)
         run(Scripted(tiny, [unsure, unsure, unsure, self.ending(4)]), s)
@@ -128,11 +154,12 @@ class TestDroppedTail:
 
     def test_an_end_that_moves_drops_nothing(self):
         policy = rules(drop_tail=2)
-        assert policy.keeps(standing([1, 1], ends=[9, 8]), 64) == 64
-        assert policy.keeps(standing([1, 1], ends=[9, 9]), 64) == 16
-        assert policy.keeps(standing([1, 1], ends=[64, 64]), 64) == 64
-        assert policy.keeps(standing([1], ends=[9]), 64) == 64
-        assert policy.keeps(standing([1, 1], ends=[63, 63]), 64) == 64
+        assert policy.trim_to(context([1, 1], ends=[9, 8]), 64) == 64
+        assert policy.trim_to(context([1, 1], ends=[9, 9]), 64) == 16
+        assert policy.trim_to(context([1, 1], ends=[8, 8]), 64) == 16, "the end itself stays"
+        assert policy.trim_to(context([1, 1], ends=[64, 64]), 64) == 64
+        assert policy.trim_to(context([1], ends=[9]), 64) == 64
+        assert policy.trim_to(context([1, 1], ends=[63, 63]), 64) == 64
 
     def test_an_end_that_vanishes_leaves_a_short_canvas_and_the_answer_goes_on(self, tiny):
         s = session(tiny, 0, rules(drop_tail=1), max_tokens=30)
@@ -143,10 +170,20 @@ class TestDroppedTail:
 
 class TestLength:
     def test_growing(self):
-        assert [rules(length="growing").canvas_length(i, 999, 64) for i in range(4)] == [16, 32, 64, 64]
+        assert [rules(length="growing").canvas_length(i, 999, 64) for i in range(4)] == [
+            16,
+            32,
+            64,
+            64,
+        ]
 
     def test_fitting(self):
-        assert [rules(length="fitting").canvas_length(0, n, 64) for n in (3, 8, 9, 70)] == [8, 8, 16, 64]
+        assert [rules(length="fitting").canvas_length(0, n, 64) for n in (3, 8, 9, 70)] == [
+            8,
+            8,
+            16,
+            64,
+        ]
 
     def test_a_number(self, tiny):
         s = session(tiny, 0, rules(length=10), max_tokens=25, eos=())
@@ -162,13 +199,19 @@ class TestLength:
     @pytest.mark.parametrize("length", ["growing", 10, 7])
     def test_never_past_the_context(self, tiny, length):
         s = session(tiny, 0, rules(length=length, max_steps=1), max_tokens=24, eos=())
-        s.context = len(PROMPTS[0]) + 24
+        room = len(PROMPTS[0]) + 24
+        s.text_config = replace(s.text_config, max_position_embeddings=room)
         run(tiny, s)
-        assert len(s.ids) == s.context
+        assert len(s.ids) == room
 
     def test_positions_draw_the_same_numbers_in_any_canvas(self, tiny):
-        """The seed of position 12 does not depend on where canvases begin, but for the canvas index."""
-        whole, short = (policy.seed(Draws(0, 301), 0, 0, 0, n) for policy, n in ((rules(), 24), (rules(length=10), 10)))
+        """The seed of position 12 does not depend on where canvases begin, but for the canvas
+        index.
+        """
+        whole, short = (
+            policy.initial_canvas(Draws(0, 301), 0, 0, 0, n)
+            for policy, n in ((rules(), 24), (rules(length=10), 10))
+        )
         assert whole[:10].tolist() == short.tolist()
 
 
@@ -188,10 +231,27 @@ class TestRetries:
         s = session(tiny, 0, rules(max_steps=2, retry_unconverged=3), max_tokens=24, draws=draws)
         (steps,) = run(Scripted(tiny, [UNSURE, UNSURE, certain(9), certain(9)]), s)
         assert [(x.retry, x.step, x.reason, x.rejected) for x in steps] == [
-            (0, 0, None, False), (0, 1, "max_steps", True), (1, 0, None, False), (1, 1, "converged", False)]
-        assert {key[:2] for key in draws.keys} == {(0, 0), (0, 1)}
+            (0, 0, None, False),
+            (0, 1, "max_steps", True),
+            (1, 0, None, False),
+            (1, 1, "converged", False),
+        ]
+        seeded = [(0, 0, 0), (0, 1, 0)]  # once to begin an attempt, then by each step
+        assert draws.keys == [seeded[0], (0, 0, 0), (0, 0, 1), seeded[1], (0, 1, 0), (0, 1, 1)]
         canvas = s.canvases[0]
         assert (canvas.steps, canvas.retries, canvas.converged, canvas.rows) == (4, 1, True, 96)
+
+    def test_another_attempt_knows_nothing_of_the_one_before(self, tiny, monkeypatch):
+        signals, real = [], type(tiny).denoise
+
+        def denoise(self, canvas, caches, signal=None, **options):
+            signals.append(signal is not None)
+            return real(self, canvas, caches, signal, **options)
+
+        monkeypatch.setattr(type(tiny), "denoise", denoise)
+        s = session(tiny, 0, rules(max_steps=2, retry_unconverged=1, stability=9), max_tokens=24)
+        run(tiny, s)
+        assert signals == [False, True, False, True]
 
     def test_if_none_converges_the_most_certain_attempt_is_committed(self, tiny):
         def unsure(token, scale):
@@ -201,13 +261,21 @@ class TestRetries:
         (steps,) = run(Scripted(tiny, [unsure(5, 1.0), unsure(6, 3.0), unsure(7, 2.0)]), s)
         assert s.canvases[0].tokens.tolist() == [6] * 24
         assert steps[-1].argmax.tolist() == [6] * 24, "what leaves the loop is what is committed"
-        assert (steps[-1].retry, steps[-1].committed, [step.committed for step in steps[:-1]]) == (2, True, [False, False])
+        assert (steps[-1].retry, steps[-1].committed, [step.committed for step in steps[:-1]]) == (
+            2,
+            True,
+            [False, False],
+        )
         assert (s.canvases[0].converged, s.canvases[0].retries) == (False, 2)
 
     def test_an_empty_first_canvas_is_tried_again(self, tiny):
         s = session(tiny, 0, rules(reroll_empty=1), max_tokens=24)
         run(Scripted(tiny, [certain(1), certain(1), certain(9), certain(9)]), s)
-        assert (s.canvases[0].tokens[0], s.canvases[0].retries, s.canvases[0].converged) == (9, 1, True)
+        assert (s.canvases[0].tokens[0], s.canvases[0].retries, s.canvases[0].converged) == (
+            9,
+            1,
+            True,
+        )
 
     def test_an_empty_attempt_does_not_come_back(self, tiny):
         """Though it was the more certain one."""
@@ -232,13 +300,18 @@ class TestRetries:
 
     @pytest.mark.slow
     def test_answers_are_put_together_from_what_was_committed(self, nano_pair):
-        prompt, options = "Tell me a story about Leo the owl and a map.", {"max_denoising_steps": 5, "retry_unconverged": 2}
+        prompt, options = (
+            "Tell me a story about Leo the owl and a map.",
+            {"max_denoising_steps": 5, "retry_unconverged": 2},
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GenerationWarning)
             parts = list(stream_generate(*nano_pair, prompt, 128, seed=0, **options))
             (whole,) = batch_generate(*nano_pair, [prompt], max_tokens=128, seed=0, **options)
         assert len(parts) == len(whole.parts) == 2
-        assert [(p.steps, p.rows, p.retries, p.converged) for p in parts] == [(15, 15 * 64, 2, False)] * 2
+        assert [(p.steps, p.rows, p.retries, p.converged) for p in parts] == [
+            (15, 15 * 64, 2, False)
+        ] * 2
         assert (whole.steps, whole.rows, whole.retries) == (30, 30 * 64, 4)
         assert "".join(p.text for p in parts) == whole.text
 
@@ -252,13 +325,22 @@ class TestConfidence:
     def test_reveal(self):
         p, none = mx.array([[0.2, 0.95, 0.9, 0.5]]), mx.zeros((1, 4), dtype=mx.bool_)
         assert reveal(p, none, mx.array([0.9])).tolist() == [[False, True, True, False]]
-        assert reveal(p, none, mx.array([0.99])).tolist() == [[False, True, False, False]], "the most probable at least"
-        assert reveal(p, mx.array([[False, True, False, False]]), mx.array([0.9])).tolist() == [[False, False, True, False]]
+        assert reveal(p, none, mx.array([0.99])).tolist() == [[False, True, False, False]], (
+            "the most probable at least"
+        )
+        assert reveal(p, mx.array([[False, True, False, False]]), mx.array([0.9])).tolist() == [
+            [False, False, True, False]
+        ]
         assert reveal(p, mx.ones((1, 4), dtype=mx.bool_), mx.array([0.1])).tolist() == [[False] * 4]
-        assert reveal(mx.ones((1, 3)) / 2, none[:, :3], mx.array([0.9])).tolist() == [[True, False, False]], "one of equals"
+        assert reveal(mx.ones((1, 3)) / 2, none[:, :3], mx.array([0.9])).tolist() == [
+            [True, False, False]
+        ], "one of equals"
 
     def test_what_is_accepted_stays(self, tiny):
-        (steps,) = run(tiny, session(tiny, 1, rules(ConfidencePolicy, max_steps=12, threshold=0.999), max_tokens=24))
+        (steps,) = run(
+            tiny,
+            session(tiny, 1, rules(ConfidencePolicy, max_steps=12, threshold=0.999), max_tokens=24),
+        )
         assert len(steps) > 3
         for before, after in itertools.pairwise(steps):
             accepted = np.array(before.accepted)
@@ -267,15 +349,31 @@ class TestConfidence:
             assert np.array(after.accepted).sum() > accepted.sum()
 
     def test_all_accepted_ends_the_canvas(self, tiny):
-        s = session(tiny, 0, rules(ConfidencePolicy, confidence_threshold=1e-9, stability=3), max_tokens=24)
+        s = session(
+            tiny, 0, rules(ConfidencePolicy, confidence_threshold=1e-9, stability=3), max_tokens=24
+        )
         run(Scripted(tiny, [certain(9)] * 3), s)
         assert (s.canvases[0].steps, s.canvases[0].converged) == (1, True)
 
 
-@pytest.mark.parametrize("changes", [{"min_steps": 0}, {"min_steps": 7}, {"temperature_steps": 0}, {"plateau": -1},
-                                     {"drop_tail": -1}, {"drop_tail": 1.5}, {"plateau": "2"}, {"length": 8.0}, {"length": 0},
-                                     {"t_min": 0.0, "temperature_steps": 2}, {"length": "short"}, {"reroll_empty": -1},
-                                     {"retry_unconverged": -1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"min_steps": 0},
+        {"min_steps": 7},
+        {"temperature_steps": 0},
+        {"plateau": -1},
+        {"drop_tail": -1},
+        {"drop_tail": 1.5},
+        {"plateau": "2"},
+        {"length": 8.0},
+        {"length": 0},
+        {"t_min": 0.0, "temperature_steps": 2},
+        {"length": "short"},
+        {"reroll_empty": -1},
+        {"retry_unconverged": -1},
+    ],
+)
 def test_numbers_out_of_range_are_refused(changes):
     with pytest.raises(UserError):
         rules(**changes)
@@ -294,48 +392,102 @@ class TestOptions:
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_an_option_overrides_the_preset(self, tiny, name):
-        policy = GenerationOptions(preset=name, confidence_threshold=0.123, temperature=0.5).policy(tiny)
+        policy = GenerationOptions(preset=name, confidence_threshold=0.123, temperature=0.5).policy(
+            tiny
+        )
         assert (policy.confidence_threshold, policy.temperature) == (0.123, 0.5)
 
     def test_dense_overrides_the_coverage_of_a_preset(self, tiny, monkeypatch):
         monkeypatch.setitem(PRESETS, "fast", {"coverage": 0.9})
         assert GenerationOptions(preset="fast").policy(tiny).coverage == 0.9
-        assert GenerationOptions(preset="fast", self_conditioning="dense").policy(tiny).coverage is None
+        assert (
+            GenerationOptions(preset="fast", self_conditioning="dense").policy(tiny).coverage
+            is None
+        )
 
     def test_every_rule_has_an_option(self, tiny):
         policy = GenerationOptions(
-            diffusion_sampler="confidence-threshold", threshold=0.7, min_denoising_steps=2, temperature_steps=9, plateau=3,
-            drop_tail=2, canvas_length=8, reroll_empty=1, retry_unconverged=4).policy(tiny)
+            diffusion_sampler="confidence-threshold",
+            threshold=0.7,
+            min_denoising_steps=2,
+            temperature_steps=9,
+            plateau=3,
+            drop_tail=2,
+            canvas_length=8,
+            reroll_empty=1,
+            retry_unconverged=4,
+        ).policy(tiny)
         assert type(policy) is ConfidencePolicy
-        assert (policy.threshold, policy.min_steps, policy.temperature_steps, policy.plateau, policy.drop_tail, policy.length,
-                policy.reroll_empty, policy.retry_unconverged) == (0.7, 2, 9, 3, 2, 8, 1, 4)
+        assert (
+            policy.threshold,
+            policy.min_steps,
+            policy.temperature_steps,
+            policy.plateau,
+            policy.drop_tail,
+            policy.length,
+            policy.reroll_empty,
+            policy.retry_unconverged,
+        ) == (0.7, 2, 9, 3, 2, 8, 1, 4)
 
-    @pytest.mark.parametrize(("options", "word"), [
-        ({"threshold": 0.5}, "confidence-threshold"), ({"preset": "quick"}, "reference"),
-        ({"diffusion_sampler": "best"}, "entropy-bound"), ({"mode": "ar", "preset": "fast"}, "preset"),
-        ({"diffusion_sampler": "confidence-threshold", "entropy_bound": 0.1}, "entropy_bound"),
-        ({"mode": "ar", "drop_tail": 1}, "drop_tail"), ({"canvas_length": "abc"}, "growing"), ({"plateau": -1}, "plateau"),
-        ({"threshold": 2.0, "diffusion_sampler": "confidence-threshold"}, "threshold"), ({"max_denoising_steps": 0}, "max_den"),
-        ({"t_max": -0.2}, "t_max")])
+    @pytest.mark.parametrize(
+        ("options", "word"),
+        [
+            ({"threshold": 0.5}, "confidence-threshold"),
+            ({"preset": "quick"}, "reference"),
+            ({"diffusion_sampler": "best"}, "entropy-bound"),
+            ({"mode": "ar", "preset": "fast"}, "preset"),
+            ({"diffusion_sampler": "confidence-threshold", "entropy_bound": 0.1}, "entropy_bound"),
+            ({"mode": "ar", "drop_tail": 1}, "drop_tail"),
+            ({"canvas_length": "abc"}, "growing"),
+            ({"plateau": -1}, "plateau"),
+            ({"threshold": 2.0, "diffusion_sampler": "confidence-threshold"}, "threshold"),
+            ({"max_denoising_steps": 0}, "max_den"),
+            ({"t_max": -0.2}, "t_max"),
+        ],
+    )
     def test_contradictions_are_refused(self, options, word):
         with pytest.raises(UserError, match=word):
             GenerationOptions(**options)
 
     def test_a_zero_goes_before_a_preset(self, tiny):
         for preset, options in PRESETS.items():
-            for name in (name for name, value in options.items() if isinstance(value, int) and value):
-                assert getattr(GenerationOptions(preset=preset, **{name: 0}).policy(tiny), name) == 0
+            for name in (
+                name for name, value in options.items() if isinstance(value, int) and value
+            ):
+                assert (
+                    getattr(GenerationOptions(preset=preset, **{name: 0}).policy(tiny), name) == 0
+                )
             assert GenerationOptions(preset=preset, temperature=0.0).policy(tiny).temperature == 0
         assert GenerationOptions(preset="fast", drop_tail=0).policy(tiny).drop_tail == 0
 
-    def test_numbers_that_fit_other_checkpoints_are_not_refused(self):
-        GenerationOptions(t_max=0.2, min_denoising_steps=60)
-        GenerationOptions(t_min=0.9)
+    def test_numbers_that_fit_other_checkpoints_are_not_refused(self, tiny):
+        """Only where they meet a checkpoint's own, which are 48 steps from 0.8 to 0.4."""
+        steps, cold, hot = (
+            GenerationOptions(**own)
+            for own in ({"min_denoising_steps": 60}, {"t_max": 0.2}, {"t_min": 0.9})
+        )
+        for options, word in (
+            (steps, "min_denoising_steps 60 exceeds"),
+            (cold, "t_m"),
+            (hot, "t_m"),
+        ):
+            with pytest.raises(UserError, match=word):
+                options.policy(tiny)
+        other = SimpleNamespace(
+            config=SimpleNamespace(
+                canvas_length=24,
+                generation=GenerationConfig(max_denoising_steps=60, t_min=0.1, t_max=1.0),
+            )
+        )
+        assert steps.policy(other).min_steps == 60
+        assert (cold.policy(other).t_max, hot.policy(other).t_min) == (0.2, 0.9)
 
     def test_a_policy_decides_alone(self, nano_pair):
         policy = GenerationOptions().policy(nano_pair[0])
-        for call in (lambda **o: list(stream_generate(*nano_pair, "fox", policy=policy, **o)),
-                     lambda **o: batch_generate(*nano_pair, ["fox"], policy=policy, **o)):
+        for call in (
+            lambda **o: list(stream_generate(*nano_pair, "fox", policy=policy, **o)),
+            lambda **o: batch_generate(*nano_pair, ["fox"], policy=policy, **o),
+        ):
             with pytest.raises(UserError, match="drop_tail is for the policy"):
                 call(drop_tail=1)
             with pytest.raises(UserError, match="mode 'ar'"):
@@ -345,7 +497,9 @@ class TestOptions:
         text = (Path(__file__).parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
         for name, options in PRESETS.items():
             if options:
-                flags = " ".join(f"--{option.replace('_', '-')} {value}" for option, value in options.items())
+                flags = " ".join(
+                    f"--{option.replace('_', '-')} {value}" for option, value in options.items()
+                )
                 assert f"| `{name}` | `{flags}` |" in text
 
     def test_a_canvas_longer_than_the_checkpoint_s_is_refused(self, tiny):
@@ -355,15 +509,42 @@ class TestOptions:
 
 class TestCommand:
     def test_a_canvas_length(self, monkeypatch, capsys):
-        code, out, _ = command(monkeypatch, capsys, "generate", "-p", "Add 12 and 30.", "--canvas-length", "8", "--json")
+        code, out, _ = command(
+            monkeypatch,
+            capsys,
+            "generate",
+            "-p",
+            "Add 12 and 30.",
+            "--canvas-length",
+            "8",
+            "--json",
+        )
         record = json.loads(out.splitlines()[-1])
         assert (code, record["rows"]) == (0, 8 * record["steps"])
 
     def test_all_canvases_are_summed(self, monkeypatch, capsys):
-        _, out, _ = command(monkeypatch, capsys, "generate", "-p", "Tell me a story about Leo the owl and a map.", "--seed", "0",
-                            "-m", "128", "--retry-unconverged", "1", "--max-denoising-steps", "3", "--json")
+        _, out, _ = command(
+            monkeypatch,
+            capsys,
+            "generate",
+            "-p",
+            "Tell me a story about Leo the owl and a map.",
+            "--seed",
+            "0",
+            "-m",
+            "128",
+            "--retry-unconverged",
+            "1",
+            "--max-denoising-steps",
+            "3",
+            "--json",
+        )
         record = json.loads(out.splitlines()[-1])
-        assert record["canvases"] == [{"steps": 6, "rows": 384, "retries": 1, "converged": False, "certificate": None}] * 2
+        assert (
+            record["canvases"]
+            == [{"steps": 6, "rows": 384, "retries": 1, "converged": False, "certificate": None}]
+            * 2
+        )
         assert (record["steps"], record["rows"], record["retries"]) == (12, 768, 2)
 
     @pytest.mark.parametrize("length", ["abc", "--5", "²", "0", "65"])
@@ -374,7 +555,23 @@ class TestCommand:
         assert (code, err.count("\n"), "canvas_length" in err) == (2, 1, True)
 
     def test_rules_are_for_the_canvas_mode_of_both(self, monkeypatch, capsys):
-        code, out, _ = command(monkeypatch, capsys, "evaluate", "--tasks", "add", "--limit", "2", "--mode", "both",
-                               "--preset", "fast", "--json")
+        code, out, _ = command(
+            monkeypatch,
+            capsys,
+            "evaluate",
+            "--tasks",
+            "add",
+            "--limit",
+            "2",
+            "--mode",
+            "both",
+            "--preset",
+            "fast",
+            "--json",
+        )
         diffusion, causal = (json.loads(line) for line in out.splitlines()[-2:])
-        assert (code, diffusion["options"]["preset"], "preset" in causal["options"]) == (0, "fast", False)
+        assert (code, diffusion["options"]["preset"], "preset" in causal["options"]) == (
+            0,
+            "fast",
+            False,
+        )

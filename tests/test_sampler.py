@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import truncation
-from mlx_diffgemma.sampler import (
+from mlx_diffgemma.sampling import truncation
+from mlx_diffgemma.sampling.sampler import (
     CHUNK,
     Before,
     Flag,
@@ -24,23 +24,46 @@ from mlx_diffgemma.sampler import (
 NEVER = -mx.ones((1, 1, 4), dtype=mx.int32)
 
 
-def numbers(temperature=1.0, bound=0.1, confidence=0.005, greedy=False, top_k=None, top_p=None, min_p=None, rows=1):
-    return StepNumbers(mx.full((rows,), temperature), mx.full((rows,), bound), mx.full((rows,), confidence),
-                       mx.array([greedy] * rows), None if top_k is None else mx.array([top_k] * rows),
-                       None if top_p is None else mx.array([top_p] * rows),
-                       min_p=None if min_p is None else mx.array([min_p] * rows))
+def numbers(
+    temperature=1.0,
+    bound=0.1,
+    confidence=0.005,
+    greedy=False,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    rows=1,
+):
+    return StepNumbers(
+        mx.full((rows,), temperature),
+        mx.full((rows,), bound),
+        mx.full((rows,), confidence),
+        mx.array([greedy] * rows),
+        None if top_k is None else mx.array([top_k] * rows),
+        None if top_p is None else mx.array([top_p] * rows),
+        min_p=None if min_p is None else mx.array([min_p] * rows),
+    )
 
 
 def before(shape, history, canvas=None, accepted=None):
-    return Before(mx.zeros(shape, dtype=mx.int32) if canvas is None else mx.array(canvas),
-                  mx.zeros(shape, dtype=mx.bool_) if accepted is None else mx.array(accepted), history)
+    return Before(
+        mx.zeros(shape, dtype=mx.int32) if canvas is None else mx.array(canvas),
+        mx.zeros(shape, dtype=mx.bool_) if accepted is None else mx.array(accepted),
+        history,
+    )
 
 
 def step(logits, u=0.5, renoise=9, history=NEVER, eos=(1,), **options):
     logits = mx.array(logits, dtype=mx.float32)
     shape = logits.shape[:2]
-    return sample_step(logits, mx.full(shape, u), mx.full(shape, renoise, dtype=mx.int32), before(shape, history),
-                       numbers(rows=shape[0], **options), mx.array(eos))
+    return sample_step(
+        logits,
+        mx.full(shape, u),
+        mx.full(shape, renoise, dtype=mx.int32),
+        before(shape, history),
+        numbers(rows=shape[0], **options),
+        mx.array(eos),
+    )
 
 
 class TestAccept:
@@ -50,11 +73,22 @@ class TestAccept:
         assert got.tolist() == [[True, True, True, False]]
 
     def test_a_sum_exactly_at_the_bound_is_accepted(self):
-        assert accept(mx.array([[0.25, 0.25, 5.0]]), mx.array([0.5])).tolist() == [[True, True, True]]
-        assert accept(mx.array([[0.25, 0.25, 5.0]]), mx.array([0.4999])).tolist() == [[True, True, False]]
+        assert accept(mx.array([[0.25, 0.25, 5.0]]), mx.array([0.5])).tolist() == [
+            [True, True, True]
+        ]
+        assert accept(mx.array([[0.25, 0.25, 5.0]]), mx.array([0.4999])).tolist() == [
+            [True, True, False]
+        ]
 
     def test_the_most_certain_position_is_always_accepted(self):
-        assert accept(mx.array([[7.0, 6.0, 8.0]]), mx.array([1e-9])).tolist() == [[False, True, False]]
+        assert accept(mx.array([[7.0, 6.0, 8.0]]), mx.array([1e-9])).tolist() == [
+            [False, True, False]
+        ]
+
+    def test_the_mask_is_in_the_order_of_the_positions(self):
+        """Of a cycle of three, which is not its own inverse."""
+        got = accept(mx.array([[0.3, 0.05, 0.2]]), mx.array([0.1]))
+        assert got.tolist() == [[False, True, True]]
 
     def test_each_row_has_its_own_bound(self):
         got = accept(mx.array([[0.3, 0.4], [0.3, 0.4]]), mx.array([0.1, 0.35]))
@@ -64,7 +98,13 @@ class TestAccept:
 class TestInverseCdf:
     def test_intervals_are_half_open(self):
         p = mx.array([[0.25, 0.5, 0.25]] * 5)
-        assert inverse_cdf(p, mx.array([0.0, 0.2499, 0.25, 0.7499, 0.75])).tolist() == [0, 0, 1, 1, 2]
+        assert inverse_cdf(p, mx.array([0.0, 0.2499, 0.25, 0.7499, 0.75])).tolist() == [
+            0,
+            0,
+            1,
+            1,
+            2,
+        ]
 
     def test_never_a_token_of_probability_zero(self):
         p = mx.array([[0.0, 1.0, 0.0], [0.0, 0.3, 0.0]])
@@ -73,9 +113,13 @@ class TestInverseCdf:
             assert inverse_cdf(p, mx.array([u, u])).tolist() == [1, 1]
 
     def test_an_uneven_running_sum_cannot_pick_an_impossible_token(self, monkeypatch):
-        uneven = mx.concatenate([mx.array([[0.5, 0.4999, 0.5001]]), mx.ones((1, CHUNK - 3))], axis=-1)
+        uneven = mx.concatenate(
+            [mx.array([[0.5, 0.4999, 0.5001]]), mx.ones((1, CHUNK - 3))], axis=-1
+        )
         real = mx.cumsum
-        monkeypatch.setattr(mx, "cumsum", lambda x, axis: uneven if x.shape[-1] == CHUNK else real(x, axis=axis))
+        monkeypatch.setattr(
+            mx, "cumsum", lambda x, axis: uneven if x.shape[-1] == CHUNK else real(x, axis=axis)
+        )
         assert inverse_cdf(mx.array([[0.5, 0.0, 0.0, 0.5]]), mx.array([0.5])).tolist() == [3]
 
     @pytest.mark.parametrize("vocabulary", [CHUNK, CHUNK + 1, 1000, 4096])
@@ -96,10 +140,16 @@ class TestInverseCdf:
     def test_any_total(self):
         assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.24])).tolist() == [0]
         assert inverse_cdf(mx.array([[1.0, 3.0]]), mx.array([0.26])).tolist() == [1]
+        many = mx.ones((1, 4 * CHUNK)) * 7
+        assert inverse_cdf(many, mx.array([0.8])).tolist() == [int(0.8 * 4 * CHUNK)]
 
     def test_distribution(self):
         p, u = np.array([0.1, 0.2, 0.3, 0.4]), (np.arange(20_000) + 0.5) / 20_000
-        got = np.array(inverse_cdf(mx.array(np.tile(p, (20_000, 1)).astype(np.float32)), mx.array(u.astype(np.float32))))
+        got = np.array(
+            inverse_cdf(
+                mx.array(np.tile(p, (20_000, 1)).astype(np.float32)), mx.array(u.astype(np.float32))
+            )
+        )
         np.testing.assert_allclose(np.bincount(got) / 20_000, p, atol=2e-4)
 
 
@@ -120,12 +170,24 @@ class TestTruncate:
         assert truncate(self.P, numbers(top_k=2)).tolist()[0][0] == pytest.approx([0, 0.4, 0, 0.3])
 
     def test_top_p_keeps_the_token_that_passes_the_mass(self):
-        assert (np.array(truncate(self.P, numbers(top_p=0.5)))[0, 0] > 0).tolist() == [False, True, False, True]
-        assert (np.array(truncate(self.P, numbers(top_p=0.39)))[0, 0] > 0).tolist() == [False, True, False, False]
+        assert (np.array(truncate(self.P, numbers(top_p=0.5)))[0, 0] > 0).tolist() == [
+            False,
+            True,
+            False,
+            True,
+        ]
+        assert (np.array(truncate(self.P, numbers(top_p=0.39)))[0, 0] > 0).tolist() == [
+            False,
+            True,
+            False,
+            False,
+        ]
 
     def test_zero_is_off_for_a_row(self):
         rows = mx.concatenate([self.P, self.P])
-        got = truncate(rows, StepNumbers(*[mx.ones((2,))] * 3, mx.array([False, False]), mx.array([0, 1])))
+        got = truncate(
+            rows, StepNumbers(*[mx.ones((2,))] * 3, mx.array([False, False]), mx.array([0, 1]))
+        )
         assert (np.array(got) > 0).sum(-1).tolist() == [[4], [1]]
 
     @pytest.mark.parametrize("total", [1e-3, 2.5, 40.0])
@@ -137,33 +199,53 @@ class TestTruncate:
         equal = mx.array([[[0.125, 0.375, 0.125, 0.375]]])
         kept = [False, True, False, True]
         for options in ({"top_k": 1}, {"top_p": 0.1}, {"top_p": 0.75}, {"min_p": 0.5}):
-            assert (np.array(truncate(equal, numbers(**options)))[0, 0] > 0).tolist() == kept, options
+            assert (np.array(truncate(equal, numbers(**options)))[0, 0] > 0).tolist() == kept, (
+                options
+            )
         assert (np.array(truncate(equal, numbers(top_p=0.76))) > 0).all()
 
     @pytest.mark.parametrize("vocabulary", [5, 301, 2048, 5000])
     @pytest.mark.parametrize("top_k", [[0] * 4, [3, 0, 64, 1], [100, 65, 200, 0], [1, 2, 3, 4]])
-    @pytest.mark.parametrize("top_p", [[1.0] * 4, [0.95, 0.5, 1.0, 0.01], [0.999999, 0.9, 0.25, 0.1]])
+    @pytest.mark.parametrize(
+        "top_p", [[1.0] * 4, [0.95, 0.5, 1.0, 0.01], [0.999999, 0.9, 0.25, 0.1]]
+    )
     def test_as_by_sorting(self, vocabulary, top_k, top_p):
-        """What sorting all weights in float64 keeps, each row by its own numbers, equal weights among them."""
+        """What sorting all weights in float64 keeps, each row by its own numbers, equal weights
+        among them.
+        """
         rng = np.random.default_rng(vocabulary)
         weights = np.exp(rng.normal(0, 4, (4, 4, vocabulary))).astype(np.float32)
         weights /= weights.max(axis=-1, keepdims=True)
         weights[:, :2] = np.round(weights[:, :2] * 64) / 64
         min_p = [0.0, 0.1, 0.0, 1.0]
-        got = truncate(mx.array(weights), StepNumbers(*[mx.ones((4,))] * 3, top_k=mx.array(top_k), top_p=mx.array(top_p),
-                                                      min_p=mx.array(min_p), few=few_candidates(top_k)))
+        got = truncate(
+            mx.array(weights),
+            StepNumbers(
+                *[mx.ones((4,))] * 3,
+                top_k=mx.array(top_k),
+                top_p=mx.array(top_p),
+                min_p=mx.array(min_p),
+                few=few_candidates(top_k),
+            ),
+        )
         for row, (k, p, share) in enumerate(zip(top_k, top_p, min_p)):
             for own, found in zip(weights[row].astype(np.float64), np.array(got)[row]):
                 rising = np.sort(own)
-                least = max(rising[-min(k, vocabulary)] if k else 0.0, float(np.float32(share)) * rising[-1])
+                least = max(
+                    rising[-min(k, vocabulary)] if k else 0.0, float(np.float32(share)) * rising[-1]
+                )
                 dropped = np.cumsum(rising) - rising
                 if p < 1:
-                    least = max(least, rising[(dropped <= (1 - float(np.float32(p))) * own.sum()).sum() - 1])
+                    least = max(
+                        least, rising[(dropped <= (1 - float(np.float32(p))) * own.sum()).sum() - 1]
+                    )
                 np.testing.assert_array_equal(found, np.where(own >= least, own, 0))
 
     def test_nothing_is_sorted_as_a_whole(self, monkeypatch):
         sizes, sort = [], mx.sort
-        monkeypatch.setattr(mx, "sort", lambda x, axis: sizes.append(x.shape[-1]) or sort(x, axis=axis))
+        monkeypatch.setattr(
+            mx, "sort", lambda x, axis: sizes.append(x.shape[-1]) or sort(x, axis=axis)
+        )
         monkeypatch.setattr(mx, "argsort", None)
         weights = mx.random.uniform(shape=(1, 2, 9000))
         for options in ({"top_k": 70}, {"top_p": 0.9}):
@@ -186,7 +268,9 @@ class TestStop:
         assert step(self.CERTAIN).flags[0, Flag.STOP].item() == 0
 
     def test_not_when_the_argmax_changed(self):
-        assert step(self.CERTAIN, history=mx.array([[[2, 3, 2, 2]]])).flags[0, Flag.STOP].item() == 0
+        assert (
+            step(self.CERTAIN, history=mx.array([[[2, 3, 2, 2]]])).flags[0, Flag.STOP].item() == 0
+        )
 
     def test_not_when_unsure(self):
         logits = np.eye(4)[None, [2, 3, 2, 3]] * 2.0
@@ -197,7 +281,9 @@ class TestStop:
         entropy = step(logits).flags[0, Flag.MEAN_ENTROPY].item()
         same = mx.array([[[0, 0, 0, 0]]])
         assert step(logits, history=same, confidence=entropy).flags[0, Flag.STOP].item() == 0
-        assert step(logits, history=same, confidence=entropy * 1.001).flags[0, Flag.STOP].item() == 1
+        assert (
+            step(logits, history=same, confidence=entropy * 1.001).flags[0, Flag.STOP].item() == 1
+        )
 
     def test_two_canvases_of_history_must_both_agree(self):
         now = mx.array([[2, 3]])
@@ -211,7 +297,9 @@ class TestStop:
 def test_entropy_is_that_of_the_scaled_logits():
     logits = np.random.default_rng(0).normal(0, 3, (1, 4, 30))
     p = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.array(step(logits, temperature=0.7).entropy), -(p * np.log(p)).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.array(step(logits, temperature=0.7).entropy), -(p * np.log(p)).sum(-1), rtol=1e-4
+    )
 
 
 def test_entropy_survives_probabilities_that_underflow():
@@ -224,13 +312,27 @@ def test_every_position_not_accepted_now_is_renoised():
     logits = np.zeros((1, 4, 20))
     logits[0, 2, 7] = 60.0
     out = step(logits, bound=1e-6, renoise=9)
-    assert out.accepted.tolist() == [[True, False, True, False]], "nothing comes before the second in the sum"
+    assert out.accepted.tolist() == [[True, False, True, False]], (
+        "nothing comes before the second in the sum"
+    )
     assert out.canvas.tolist() == [[10, 9, 7, 9]]
+    again = sample_step(
+        mx.array(logits, dtype=mx.float32),
+        mx.full((1, 4), 0.5),
+        mx.full((1, 4), 9, dtype=mx.int32),
+        before((1, 4), NEVER, accepted=[[True] * 4]),
+        numbers(bound=1e-6),
+        mx.array([1]),
+    )
+    assert again.canvas.tolist() == [[10, 9, 7, 9]], "also what the step before accepted"
 
 
 def test_greedy_takes_the_argmax_but_keeps_the_entropies():
     logits = np.random.default_rng(1).normal(0, 1, (1, 4, 12))
-    greedy, drawn = step(logits, u=0.99, bound=100.0, greedy=True), step(logits, u=0.99, bound=100.0)
+    greedy, drawn = (
+        step(logits, u=0.99, bound=100.0, greedy=True),
+        step(logits, u=0.99, bound=100.0),
+    )
     assert greedy.canvas.tolist() == logits.argmax(-1).tolist()
     assert drawn.canvas.tolist() != greedy.canvas.tolist()
     assert greedy.entropy.tolist() == drawn.entropy.tolist()
@@ -239,18 +341,25 @@ def test_greedy_takes_the_argmax_but_keeps_the_entropies():
 def test_logprob_is_that_of_the_argmax():
     logits = np.random.default_rng(2).normal(0, 1, (1, 4, 12))
     p = np.exp(logits / 0.5) / np.exp(logits / 0.5).sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.exp(np.array(step(logits, temperature=0.5).logprob)), p.max(-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(np.array(step(logits, temperature=0.5).logprob)), p.max(-1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_logits_are_flagged(bad):
     logits = np.zeros((2, 4, 5))
     logits[1, 2, 3] = bad
-    assert step(logits, history=-mx.ones((2, 1, 4), dtype=mx.int32)).flags[:, Flag.NON_FINITE].tolist() == [0, 1]
+    assert step(logits, history=-mx.ones((2, 1, 4), dtype=mx.int32)).flags[
+        :, Flag.NON_FINITE
+    ].tolist() == [0, 1]
 
 
 def test_first_position_of_an_end_token():
-    assert first_position(mx.array([[5, 3, 1, 3], [5, 5, 5, 5]]), mx.array([1, 3])).tolist() == [1, 4]
+    assert first_position(mx.array([[5, 3, 1, 3], [5, 5, 5, 5]]), mx.array([1, 3])).tolist() == [
+        1,
+        4,
+    ]
 
 
 def test_rows_do_not_influence_each_other():
@@ -272,6 +381,11 @@ class TestDrawNext:
     def test_sampled(self):
         assert draw_next(self.LOGITS, mx.array([0.01]), 1.0).tolist() == [0]
         assert draw_next(self.LOGITS, mx.array([0.99]), 1.0).tolist() == [2]
+
+    def test_at_the_temperature(self):
+        """The first token has 9 % at temperature 1 and 0.2 % at 0.3."""
+        assert draw_next(self.LOGITS, mx.array([0.05]), 1.0).tolist() == [0]
+        assert draw_next(self.LOGITS, mx.array([0.05]), 0.3).tolist() == [1]
 
     def test_truncated(self):
         assert draw_next(self.LOGITS, mx.array([0.01]), 1.0, top_k=1).tolist() == [1]

@@ -1,4 +1,6 @@
-"""The self-check of operations: sound here, and each kind of fault is named by the section it belongs to."""
+"""The self-check of operations: sound here, and each kind of fault is named by the section it
+belongs to.
+"""
 
 import dataclasses
 
@@ -6,12 +8,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import layers, model, sampler, selfcheck
-from mlx_diffgemma.selfcheck import RELEASED, SECTIONS, SMALL, Checks, run, run_section
+from mlx_diffgemma.diagnostics.operations import layers as checked_layers
+from mlx_diffgemma.diagnostics.operations.checks import RELEASED, SMALL, Checks
+from mlx_diffgemma.diagnostics.selfcheck import SECTIONS, run, run_section
+from mlx_diffgemma.model import attention, layers
+from mlx_diffgemma.sampling import sampler
 
 
 def failed(section, sizes=SMALL):
-    return [result.name for result in run_section(section, SECTIONS[section], Checks(sizes, mx.float32)) if not result.ok]
+    return [
+        result.name
+        for result in run_section(section, SECTIONS[section], Checks(sizes, mx.float32))
+        if not result.ok
+    ]
 
 
 def test_this_machine_computes_right():
@@ -25,8 +34,15 @@ def test_this_machine_computes_right():
 
 def test_the_released_sizes_are_the_released_models():
     text = model_config().text
-    assert (RELEASED.vocabulary, RELEASED.hidden, RELEASED.inner) == (text.vocab_size, text.hidden_size, text.intermediate_size)
-    assert (RELEASED.expert_inner, RELEASED.experts) == (text.moe_intermediate_size, text.num_experts)
+    assert (RELEASED.vocabulary, RELEASED.hidden, RELEASED.inner) == (
+        text.vocab_size,
+        text.hidden_size,
+        text.intermediate_size,
+    )
+    assert (RELEASED.expert_inner, RELEASED.experts) == (
+        text.moe_intermediate_size,
+        text.num_experts,
+    )
     heads = {(layer.head_dim, layer.num_kv_heads) for layer in text.layers}
     assert {(size, kv) for size, kv, _ in RELEASED.attention} == heads
     assert text.num_attention_heads == 16
@@ -34,7 +50,7 @@ def test_the_released_sizes_are_the_released_models():
 
 
 def model_config():
-    from mlx_diffgemma.config import released_config
+    from mlx_diffgemma.model.config import released_config
 
     return released_config()
 
@@ -42,84 +58,180 @@ def model_config():
 def wrong(monkeypatch, module, name, change):
     """``module.name`` whose results are changed."""
     right = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **kwargs: change(right(*args, **kwargs), *args, **kwargs))
+    monkeypatch.setattr(
+        module, name, lambda *args, **kwargs: change(right(*args, **kwargs), *args, **kwargs)
+    )
 
 
 def missing_kernel(*_, **__):
-    raise RuntimeError("[metal::Device] Unable to load kernel carg_block_sort_bool_uint32_bn256_tn4")
+    raise RuntimeError(
+        "[metal::Device] Unable to load kernel carg_block_sort_bool_uint32_bn256_tn4"
+    )
 
 
 # (section, where, name, what becomes of its result, part of the name of a check that must fail)
 FAULTS = {
     "the last of equals": (
-        "ordering", mx, "argmax",
-        lambda out, *a, **k: out + 1, "argmax takes the first of equals"),
+        "ordering",
+        mx,
+        "argmax",
+        lambda out, *a, **k: out + 1,
+        "argmax takes the first of equals",
+    ),
     "an unstable sort": (
-        "ordering", mx, "argsort",
-        lambda out, *a, **k: out[..., ::-1], "argsort is stable"),
+        "ordering",
+        mx,
+        "argsort",
+        lambda out, *a, **k: out[..., ::-1],
+        "argsort is stable",
+    ),
     "a sort that loses entries": (
-        "ordering", mx, "sort",
-        lambda out, *a, **k: out.at[..., 70].multiply(0), "sort of the vocabulary"),
+        "ordering",
+        mx,
+        "sort",
+        lambda out, *a, **k: out.at[..., 70].multiply(0),
+        "sort of the vocabulary",
+    ),
     "NaN that becomes a number": (
-        "ordering", mx, "isfinite",
-        lambda out, *a: mx.ones_like(out), "isfinite sees NaN"),
+        "ordering",
+        mx,
+        "isfinite",
+        lambda out, *a: mx.ones_like(out),
+        "isfinite sees NaN",
+    ),
     "maximum that drops NaN": (
-        "ordering", mx, "maximum",
-        lambda out, *a: mx.where(mx.isnan(out), 0.0, out), "maximum passes NaN"),
+        "ordering",
+        mx,
+        "maximum",
+        lambda out, *a: mx.where(mx.isnan(out), 0.0, out),
+        "maximum passes NaN",
+    ),
     "a selection that misses one": (
-        "sampling", sampler, "largest",
-        lambda out, *a: out.at[..., 0].multiply(0), "the 64 largest"),
-    "a softmax off by a little": ("sampling", mx, "softmax", lambda out, *a, **k: out * 1.01,
-                              "softmax over the vocabulary"),
+        "sampling",
+        sampler,
+        "largest",
+        lambda out, *a: out.at[..., 0].multiply(0),
+        "the 64 largest",
+    ),
+    "a softmax off by a little": (
+        "sampling",
+        mx,
+        "softmax",
+        lambda out, *a, **k: out * 1.01,
+        "softmax over the vocabulary",
+    ),
     "a logarithm that is off": (
-        "sampling", mx, "logsumexp",
-        lambda out, *a, **k: out * 1.01, "logsumexp"),
+        "sampling",
+        mx,
+        "logsumexp",
+        lambda out, *a, **k: out * 1.01,
+        "logsumexp",
+    ),
     "a draw one token on": (
-        "sampling", sampler, "inverse_cdf",
-        lambda out, *a: out + 1, "interval holds u"),
+        "sampling",
+        sampler,
+        "inverse_cdf",
+        lambda out, *a: out + 1,
+        "interval holds u",
+    ),
     "one position too many": (
-        "sampling", sampler, "accept",
-        lambda out, *a: mx.ones_like(out), "within the entropy bound"),
+        "sampling",
+        sampler,
+        "accept",
+        lambda out, *a: mx.ones_like(out),
+        "within the entropy bound",
+    ),
     "another expert": (
-        "sampling", mx, "argpartition",
-        lambda out, *a, **k: mx.where(out == 1, 2, out), "the router's experts"),
+        "sampling",
+        mx,
+        "argpartition",
+        lambda out, *a, **k: mx.where(out == 1, 2, out),
+        "the router's experts",
+    ),
     "a scatter that adds": (
-        "sampling", mx, "put_along_axis",
-        lambda out, *a, **k: out + 1, "put_along_axis"),
+        "sampling",
+        mx,
+        "put_along_axis",
+        lambda out, *a, **k: out + 1,
+        "put_along_axis",
+    ),
     "another activation": (
-        "elementwise", selfcheck, "gated_gelu",
-        lambda out, *a: out * 1.01, "gated GELU in float32"),
+        "elementwise",
+        checked_layers,
+        "gated_gelu",
+        lambda out, *a: out * 1.01,
+        "gated GELU in float32",
+    ),
     "a norm off by a little": (
-        "elementwise", selfcheck, "rms_norm",
-        lambda out, *a: out * 1.00001, "norm in float32"),
+        "elementwise",
+        checked_layers,
+        "rms_norm",
+        lambda out, *a: out * 1.00001,
+        "norm in float32",
+    ),
     "fast trigonometry": (
-        "elementwise", selfcheck, "rope_table",
-        lambda out, *a: (out[0] * 1.001, out[1]), "angles of heads of 512, to position 4,095"),
+        "elementwise",
+        checked_layers,
+        "rope_table",
+        lambda out, *a: (out[0] * 1.001, out[1]),
+        "angles of heads of 512, to position 4,095",
+    ),
     "a position that is off by one": (
-        "elementwise", selfcheck, "rope_table",
-        lambda out, positions, layer: model.rope_table(positions + 1, layer), "angles of heads of 256"),
+        "elementwise",
+        checked_layers,
+        "rope_table",
+        lambda out, positions, layer: attention.rope_table(positions + 1, layer),
+        "angles of heads of 256",
+    ),
     "a rotation the other way": (
-        "elementwise", selfcheck, "apply_rope",
-        lambda out, x, table: layers.apply_rope(x, (table[0], -table[1])), "rotation of heads of 256"),
+        "elementwise",
+        checked_layers,
+        "apply_rope",
+        lambda out, x, table: layers.apply_rope(x, (table[0], -table[1])),
+        "rotation of heads of 256",
+    ),
     "a mask that is ignored": (
-        "attention", selfcheck, "attend_in_turn",
-        lambda out, parts: layers.attend_in_turn([(*part[:3], None) for part in parts]), "mask: a mask"),
+        "attention",
+        checked_layers,
+        "attend_in_turn",
+        lambda out, parts: layers.attend_in_turn([(*part[:3], None) for part in parts]),
+        "mask: a mask",
+    ),
     "a product with packed weights": (
-        "packed products", mx, "quantized_matmul",
-        lambda out, *a, **k: out * 1.01, "product, affine 4"),
+        "packed products",
+        mx,
+        "quantized_matmul",
+        lambda out, *a, **k: out * 1.01,
+        "product, affine 4",
+    ),
     "packing that loses a group": (
-        "packed products", mx, "dequantize",
-        lambda out, *a, **k: out.at[:, :16].multiply(0), "packing,"),
+        "packed products",
+        mx,
+        "dequantize",
+        lambda out, *a, **k: out.at[:, :16].multiply(0),
+        "packing,",
+    ),
     "the last tile of a ragged number of rows": (
-        "experts", mx, "gather_qmm",
+        "experts",
+        mx,
+        "gather_qmm",
         lambda out, *a, **k: out.at[-2:].multiply(0.5),
-                                                 "packed experts, mxfp4 4 bits, groups of 32, sorted True, 130 rows"),
+        "packed experts, mxfp4 4 bits, groups of 32, sorted True, 130 rows",
+    ),
     "grouped products": (
-        "experts", mx, "gather_mm",
-        lambda out, *a, **k: out.at[-1:].multiply(0), "experts, sorted True, 130 rows"),
+        "experts",
+        mx,
+        "gather_mm",
+        lambda out, *a, **k: out.at[-1:].multiply(0),
+        "experts, sorted True, 130 rows",
+    ),
     "a write beside its place": (
-        "cache writes", mx, "slice_update",
-        lambda out, *a, **k: mx.roll(out, 1, axis=2), "cache writes in"),
+        "cache writes",
+        mx,
+        "slice_update",
+        lambda out, *a, **k: mx.roll(out, 1, axis=2),
+        "cache writes in",
+    ),
 }
 
 
@@ -132,11 +244,18 @@ def test_a_fault_is_named(name, monkeypatch):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_an_operation_without_a_kernel_is_a_failed_check(section, monkeypatch):
-    for module, names in ((mx, ("argmax", "softmax", "quantize", "gather_mm", "slice_update")), (selfcheck, ("gated_gelu",)),
-                          (mx.fast, ("scaled_dot_product_attention",))):
+    for module, names in (
+        (mx, ("argmax", "softmax", "quantize", "gather_mm", "slice_update")),
+        (checked_layers, ("gated_gelu",)),
+        (mx.fast, ("scaled_dot_product_attention",)),
+    ):
         for function in names:
             monkeypatch.setattr(module, function, missing_kernel)
-    (found,) = [result for result in run_section(section, SECTIONS[section], Checks(SMALL, mx.float32)) if result.note]
+    (found,) = [
+        result
+        for result in run_section(section, SECTIONS[section], Checks(SMALL, mx.float32))
+        if result.note
+    ]
     assert not found.ok
     assert "Unable to load kernel" in found.note
 

@@ -4,22 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.decoding.batch import run as run_sessions
+from mlx_diffgemma.decoding.canvas_state import Attempts
+from mlx_diffgemma.decoding.loop import Loop
+from mlx_diffgemma.decoding.session import Session
+from mlx_diffgemma.decoding.verifier import VerifyResult
 from mlx_diffgemma.errors import NonFiniteLogitsError, UserError
-from mlx_diffgemma.model import Denoised
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.session import Loop, Session
-
-PROMPTS = [np.random.default_rng(i).integers(7, 301, n).tolist() for i, n in enumerate((5, 40, 17, 23))]
-
-
-def policy(**changes):
-    return ReferencePolicy(**{"max_steps": 6, "entropy_bound": 0.1, "t_min": 0.4, "t_max": 0.8, "confidence_threshold": 0.005,
-                              "stability": 1} | changes)
-
-
-def session(model, row, max_tokens=48, eos=(1,), **changes):
-    return Session(model, PROMPTS[row], policy(**changes), Draws(row, 301), eos, max_tokens)
+from mlx_diffgemma.sampling.draws import Draws
+from tests.helpers.sessions import PROMPTS, UNSURE, Scripted, certain, policy, session
 
 
 def run(model, sessions, chunk=2048):
@@ -27,8 +19,17 @@ def run(model, sessions, chunk=2048):
     records, loop = {id(s): [] for s in sessions}, Loop(model, sessions, chunk)
     while loop.active:
         for s, step in loop.advance():
-            records[id(s)].append((step.canvas_index, step.step, step.canvas.tolist(), step.argmax.tolist(),
-                                   step.accepted.tolist(), step.mean_entropy, step.reason))
+            records[id(s)].append(
+                (
+                    step.canvas_index,
+                    step.step,
+                    step.canvas.tolist(),
+                    step.argmax.tolist(),
+                    step.accepted.tolist(),
+                    step.mean_entropy,
+                    step.reason,
+                )
+            )
     return [records[id(s)] for s in sessions]
 
 
@@ -126,8 +127,42 @@ def test_two_loops_may_be_interleaved(tiny):
 def test_canvases_until_the_limit(tiny):
     s = session(tiny, 0, max_tokens=49, eos=())
     run(tiny, [s])
-    assert [c.tokens.size for c in s.canvases] == [24, 24, 24], "the limit is rounded up to whole canvases"
+    assert [c.tokens.size for c in s.canvases] == [24, 24, 24], (
+        "the limit is rounded up to whole canvases"
+    )
     assert s.cache.length == 5 + 48, "the last canvas is never encoded"
+
+
+def test_a_batch_is_as_wide_as_asked(tiny):
+    seen = dict[int, set[int]]()
+    waiting = [session(tiny, row, max_tokens=24) for row in range(4)]
+    for s, step in run_sessions(tiny, waiting, 3):
+        seen.setdefault(id(s), set()).add(step.step)
+        running = sum(not other.finished and other.step > 0 for other in waiting)
+        assert running <= 3
+    assert len(seen) == 4
+
+
+def test_numbers_are_those_of_the_place_in_the_answer(tiny):
+    class Noting(Draws):
+        def step(self, canvas_index, retry, step, start, length):
+            noted.append((canvas_index, step, start))
+            return super().step(canvas_index, retry, step, start, length)
+
+    noted = []
+    s = Session(tiny, PROMPTS[0], policy(max_steps=2), Noting(0, 301), (), 48)
+    run(tiny, [s])
+    assert noted == [(0, 0, 0), (0, 0, 0), (0, 1, 0), (1, 0, 24), (1, 0, 24), (1, 1, 24)]
+
+
+def test_the_history_is_that_of_the_argmax(tiny):
+    s = session(tiny, 0, max_tokens=24, eos=(), stability=2)
+    loop, argmaxes = Loop(tiny, [s]), []
+    while s.step < 3:
+        ((_, step),) = loop.advance()
+        argmaxes.append(step.argmax.tolist())
+        assert step.canvas.tolist() != argmaxes[-1]
+    assert [own.tolist() for own in s.canvas.history] == argmaxes[-2:]
 
 
 def test_the_argmax_of_the_last_step_is_committed(tiny):
@@ -149,31 +184,6 @@ def test_the_answer_ends_at_the_first_end_token(tiny):
     assert ended.canvases[-1].ended
     assert ended.canvases[-1].tokens.tolist() == committed[: committed.index(committed[10]) + 1]
     assert len(ended.canvases) == 1
-
-
-class Scripted:
-    """Stands in for the model: the logits of each step are given."""
-
-    def __init__(self, real, script):
-        self.real, self.script, self.config, self.dtype = real, list(script), real.config, real.dtype
-        self.forwards = 0
-
-    def encode(self, *args, **options):
-        return self.real.encode(*args, **options)
-
-    def soft_embed(self, probabilities, ids=None):
-        return self.real.soft_embed(probabilities, ids)
-
-    def denoise(self, canvas, caches, soft_embedding=None, taps=(), commits=(), lengths=()):
-        self.forwards += 1
-        return Denoised(mx.array(self.script.pop(0), dtype=mx.float32).reshape(-1, 301)[: canvas.size], None, {})
-
-
-def certain(token):
-    return np.eye(301)[None, [token] * 24] * 60.0
-
-
-UNSURE = np.zeros((1, 24, 301))
 
 
 def test_no_forward_runs_past_a_stop(tiny):
@@ -209,12 +219,18 @@ def test_temperatures_of_the_schedule():
     p = policy(max_steps=4)
     assert [p.schedule(step) for step in range(4)] == pytest.approx([0.8, 0.7, 0.6, 0.5])
     assert policy(max_steps=4, temperature=0.5).schedule(0) == pytest.approx(0.4)
-    assert policy(max_steps=4, temperature=0.0).schedule(0) == pytest.approx(0.8), "greedy keeps the schedule"
+    assert policy(max_steps=4, temperature=0.0).schedule(0) == pytest.approx(0.8), (
+        "greedy keeps the schedule"
+    )
 
 
-@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": 90, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.95}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": 90, "top_p": 0.9}]
+)
 def test_a_truncated_draw_is_one_of_the_masked_distribution(tiny, options):
-    """Token by token the inverse cumulative distribution of what top_k and top_p leave, at the request's own numbers."""
+    """Token by token the inverse cumulative distribution of what top_k and top_p leave, at the
+    request's own numbers.
+    """
     s = session(tiny, 0, max_tokens=24, entropy_bound=1e9, **options)
     logits = np.random.default_rng(0).normal(0, 2, (24, 301)).astype(np.float32)
     canvas = np.array(run(Scripted(tiny, [logits[None]] * 6), [s])[0][0][2])
@@ -222,7 +238,9 @@ def test_a_truncated_draw_is_one_of_the_masked_distribution(tiny, options):
     weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     rising = np.sort(weights, axis=-1)
-    below = (np.cumsum(rising, axis=-1) - rising <= 1 - options.get("top_p", 1.0) + 1e-12).sum(axis=-1) - 1
+    below = (np.cumsum(rising, axis=-1) - rising <= 1 - options.get("top_p", 1.0) + 1e-12).sum(
+        axis=-1
+    ) - 1
     least = np.take_along_axis(rising, below[:, None], axis=-1)
     least = np.maximum(least, rising[:, [-options.get("top_k", 301)]])
     weights[weights < least] = 0
@@ -241,24 +259,43 @@ def test_non_finite_logits_stop_the_run(tiny):
         run(model, [session(model, 0)])
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", 2.1), ("temperature", -0.1), ("top_k", -1), ("top_p", 0.0),
-                                             ("top_p", 1.1), ("max_steps", 0), ("entropy_bound", 0.0), ("stability", -1),
-                                             ("confidence_threshold", 0.0), ("t_min", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 2.1),
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("max_steps", 0),
+        ("entropy_bound", 0.0),
+        ("stability", -1),
+        ("confidence_threshold", 0.0),
+        ("t_min", 0.9),
+    ],
+)
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(UserError):
         policy(**{name: value})
 
 
+def test_a_token_surprises_where_it_is_less_likely_than_was_to_be_expected():
+    verdict = VerifyResult(
+        [3, 4], mx.array([-2.0, -0.5]), mx.array([1.5, 0.75]), mx.zeros((5,)), {}, False
+    )
+    assert verdict.surprises.tolist() == [0.5, -0.25]
+
+
 def test_what_a_canvas_took_is_counted_for_each_canvas_alone(tiny):
     """Drafter passes and judged rows of one canvas are not those of the next."""
-    own, taken = session(tiny, 0, max_tokens=48, eos=()), {"passes": 3, "judged": 2, "judged_rows": 48}
+    own = session(tiny, 0, max_tokens=48, eos=())
+    taken = {"passes": 3, "verified": 2, "verified_rows": 48}
     loop = Loop(tiny, [own])
     while loop.active:
         if own.canvas is not None and own.step == 1:
             for name, value in taken.items():
-                setattr(own, name, value * (1 + own.canvas_index))
+                setattr(own.attempts, name, value * (1 + own.canvas_index))
         loop.advance()
-    assert len(own.canvases) == 2
-    for index, canvas in enumerate(own.canvases):
-        assert {name: getattr(canvas, name) for name in taken} == {name: value * (1 + index) for name, value in taken.items()}
-    assert {name: getattr(own, name) for name in taken} == dict.fromkeys(taken, 0)
+    counts = [(canvas.passes, canvas.judged, canvas.judged_rows) for canvas in own.canvases]
+    assert counts == [(3, 2, 48), (6, 4, 96)]
+    assert own.attempts == Attempts(), "the next canvas starts from nothing"

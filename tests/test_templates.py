@@ -6,9 +6,11 @@ import resource
 import time
 
 import pytest
+from jinja2 import meta
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.templates import DROPPED_FILTERS, compiled, render
+from mlx_diffgemma.text.sandbox import DROPPED_FILTERS, Environment
+from mlx_diffgemma.text.templates import compiled, render, syntax
 
 
 def grown(first, step):
@@ -89,7 +91,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("source", LOOPS.values(), ids=LOOPS)
 def test_loops_end(source, monkeypatch):
-    monkeypatch.setattr("mlx_diffgemma.templates.SECONDS", 0.2)
+    monkeypatch.setattr("mlx_diffgemma.text.budget.SECONDS", 0.2)
     began = time.thread_time()
     with pytest.raises(UserError, match="The chat template was stopped: it takes more than"):
         render(source, MESSAGES)
@@ -98,8 +100,8 @@ def test_loops_end(source, monkeypatch):
 
 @pytest.mark.parametrize("source", TEXTS.values(), ids=TEXTS)
 def test_texts_and_lists_are_refused_before_they_are_made(source, monkeypatch):
-    monkeypatch.setattr("mlx_diffgemma.templates.LARGEST", 2**20)
-    monkeypatch.setattr("mlx_diffgemma.templates.ENTRIES", 2**17)
+    monkeypatch.setattr("mlx_diffgemma.text.budget.LARGEST", 2**20)
+    monkeypatch.setattr("mlx_diffgemma.text.budget.ENTRIES", 2**17)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError) as refused:
         render(source, MESSAGES)
@@ -117,13 +119,13 @@ def test_every_failure_is_one_sentence(source):
 
 
 def test_a_conversation_that_is_too_long(monkeypatch):
-    monkeypatch.setattr("mlx_diffgemma.templates.LARGEST", 1000)
+    monkeypatch.setattr("mlx_diffgemma.text.budget.LARGEST", 1000)
     with pytest.raises(UserError, match="more than 1,000 characters"):
         render("{{ messages }}", {"messages": "a" * 1001})
 
 
 def test_a_long_conversation_may_be_written_whole(monkeypatch):
-    monkeypatch.setattr("mlx_diffgemma.templates.LARGEST", 1000)
+    monkeypatch.setattr("mlx_diffgemma.text.budget.LARGEST", 1000)
     text = "a" * 900
     assert (
         render("{% for m in messages %}{{ m ~ m }}{% endfor %}", {"messages": [text]}) == text * 2
@@ -173,3 +175,11 @@ def test_what_templates_do_is_done(source, text):
 
 def test_a_template_is_read_once():
     assert compiled("{{ 1 }} once") is compiled("{{ 1 }} once")
+
+
+def test_the_variables_of_a_template_are_told_within_bounds():
+    """Jinja computes constants while it looks for variables."""
+    template = "{% set x = 9 ** 9 ** 9 ** 9 %}{{ mood }}"
+    tree = syntax(template)
+    assert isinstance(tree.environment, Environment)
+    assert meta.find_undeclared_variables(tree) == {"mood"}

@@ -1,4 +1,6 @@
-"""What is loaded on one thread serves another, and a fork is refused: MLX's streams belong to a thread."""
+"""What is loaded on one thread serves another, and a fork is refused: MLX's streams belong to a
+thread.
+"""
 
 import multiprocessing
 import threading
@@ -7,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from drafter.model import Borrowed
+from drafter.head import TargetHead
 from mlx_diffgemma import device, generate, stream_generate
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.convert import convert
+from mlx_diffgemma.checkpoint.convert import convert
+from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.model.cache import Cache
 from mlx_diffgemma.tuning.adapters import AdapterOptions, load_adapter, prepare, put_weights
-from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
 from tests.drafter.drafters import random_drafter
 
@@ -45,8 +47,9 @@ def sighted_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["tiny", "divisible", "packed"])
 def test_a_model_that_was_loaded_elsewhere(name, tiny_folder, divisible_folder, tmp_path):
-    folder = {"tiny": tiny_folder, "divisible": divisible_folder}.get(name) or convert(str(divisible_folder), tmp_path / "packed",
-                                                                                       recipe="4bit")
+    folder = {"tiny": tiny_folder, "divisible": divisible_folder}.get(name) or convert(
+        str(divisible_folder), tmp_path / "packed", recipe="4bit"
+    )
     model = elsewhere(load_model, folder, "float32")
     cache = Cache(model.config.text)
     model.encode([mx.array(IDS)], [cache])
@@ -70,7 +73,10 @@ def test_the_tower_is_read_on_any_thread(sighted_folder):
 def test_two_threads_that_see_the_first_image_together(sighted_folder):
     model = load_model(sighted_folder, "float32")
     patches, seen = np.random.default_rng(0).random((36, 48), dtype=np.float32), []
-    threads = [threading.Thread(target=lambda: seen.append(np.array(model.see(mx.array(patches), (6, 6))))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: seen.append(np.array(model.see(mx.array(patches), (6, 6)))))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -80,8 +86,18 @@ def test_two_threads_that_see_the_first_image_together(sighted_folder):
 
 
 def test_the_tower_stays_unread_until_the_first_image(tmp_path):
-    wide = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                head_dim=64, patch_size=4, pooling_kernel_size=3, position_embedding_size=256, standardize=True)
+    wide = dict(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        patch_size=4,
+        pooling_kernel_size=3,
+        position_embedding_size=256,
+        standardize=True,
+    )
     folder = make_checkpoint(tmp_path, vision=wide)
     mx.synchronize()
     before = mx.get_active_memory()
@@ -117,39 +133,56 @@ def test_adapter_weights_put_in_elsewhere(tiny, tmp_path):
 
     elsewhere(put)
     assert (np.array(model.model.decoder.norm.weight) == 2).all()
-    assert load_adapter.__module__ == put_weights.__module__, "which is the only way weights of an adapter come in"
+    assert load_adapter.__module__ == put_weights.__module__, (
+        "which is the only way weights of an adapter come in"
+    )
 
 
 def test_a_head_of_some_rows_made_elsewhere(tiny):
-    borrowed = elsewhere(Borrowed, tiny, random_drafter(tiny, head_size=40))
-    assert np.isfinite(np.array(borrowed.logits(mx.zeros((2, tiny.config.text.hidden_size))))).all()
+    head = elsewhere(TargetHead, tiny, random_drafter(tiny, head_size=40))
+    assert np.isfinite(np.array(head.logits(mx.zeros((2, tiny.config.text.hidden_size))))).all()
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "ar"])
 def test_a_stream_that_changes_threads(random_pair, mode):
     """As web frameworks take generators: each answer from whichever thread is free."""
-    options = {"max_tokens": 40, "seed": 0, "mode": mode, **({"max_denoising_steps": 4} if mode == "diffusion" else {})}
+    options = {
+        "max_tokens": 40,
+        "seed": 0,
+        "mode": mode,
+        **({"max_denoising_steps": 4} if mode == "diffusion" else {}),
+    }
     stream = stream_generate(*random_pair, IDS, **options)
     tokens, logprobs = [], []
     while (response := elsewhere(next, stream, None)) is not None:
         tokens += response.tokens
         logprobs += np.array(response.logprobs).flatten().tolist()
     assert len(tokens) > 16, "more than one canvas, so that the thread changes within the answer"
-    whole = [token for response in stream_generate(*random_pair, IDS, **options) for token in response.tokens]
+    whole = [
+        token
+        for response in stream_generate(*random_pair, IDS, **options)
+        for token in response.tokens
+    ]
     assert tokens == whole
     assert np.isfinite(logprobs).all()
 
 
 def test_steps_are_read_on_any_thread(random_pair):
     steps = []
-    elsewhere(lambda: generate(*random_pair, IDS, max_tokens=8, max_denoising_steps=3, seed=0, on_step=steps.append))
+    elsewhere(
+        lambda: generate(
+            *random_pair, IDS, max_tokens=8, max_denoising_steps=3, seed=0, on_step=steps.append
+        )
+    )
     for step in steps:
         for array in (step.canvas, step.argmax, step.accepted, step.entropy, step.logprob):
             assert np.array(array).shape == (16,)
 
 
 def forked(function):
-    """The sentence with which ``function`` was refused in a fork of this process, within 20 seconds."""
+    """The sentence with which ``function`` was refused in a fork of this process, within 20
+    seconds.
+    """
     fork = multiprocessing.get_context("fork")
     mine, theirs = fork.Pipe()
 
@@ -171,9 +204,14 @@ def forked(function):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_after_loading_is_refused(tiny, tiny_folder):
     ids = mx.array(IDS)
-    for use in (lambda: tiny.encode([ids], [Cache(tiny.config.text)]), lambda: tiny.see(None, (6, 6)),
-                lambda: load_model(tiny_folder)):
-        assert "does not survive a fork; start it with multiprocessing's 'spawn' method" in forked(use)
+    for use in (
+        lambda: tiny.encode([ids], [Cache(tiny.config.text)]),
+        lambda: tiny.see(None, (6, 6)),
+        lambda: load_model(tiny_folder),
+    ):
+        assert "does not survive a fork; start it with multiprocessing's 'spawn' method" in forked(
+            use
+        )
 
 
 def test_a_fork_before_loading_may_load(monkeypatch):

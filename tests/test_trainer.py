@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.tuning.adapters import AdapterOptions, prepare
 from mlx_diffgemma.tuning.data import Example
 from mlx_diffgemma.tuning.objective import Objective, make_batch
 from mlx_diffgemma.tuning.trainer import Trainer, TrainingOptions
-from mlx_diffgemma.weights import load_model
 
 RNG = np.random.default_rng(0)
-EXAMPLES = [Example(RNG.integers(7, 300, n).astype(np.int32), n // 2) for n in (30, 41, 25, 50, 33, 28, 60)]
+EXAMPLES = [
+    Example(RNG.integers(7, 300, n).astype(np.int32), n // 2) for n in (30, 41, 25, 50, 33, 28, 60)
+]
 DROPOUT = {"rank": 4, "dropout": 0.1, "scale": 8.0}
 
 
@@ -26,8 +28,14 @@ def trainer(folder, valid=(), lora=None, objective=None, **options):
     prepare(model, AdapterOptions("lora" if lora else "full", -1, lora or DROPOUT))
     given = {"iters": 6, "batch_size": 2, "canvas_length": 16} | options
     schedule = optimizers.cosine_decay(1e-2, 10)
-    return Trainer(model, EXAMPLES, valid, objective or Objective(), TrainingOptions(**given),
-                   optimizers.AdamW(learning_rate=schedule))
+    return Trainer(
+        model,
+        EXAMPLES,
+        valid,
+        objective or Objective(),
+        TrainingOptions(**given),
+        optimizers.AdamW(learning_rate=schedule),
+    )
 
 
 def weights(run):
@@ -42,15 +50,23 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("lora", "at", "every"), [
-    (DROPOUT, 4, 3), pytest.param(DROPOUT, 4, 2, marks=pytest.mark.slow), pytest.param(None, 4, 3, marks=pytest.mark.slow),
-    pytest.param(DROPOUT, 1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("lora", "at", "every"),
+    [
+        (DROPOUT, 4, 3),
+        pytest.param(DROPOUT, 4, 2, marks=pytest.mark.slow),
+        pytest.param(None, 4, 3, marks=pytest.mark.slow),
+        pytest.param(DROPOUT, 1, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at, every):
     """Also where the last checkpoint lies between two steps of the optimiser."""
     path = tmp_path / "state.safetensors"
     unbroken = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2)
     unbroken.run()
-    first = trainer(divisible_folder, lora=lora, grad_accumulation_steps=2, save_every=every, steps_per_report=1)
+    first = trainer(
+        divisible_folder, lora=lora, grad_accumulation_steps=2, save_every=every, steps_per_report=1
+    )
 
     def kill(report):
         if report.iteration == at:
@@ -66,7 +82,9 @@ def test_killed_and_resumed_equals_unbroken(divisible_folder, tmp_path, lora, at
         assert at == 1
     second.run()
     assert same(weights(unbroken), weights(second))
-    assert same(dict(tree_flatten(unbroken.optimizer.state)), dict(tree_flatten(second.optimizer.state)))
+    assert same(
+        dict(tree_flatten(unbroken.optimizer.state)), dict(tree_flatten(second.optimizer.state))
+    )
 
 
 @pytest.mark.slow
@@ -82,10 +100,24 @@ def test_a_longer_run_goes_on_from_a_shorter_one(divisible_folder, tmp_path):
 
 
 def test_a_run_that_ended_between_two_steps_does_not_go_on(divisible_folder, tmp_path):
-    short = trainer(divisible_folder, lora=DROPOUT, iters=1, batch_size=1, canvas_length=4, grad_accumulation_steps=2)
+    short = trainer(
+        divisible_folder,
+        lora=DROPOUT,
+        iters=1,
+        batch_size=1,
+        canvas_length=4,
+        grad_accumulation_steps=2,
+    )
     short.run()
     short.save(tmp_path / "s.safetensors")
-    longer = trainer(divisible_folder, lora=DROPOUT, iters=2, batch_size=1, canvas_length=4, grad_accumulation_steps=2)
+    longer = trainer(
+        divisible_folder,
+        lora=DROPOUT,
+        iters=2,
+        batch_size=1,
+        canvas_length=4,
+        grad_accumulation_steps=2,
+    )
     longer.restore(tmp_path / "s.safetensors")
     with pytest.raises(UserError, match="ended at iteration 1, in the middle of 2 batches"):
         longer.run()
@@ -111,6 +143,31 @@ def test_validation_sees_the_same_noise_each_time(divisible_folder):
     assert run.iteration == 3
 
 
+def test_losses_of_batches_are_weighted_by_their_tokens(divisible_folder):
+    run = trainer(divisible_folder, valid=EXAMPLES)
+    whole = run.validate(0)
+    found = [run._loss(run.model, batch)[1] for batch in run.validation_batches()]
+    for name in ("canvas", "causal"):
+        losses = np.array([getattr(one, name).item() for one in found])
+        tokens = np.array([getattr(one, f"{name}_tokens") for one in found])
+        assert len(set(tokens.tolist())) > 1, "else no weight shows"
+        assert getattr(whole, name) == pytest.approx((losses * tokens).sum() / tokens.sum())
+
+
+def test_validation_drops_nothing_out(divisible_folder, monkeypatch):
+    run, modes, real = trainer(divisible_folder, valid=EXAMPLES), [], Trainer._loss
+
+    def loss(self, model, batch):
+        modes.append(model.training)
+        return real(self, model, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    run.model.train()
+    run.validate(0)
+    assert modes == [False] * 4
+    assert run.model.training
+
+
 @pytest.mark.slow
 def test_validation_does_not_touch_the_run(divisible_folder):
     with_it = trainer(divisible_folder, valid=EXAMPLES, lora=DROPOUT, steps_per_eval=2)
@@ -130,22 +187,38 @@ def test_every_example_comes_once_an_epoch(divisible_folder):
 def test_accumulated_batches_are_averaged(divisible_folder):
     """Two halves with equally many tokens give the gradient of the whole."""
     objective = Objective(causal=0.0, self_conditioning=0.0)
-    run = trainer(divisible_folder, objective=objective, grad_accumulation_steps=2, iters=2, max_grad_norm=0.0)
+    run = trainer(
+        divisible_folder, objective=objective, grad_accumulation_steps=2, iters=2, max_grad_norm=0.0
+    )
     found = []
-    run._update = lambda gradients: found.append(dict(tree_flatten(gradients)))
+    run.optimizer.update = lambda model, gradients: found.append(dict(tree_flatten(gradients)))
     run.run()
     import mlx.nn as nn
 
-    grads = [dict(tree_flatten(nn.value_and_grad(run.model, run._loss)(run.model, run.batch(i))[1])) for i in range(2)]
+    grads = [
+        dict(tree_flatten(nn.value_and_grad(run.model, run._loss)(run.model, run.batch(i))[1]))
+        for i in range(2)
+    ]
     assert len(found) == 1
-    assert all(mx.allclose(found[0][name], grads[0][name] + grads[1][name], rtol=1e-4, atol=1e-6) for name in grads[0])
+    assert all(
+        mx.allclose(found[0][name], (grads[0][name] + grads[1][name]) / 2, rtol=1e-4, atol=1e-6)
+        for name in grads[0]
+    )
 
 
 class TestMakeBatch:
     def make(self, objective=None, seed=0):
         objective = objective or Objective()
         sequences = [e.ids for e in EXAMPLES]
-        return make_batch(sequences, [e.answer for e in EXAMPLES], 8, 301, 1, objective, np.random.default_rng(seed))
+        return make_batch(
+            sequences,
+            [e.answer for e in EXAMPLES],
+            8,
+            301,
+            1,
+            objective,
+            np.random.default_rng(seed),
+        )
 
     def test_a_canvas_holds_the_answer_from_where_it_begins_and_ends_after(self):
         for seed in range(20):
@@ -164,11 +237,21 @@ class TestMakeBatch:
 
     def test_corruption(self):
         """Half of the positions on average, each by a token drawn evenly."""
-        rows = [(b.corrupted != b.clean).mean(axis=1) for b in (self.make(seed=seed) for seed in range(200))]
+        rows = [
+            (b.corrupted != b.clean).mean(axis=1)
+            for b in (self.make(seed=seed) for seed in range(200))
+        ]
         assert np.mean(rows) == pytest.approx(0.5, abs=0.03)
         assert np.std(rows) > 0.25, "each example has its own share"
         within = np.mean([own.std() for own in rows])
         assert within > 0.2, "also within a batch"
+        drawn = [
+            token
+            for batch in (self.make(seed=seed) for seed in range(200))
+            for token in batch.corrupted[batch.corrupted != batch.clean].tolist()
+        ]
+        assert np.mean(drawn) == pytest.approx(150, abs=5), "of a vocabulary of 301"
+        assert {0, 300} <= set(drawn)
         least = self.make(Objective(least=0.0, most=1e-9))
         assert (least.corrupted == least.clean).all()
 
@@ -179,8 +262,15 @@ class TestMakeBatch:
         assert all(self.make(Objective(self_conditioning=1.0)).conditioned)
 
 
-@pytest.mark.parametrize("options", [{"self_conditioning": 1.5}, {"least": 0.5, "most": 0.4}, {"canvas": -1.0},
-                                     {"canvas": 0.0, "causal": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"self_conditioning": 1.5},
+        {"least": 0.5, "most": 0.4},
+        {"canvas": -1.0},
+        {"canvas": 0.0, "causal": 0.0},
+    ],
+)
 def test_objectives_that_make_no_sense(options):
     with pytest.raises(UserError):
         Objective(**options)

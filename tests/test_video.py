@@ -4,7 +4,6 @@ import io
 import struct
 import warnings
 import weakref
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -12,35 +11,14 @@ import pytest
 from PIL import Image as pillow
 
 from mlx_diffgemma import VideoWarning, chat_ids, load, stream_generate, user_message
-from mlx_diffgemma import video as module
-from mlx_diffgemma.config import VisionConfig
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.video import MAX_FRAMES, Clip, Film, Video, prepare_video
-from tests.test_images import serving
+from mlx_diffgemma.media import video as module
+from mlx_diffgemma.media.video import MAX_FRAMES, Clip, Film, Video, prepare_video
+from mlx_diffgemma.model.config import VisionConfig
+from tests.helpers.files_over_http import serving
+from tests.helpers.video import write_video
 
 CONFIG = VisionConfig.from_dict({"patch_size": 16, "pooling_kernel_size": 3})
-
-
-def write_video(path, seconds, fps=10, size=(96, 64), codec="mpeg4", grey=lambda second: int(second * 2), **options):
-    """Frames that are as grey as their second says, as many a second as ``fps`` says or at the times it lists."""
-    times = fps if isinstance(fps, list) else None
-    with av.open(str(path), "w", **options) as container:
-        stream = container.add_stream(codec, rate=30 if times else fps)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.bit_rate = 4_000_000
-        if times:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number in range(len(times or range(round(seconds * fps)))):
-            second = times[number] if times else number / fps
-            shade = min(255, grey(second))
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), shade, dtype=np.uint8), format="rgb24")
-            if times:
-                frame.pts, frame.time_base = round(second * 1000), Fraction(1, 1000)
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
 
 
 def sampled(video, config=CONFIG):
@@ -62,25 +40,46 @@ class TestSampling:
         np.testing.assert_allclose(shades(film), [20 * i for i in range(13)], atol=3)
         assert {frame.soft_tokens for frame in film.frames} == {60}
 
-    @pytest.mark.parametrize(("fps", "times"), [(2.0, [0, 0.5, 1, 1.5]), (0.5, [0]), (10.0, [i / 10 for i in range(20)]),
-                                                (100.0, [i / 10 for i in range(20)])])
+    @pytest.mark.parametrize(
+        ("fps", "times"),
+        [
+            (2.0, [0, 0.5, 1, 1.5]),
+            (0.5, [0]),
+            (10.0, [i / 10 for i in range(20)]),
+            (100.0, [i / 10 for i in range(20)]),
+        ],
+    )
     def test_another_rate(self, tmp_path, fps, times):
         path = write_video(tmp_path / "a.mp4", 2)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a video is not too long for a rate that it does not have
+            warnings.simplefilter(
+                "error"
+            )  # a video is not too long for a rate that it does not have
             assert prepare_video(Video(path, fps), CONFIG, 70).seconds == pytest.approx(times)
 
     def test_a_telephone_held_upright(self, tmp_path):
-        """Frames that the file says are to be turned by a quarter, clockwise: what was above is on the right."""
+        """Frames that the file says are to be turned by a quarter, clockwise: what was above is on
+        the right.
+        """
         with av.open(str(tmp_path / "a.mp4"), "w") as container:
             stream = container.add_stream("mpeg4", rate=1)
-            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
+            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
+                96,
+                64,
+                "yuv420p",
+                4_000_000,
+            )
             shown = np.zeros((64, 96, 3), dtype=np.uint8)
             shown[:32] = 255
-            for packet in (*stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")), *stream.encode()):
+            for packet in (
+                *stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")),
+                *stream.encode(),
+            ):
                 container.mux(packet)
         data = bytearray((tmp_path / "a.mp4").read_bytes())
-        matrix = data.index(b"tkhd") + 4 + 40  # behind the header's first fields, nine numbers of 16.16 and 2.30 bits
+        matrix = (
+            data.index(b"tkhd") + 4 + 40
+        )  # behind the header's first fields, nine numbers of 16.16 and 2.30 bits
         data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30)
         (frame,) = prepare_video(Video(bytes(data)), CONFIG, 70).frames
         height, width, _ = frame.pixels.shape
@@ -97,16 +96,24 @@ class TestSampling:
 
     def test_a_longer_one_is_spread(self, tmp_path):
         path = write_video(tmp_path / "a.mp4", 90, fps=4)
-        with pytest.warns(VideoWarning, match=r"a.mp4 lasts 90 s.* more than the 60 frames .*: 60 are taken, one every 1.5 s"):
+        with pytest.warns(
+            VideoWarning,
+            match=r"a.mp4 lasts 90 s.* more than the 60 frames .*: 60 are taken, one every 1.5 s",
+        ):
             film = prepare_video(Video(path), CONFIG, 70)
         assert len(film.frames) == MAX_FRAMES
         assert film.seconds[:3] == pytest.approx((0, 1.5, 3))
         assert film.seconds[-1] == pytest.approx(88.5)
-        np.testing.assert_allclose(shades(film), [int(2 * second) for second in film.seconds], atol=3)
+        np.testing.assert_allclose(
+            shades(film), [int(2 * second) for second in film.seconds], atol=3
+        )
 
     def test_bytes_are_a_video_too(self, tmp_path):
         path = write_video(tmp_path / "a.mp4", 3)
-        a, b = prepare_video(Video(path), CONFIG, 70), prepare_video(Video(path.read_bytes()), CONFIG, 70)
+        a, b = (
+            prepare_video(Video(path), CONFIG, 70),
+            prepare_video(Video(path.read_bytes()), CONFIG, 70),
+        )
         assert [frame.digest for frame in a.frames] == [frame.digest for frame in b.frames]
 
     def test_decoded_frames_are_not_kept(self, tmp_path, monkeypatch):
@@ -125,21 +132,33 @@ class TestSampling:
 
     def test_a_still_picture_and_then_thirty_frames_a_second(self, tmp_path):
         """The time a picture stands is not made good by reading what follows more densely."""
-        path = write_video(tmp_path / "a.mp4", 60, [0, *(30 + i / 30 for i in range(900))], codec="libx264")
+        path = write_video(
+            tmp_path / "a.mp4", 60, [0, *(30 + i / 30 for i in range(900))], codec="libx264"
+        )
         assert sampled(Video(path)).seconds == pytest.approx((0, *range(30, 60)), abs=0.04)
 
-    @pytest.mark.parametrize(("fps", "times"), [(1.0, [0, 1, 2, 30]), (2.0, [0, 0.5, 1, 1.5, 2, 30]), (0.5, [0, 2, 30])])
+    @pytest.mark.parametrize(
+        ("fps", "times"), [(1.0, [0, 1, 2, 30]), (2.0, [0, 0.5, 1, 1.5, 2, 30]), (0.5, [0, 2, 30])]
+    )
     def test_few_frames_at_first_and_none_for_long(self, tmp_path, fps, times):
         """Frames that come more often than the average says."""
         path = write_video(tmp_path / "a.mp4", 30, [0, 0.5, 1, 1.5, 2, 30])
         assert sampled(Video(path, fps)).seconds == pytest.approx(times, abs=0.02)
 
-    @pytest.mark.parametrize(("name", "codec", "options"), [
-        ("a.mkv", "mpeg4", {"options": {"live": "1"}}), ("a.m4v", "mpeg4", {"format": "m4v"}), ("a.h264", "libx264", {}),
-    ], ids=lambda value: str(value)[:6])
+    @pytest.mark.parametrize(
+        ("name", "codec", "options"),
+        [
+            ("a.mkv", "mpeg4", {"options": {"live": "1"}}),
+            ("a.m4v", "mpeg4", {"format": "m4v"}),
+            ("a.h264", "libx264", {}),
+        ],
+        ids=lambda value: str(value)[:6],
+    )
     class TestUnknownDuration:
         def test_all_of_it_is_read(self, tmp_path, name, codec, options):
-            path = write_video(tmp_path / name, 40, 5, codec=codec, grey=lambda second: 6 * int(second), **options)
+            path = write_video(
+                tmp_path / name, 40, 5, codec=codec, grey=lambda second: 6 * int(second), **options
+            )
             film = sampled(Video(path))
             assert film.seconds == pytest.approx(range(40), abs=0.01)
             np.testing.assert_allclose(shades(film), [6 * i for i in range(40)], atol=4)
@@ -147,7 +166,9 @@ class TestSampling:
         @pytest.mark.parametrize(("seconds", "count", "step"), [(61, 31, 2), (130, 33, 4)])
         def test_a_longer_one_is_spread(self, tmp_path, name, codec, options, seconds, count, step):
             path = write_video(tmp_path / name, seconds, 5, codec=codec, grey=int, **options)
-            with pytest.warns(VideoWarning, match=f"lasts {seconds} s.*: {count} are taken, one every {step}.0 s"):
+            with pytest.warns(
+                VideoWarning, match=f"lasts {seconds} s.*: {count} are taken, one every {step}.0 s"
+            ):
                 film = prepare_video(Video(path), CONFIG, 70)
             assert film.seconds == pytest.approx([step * i for i in range(count)], abs=0.01)
             np.testing.assert_allclose(shades(film), [step * i for i in range(count)], atol=4)
@@ -181,13 +202,21 @@ class TestSampling:
 
 
 class TestRefused:
-    @pytest.mark.parametrize(("source", "message"), [
-        ("missing.mp4", "There is no video missing.mp4"), (".", r"\. is a folder; give a regular file"),
-        ("a\0b.mp4", r"'a\\x00b.mp4' is not the path of a file"), ("~nosuchuser/a.mp4", "is not the path of a file"),
-        ("https://example.org/a.mp4", "URLs of videos are not fetched here; give the path"),
-        ("rtsp://127.0.0.1/a", "URLs of videos"), ("data:video/mp4;base64,AAAA", "URLs of videos"),
-        (np.zeros((2, 2)), "the path of a file or its bytes, not ndarray"), ("/dev/zero", "/dev/zero is a device"),
-    ], ids=str)
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("missing.mp4", "There is no video missing.mp4"),
+            (".", r"\. is a folder; give a regular file"),
+            ("a\0b.mp4", r"'a\\x00b.mp4' is not the path of a file"),
+            ("~nosuchuser/a.mp4", "is not the path of a file"),
+            ("https://example.org/a.mp4", "URLs of videos are not fetched here; give the path"),
+            ("rtsp://127.0.0.1/a", "URLs of videos"),
+            ("data:video/mp4;base64,AAAA", "URLs of videos"),
+            (np.zeros((2, 2)), "the path of a file or its bytes, not ndarray"),
+            ("/dev/zero", "/dev/zero is a device"),
+        ],
+        ids=str,
+    )
     def test_no_file(self, source, message, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=message) as raised:
@@ -197,12 +226,17 @@ class TestRefused:
     def test_nothing_is_fetched(self, tmp_path, monkeypatch):
         """Nor is a file read that another one names."""
         asked = []
-        monkeypatch.setattr("tests.test_images.Handler.do_GET", lambda self: asked.append(self.path))
+        monkeypatch.setattr(
+            "tests.helpers.files_over_http.Handler.do_GET", lambda self: asked.append(self.path)
+        )
         monkeypatch.chdir(tmp_path)
         write_video(tmp_path / "a.mp4", 1)
         with serving() as url:
-            playlists = [b"ffconcat version 1.0\nfile a.mp4\n", f"ffconcat version 1.0\nfile {url}/a.mp4\n".encode(),
-                         f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}/a.ts\n#EXT-X-ENDLIST\n".encode()]
+            playlists = [
+                b"ffconcat version 1.0\nfile a.mp4\n",
+                f"ffconcat version 1.0\nfile {url}/a.mp4\n".encode(),
+                f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}/a.ts\n#EXT-X-ENDLIST\n".encode(),
+            ]
             for number, playlist in enumerate(playlists):
                 path = tmp_path / f"{number}.m3u8"
                 path.write_bytes(playlist)
@@ -220,7 +254,9 @@ class TestRefused:
 
     def test_cut_off(self, tmp_path):
         path = write_video(tmp_path / "a.mp4", 5)
-        with pytest.raises(UserError, match=r"The video cannot be read as a video, or is damaged or cut off"):
+        with pytest.raises(
+            UserError, match=r"The video cannot be read as a video, or is damaged or cut off"
+        ):
             prepare_video(Video(path.read_bytes()[: path.stat().st_size // 2]), CONFIG, 70)
 
     def test_sound_alone(self, tmp_path):
@@ -255,10 +291,20 @@ def test_a_video_is_its_frames_behind_their_times(tmp_path):
     path = write_video(tmp_path / "a.mp4", 3, size=(128, 128))
     film = prepare_video(Video(path), model.config.vision, 70)
     text = "<|turn>user\n00:00 <|image|> 00:01 <|image|> 00:02 <|image|>What is shown at 00:01?<turn|>\n<|turn>model\n"
-    apart = list(stream_generate(model, tokenizer, text, images=[pillow.open(io.BytesIO(png(f))) for f in film.frames], seed=0,
-                                 max_tokens=64))
+    apart = list(
+        stream_generate(
+            model,
+            tokenizer,
+            text,
+            images=[pillow.open(io.BytesIO(png(f))) for f in film.frames],
+            seed=0,
+            max_tokens=64,
+        )
+    )
     prompt = chat_ids(tokenizer, [user_message("What is shown at 00:01?", 1)])
-    whole = list(stream_generate(model, tokenizer, prompt, images=[Video(path)], seed=0, max_tokens=64))
+    whole = list(
+        stream_generate(model, tokenizer, prompt, images=[Video(path)], seed=0, max_tokens=64)
+    )
     assert [r.tokens for r in whole] == [r.tokens for r in apart]
     assert whole[0].prompt_tokens == apart[0].prompt_tokens
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma import device, layouts
-from mlx_diffgemma.convert import convert
+from mlx_diffgemma import device
+from mlx_diffgemma.checkpoint import layouts
+from mlx_diffgemma.checkpoint.convert import convert
+from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.errors import CheckpointWarning, UserError
-from mlx_diffgemma.storage import INDEX, read_headers
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.safetensors import INDEX, read_headers
 from tests.checkpoints import make_checkpoint
 
 
@@ -26,11 +27,15 @@ def folder(tiny_folder, tmp_path):
 
 def rewrite(folder, change):
     """Apply ``change`` to all tensors of a folder and write them as one file."""
-    tensors = {name: array for path in folder.glob("*.safetensors") for name, array in mx.load(str(path)).items()}
+    tensors = {
+        name: array
+        for path in folder.glob("*.safetensors")
+        for name, array in mx.load(str(path)).items()
+    }
     mx.eval(tensors)
     change(tensors)
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
-        path.unlink()
+        path.unlink(missing_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
 
 
@@ -44,13 +49,38 @@ def test_harmless_extra_tensors_pass(folder):
         name = "layers.0.mlp.up_proj.weight"
         tensors[f"model.encoder.language_model.{name}"] = tensors[f"model.decoder.{name}"]
 
+    before = load_model(folder, "float32")
     rewrite(folder, add)
-    load_model(folder)
+    after = load_model(folder, "float32")
+    parameters = dict(tree_flatten(after.parameters()))
+    for name, array in tree_flatten(before.parameters()):
+        assert mx.array_equal(array, parameters.pop(name)), name
+    assert not parameters, "nothing came along"
+    assert after.config.vision is None
+
+
+def test_a_loaded_model_holds_what_is_stored(folder):
+    """Under each name of its own, also where matrices lie in one array."""
+    stored = {
+        name: array
+        for path in folder.glob("*.safetensors")
+        for name, array in mx.load(str(path)).items()
+    }
+    parameters = dict(tree_flatten(load_model(folder, "float32").parameters()))
+    for name, array in stored.items():
+        own = parameters.pop(name if name in parameters else f"{name}.weight")
+        assert mx.array_equal(own, array.astype(mx.float32)), name
+    assert not parameters
 
 
 def test_an_encoder_copy_that_differs_is_refused(folder):
     name = "layers.0.mlp.up_proj.weight"
-    rewrite(folder, lambda t: t.update({f"model.encoder.language_model.{name}": t[f"model.decoder.{name}"] + 1}))
+    rewrite(
+        folder,
+        lambda t: t.update(
+            {f"model.encoder.language_model.{name}": t[f"model.decoder.{name}"] + 1}
+        ),
+    )
     with pytest.raises(UserError, match="differs from"):
         load_model(folder)
 
@@ -100,7 +130,10 @@ def test_unexpected_tensor(folder):
 
 
 def test_unexpected_encoder_tensor(folder):
-    rewrite(folder, lambda t: t.update({"model.encoder.language_model.layers.0.surprise": mx.zeros((2,))}))
+    rewrite(
+        folder,
+        lambda t: t.update({"model.encoder.language_model.layers.0.surprise": mx.zeros((2,))}),
+    )
     with pytest.raises(UserError, match="surprise"):
         load_model(folder)
 
@@ -108,6 +141,22 @@ def test_unexpected_encoder_tensor(folder):
 def test_wrong_shape(folder):
     rewrite(folder, lambda t: t.update({"model.decoder.norm.weight": mx.zeros((63,))}))
     with pytest.raises(UserError, match=r"norm.weight' has shape \(63,\).*\(64,\)"):
+        load_model(folder)
+    narrow = {
+        "model.decoder.norm.weight": mx.zeros((64,)),
+        "model.decoder.layers.0.self_attn.o_proj.weight": mx.zeros((64, 60)),
+    }
+    rewrite(folder, lambda t: t.update(narrow))
+    with pytest.raises(UserError, match=r"o_proj.weight' has shape \(64, 60\)"):
+        load_model(folder)
+
+
+def test_a_norm_of_integers(folder):
+    rewrite(
+        folder,
+        lambda t: t.update({"model.decoder.norm.weight": mx.zeros((64,), dtype=mx.uint32)}),
+    )
+    with pytest.raises(UserError, match="stored as U32, which does not go with"):
         load_model(folder)
 
 
@@ -175,19 +224,25 @@ def test_a_wrong_group_size_in_the_config(divisible_folder, tmp_path):
 
 
 def test_a_foreign_quantisation_is_refused(folder):
-    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    raw = json.loads((folder / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="only checkpoints quantised by MLX tools are read"):
         load_model(folder)
 
 
 class TestWarning:
-    """Community conversions from before mlx-vlm's fix have everything at their lowest precision, and no mark of ours."""
+    """Community conversions from before mlx-vlm's fix have everything at their lowest precision,
+    and no mark of ours.
+    """
 
     @staticmethod
     def warnings_of(folder, recipe, change=lambda raw: None):
         # A folder for each: without its mark one is no longer ours to overwrite.
-        made = convert(str(folder), Path(tempfile.mkdtemp(dir=folder.parent)) / recipe, recipe=recipe)
+        made = convert(
+            str(folder), Path(tempfile.mkdtemp(dir=folder.parent)) / recipe, recipe=recipe
+        )
         raw = json.loads((made / "config.json").read_text())
         change(raw)
         (made / "config.json").write_text(json.dumps(raw))
@@ -197,7 +252,9 @@ class TestWarning:
         return [str(w.message) for w in caught if issubclass(w.category, CheckpointWarning)]
 
     def test_low_attention_and_no_mark(self, divisible_folder):
-        (message,) = self.warnings_of(divisible_folder, "uniform-4bit", lambda raw: raw.pop("mlx_diffgemma"))
+        (message,) = self.warnings_of(
+            divisible_folder, "uniform-4bit", lambda raw: raw.pop("mlx_diffgemma")
+        )
         assert "attention at 4 bits" in message
         assert "hf download --force-download" in message
 
@@ -227,12 +284,17 @@ def test_compute_dtype_on_a_gpu_is_the_checkpoints(monkeypatch):
 def test_memory_is_checked_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(device, "memory_limit", lambda: 100_000)
     monkeypatch.setattr(mx, "eval", lambda *a: pytest.fail("something was loaded"))
-    with pytest.raises(UserError, match=r"in float32 needs 0\.\d\d GB, this machine allows 0\.00 GB"):
+    with pytest.raises(
+        UserError, match=r"in float32 needs 0\.\d\d GB, this machine allows 0\.00 GB"
+    ):
         load_model(folder)
 
 
 def test_values_survive_sharding(tmp_path):
-    one, three = make_checkpoint(tmp_path / "1", shards=1), make_checkpoint(tmp_path / "3", shards=3)
+    one, three = (
+        make_checkpoint(tmp_path / "1", shards=1),
+        make_checkpoint(tmp_path / "3", shards=3),
+    )
     a, b = load_model(one), load_model(three)
     for x, y in zip(*(tree_flatten(m.parameters()) for m in (a, b))):
         assert x[0] == y[0]

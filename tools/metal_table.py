@@ -1,17 +1,18 @@
-"""Make tests/metal/table.json: what the released macOS wheels of MLX have a kernel for.
+"""Makes tests/metal/table.json: the operations that the released macOS wheels of MLX have a kernel
+for.
 
     python tools/metal_table.py            download the wheels and write the table
     python tools/metal_table.py --check    download the wheels and fail where the table differs
 
 The wheels are those of the lowest and the highest version of MLX that pyproject.toml admits on a
-Mac, built for macOS 14, 15 and 26. Kernels compiled ahead of time stand by name in
-``mlx/lib/mlx.metallib``; an operation is listed for a dtype when all kernels that it may choose
-from (contiguous, strided, large, one block or several) have that dtype, in every wheel. Where a
-wheel has kernels for the matrix units of M5 (``nax``), products need those too. What a wheel has
-beyond the others is listed under ``only``.
+Mac, built for macOS 14, 15 and 26.  ``mlx/lib/mlx.metallib`` names the kernels that were compiled
+ahead of time.  An operation is listed for a dtype when all kernels that it may choose from
+(contiguous, strided, large, one block or several) have that dtype, in every wheel.  Where a wheel
+has kernels for the matrix units of M5 (``nax``), products need those too.  What only some wheels
+have is listed under ``only``.
 
 Operations that MLX compiles at first use (gather, scatter, fused elementwise operations) have no
-kernel in the wheel; their rules stand in ``tests/metal/rules.py``.
+kernel in the wheel.  ``tests/metal/rules.py`` has their rules.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "metal" / "table.json"
 PLATFORMS = ("macosx_14_0_arm64", "macosx_15_0_arm64", "macosx_26_0_arm64")
 
-# What each dtype is called in kernel names, and in those of attention and quantised products.
+# The name of each dtype in kernel names, and in kernel names of attention and quantised products.
 NAMES = {
     "bool": "bool_",
     "uint8": "uint8",
@@ -52,7 +53,7 @@ NAMES = {
 }
 FLOATS = {"float16": "float16_t", "bfloat16": "bfloat16_t", "float32": "float"}
 
-# Kernels that differ in layout alone: an operation needs every one of them.
+# These kernels differ in layout alone, and an operation needs all of them.
 UNARY = ("v_", "v2_", "gn1_", "gn4large_")
 BINARY = (
     "ss_",
@@ -81,7 +82,8 @@ REDUCTIONS = (
     "col_reduce_longcolumn_1_reduce_{op}{t}",
     "col_reduce_2pass_1_32_32_reduce_{op}{t}",
 )
-# Operation: the kernels it may choose from for dtype {t}.  "*" at the end stands for any rest.
+# For each operation, the kernels it may choose from for dtype {t}.  A "*" at the end matches any
+# rest.
 KERNELS: dict[str, tuple[str, ...]] = {
     "Arange": ("arange{t}",),
     "ArgMax": ("argmax_{t}",),
@@ -152,7 +154,7 @@ for _name in ("Sum", "Prod", "Max", "Min", "LogAddExp"):
         for layout in ("contig", "strided")
         for end in ("inclusive", "exclusive", "reverse_inclusive", "reverse_exclusive")
     )
-# The same, for the matrix units of M5.
+# The same for the matrix units of M5.
 NAX: dict[str, tuple[str, ...]] = {
     "Matmul": (
         "steel_gemm_fused_nax_nn_{t}_{t}_*",
@@ -162,7 +164,7 @@ NAX: dict[str, tuple[str, ...]] = {
     "GatherMM": ("steel_gather_mm_rhs_nax_nn_{t}_{t}_*", "steel_gather_mm_rhs_nax_nt_{t}_{t}_*"),
     "SegmentedMM": ("steel_segmented_mm_nax_nn_{t}_{t}_*",),
 }
-# Of a quantisation {q} = "MODE" and {g} = "gs_GROUP_b_BITS".
+# The same for a quantisation {q} = "MODE" and {g} = "gs_GROUP_b_BITS".
 QUANTISED: dict[str, tuple[str, ...]] = {
     "Quantize": ("{q}_quantize_{t}_{g}*",),
     "Dequantize": ("{q}_dequantize_{t}_{g}*",),
@@ -212,7 +214,13 @@ def admitted() -> str:
 
 
 def download(requirement: str, platform: str, folder: Path) -> Path:
-    """The newest wheel of mlx-metal that meets ``requirement``."""
+    """Download the newest wheel of mlx-metal that meets a requirement.
+
+    Args:
+        requirement: The versions that are admitted.
+        platform: The platform of the wheel.
+        folder: The folder to download to.
+    """
     command = [
         sys.executable,
         "-m",
@@ -259,7 +267,7 @@ def kernel_names(wheel: Path) -> set[str]:
 
 
 class Kernels:
-    """The names of one library."""
+    """The kernel names of one library."""
 
     def __init__(self, names: set[str]):
         self.names = names
@@ -280,7 +288,7 @@ class Kernels:
         return all(self.has(template.format(**parts)) for template in templates)
 
     def table(self) -> Table:
-        """Operation to what it takes: dtypes under "dtypes", or other keys to dtypes."""
+        """What each operation supports: its dtypes under "dtypes", or dtypes under other keys."""
         table: Table = {}
         self._elementwise(table)
         for operation, templates in KERNELS.items():
@@ -338,7 +346,7 @@ class Kernels:
             }
 
     def _attention(self, table: Table) -> None:
-        """Head sizes of queries and values: of up to eight queries, and of more."""
+        """Add the head sizes that attention supports, for up to eight queries and for more."""
         vector: dict[str, list[str]] = defaultdict(list)
         full: dict[str, list[str]] = defaultdict(list)
         for t, name in FLOATS.items():
@@ -365,7 +373,7 @@ class Kernels:
 
 
 def common(tables: list[Table]) -> Table:
-    """What all tables list."""
+    """The entries that all tables have."""
     first, *others = tables
     return {
         operation: {
@@ -381,7 +389,7 @@ def common(tables: list[Table]) -> Table:
 
 
 def beyond(table: Table, shared: Table) -> Table:
-    """What ``table`` lists and ``shared`` does not."""
+    """The entries of ``table`` that ``shared`` does not have."""
     more: Table = {}
     for operation, key in ((operation, key) for operation, keys in table.items() for key in keys):
         added = [
@@ -393,8 +401,9 @@ def beyond(table: Table, shared: Table) -> Table:
 
 
 def tidy(table: Table) -> dict[str, dict[str, str]]:
-    """Without what has no kernel; lists of dtypes as one text, so that a line of JSON is a line of
-    the table.
+    """``table`` without operations that have no kernel.
+
+    Each list of dtypes becomes one text, so that a line of JSON is a line of the table.
     """
     lines = {
         operation: {key: " ".join(dtypes) for key, dtypes in keys.items() if dtypes}
@@ -404,7 +413,7 @@ def tidy(table: Table) -> dict[str, dict[str, str]]:
 
 
 def build() -> str:
-    """The table's text, from freshly downloaded wheels."""
+    """The text of the table, from freshly downloaded wheels."""
     versions = admitted()
     lowest = re.match(r">=([\d.]+)", versions)
     if lowest is None:

@@ -1,1 +1,1 @@
-"""Scoring a model: what is asked (tasks), how answers are read (run, choices), and the Sudoku task."""
+"""Scoring a model: the tasks, the run that asks their questions, and the built-in suites."""

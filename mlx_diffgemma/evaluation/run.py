@@ -1,4 +1,4 @@
-"""Asks a model the questions of tasks and counts: scores with intervals, steps of right and of wrong answers, groups.
+"""Ask a model the questions of tasks; report scores with intervals, steps and groups.
 
 Every question has its own seed, so a figure does not depend on the batch size.
 
@@ -11,31 +11,32 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_diffgemma.decide import Labels, average, canvas_for, read_labels, read_prompt
 from mlx_diffgemma.device import describe
-from mlx_diffgemma.drafting import DraftModel
-from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.errors import GenerationWarning, UserError
 from mlx_diffgemma.evaluation.tasks import Mark, Question, Task
-from mlx_diffgemma.generate import batch_generate
-from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.prompt import place, prepare_media
-from mlx_diffgemma.request import GenerationResponse, GenerationWarning
-from mlx_diffgemma.tokenizer import answer_ids, chat_ids
+from mlx_diffgemma.generation.generate import batch_generate
+from mlx_diffgemma.generation.label_reading import average, read_labels, read_prompt
+from mlx_diffgemma.generation.labels import Labels, canvas_for
+from mlx_diffgemma.generation.response import GenerationResponse
+from mlx_diffgemma.media.prompt import place, prepare_media
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling.protocols import DraftModel
+from mlx_diffgemma.text.tokenizer import answer_ids, chat_ids
 
 Progress = Callable[[str, int, int], None]
-READS = 4  # canvases of noise for a question of multiple choice
+READS = 4  # canvases of noise for a multiple-choice question
 
 
 @dataclass(frozen=True)
 class GroupResult:
-    """Figures of those questions of a task that share a name."""
+    """The figures of the questions of a task that belong to one group."""
 
     group: str
     answers: int
@@ -44,12 +45,16 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Figures of one task: ``score`` in [0, 1] with its 95 % interval over ``answers`` answers.
+    """The figures of one task: ``score`` in [0, 1] with its 95 % interval over the answers.
 
-    ``partial`` is the mean partial credit, None where a task knows none.  ``steps_per_canvas``, with those of right and of wrong
-    answers, ``tokens_per_forward`` and ``converged`` (share of canvases) are None where no canvas was denoised, and those
-    of right and wrong also where there is none or the task is not exact.  ``accepted`` is the share of a draft model's tokens that
-    were right, None where it proposed none; left to right ``tokens_per_forward`` is known then too.
+    ``partial`` is the mean partial credit; None if the task has none.
+
+    ``steps_per_canvas``, also of right and of wrong answers, ``tokens_per_forward`` and
+    ``converged`` (a share of the canvases) are None if no canvas was denoised.  The steps of right
+    and of wrong answers are also None if there is no such answer or the task is not exact.
+
+    ``accepted`` is the share of a draft model's tokens that were accepted; None if it proposed
+    none.  With a draft model, ``tokens_per_forward`` is also known for ``mode="ar"``.
     """
 
     task: str
@@ -80,7 +85,7 @@ class EvaluationReport:
 
     @property
     def exact_mean(self) -> float:
-        """Mean score of the tasks scored by exact match."""
+        """The mean score of the tasks that are scored by exact match."""
         exact = [r.score for r in self.results if r.exact]
         return float(np.mean(exact)) if exact else math.nan
 
@@ -90,96 +95,237 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class _Answer:
-    """``response`` is None for a choice that was read off the canvas."""
+    """One answer.  ``response`` is None for a choice that was read from the canvas."""
 
     question: Question
     mark: Mark
     response: GenerationResponse | None
 
 
-def evaluate(model: DiffusionGemma, tokenizer: TokenizerWrapper, tasks: Sequence[Task], limit: int = 500,
-             seeds: Sequence[int] = (0,), batch_size: int = 16, progress: Progress | None = None,
-             draft_model: DraftModel | None = None, **options: Any) -> EvaluationReport:
-    """Ask at most ``limit`` questions of each task under each seed; ``draft_model`` and ``options`` as in ``batch_generate``."""
+def evaluate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    tasks: Sequence[Task],
+    limit: int = 500,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    draft_model: DraftModel | None = None,
+    **options: Any,
+) -> EvaluationReport:
+    """Ask the questions of tasks and score the answers.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        tasks: The tasks.
+        limit: The most questions of a task.
+        seeds: Every question is asked with each seed.
+        batch_size: How many questions run together.
+        progress: Called with the name of the task, the answers so far, and all answers of the task.
+        draft_model: As in ``batch_generate``.
+        **options: As in ``batch_generate``.
+
+    Returns:
+        The scores and costs of each task.
+
+    Raises:
+        UserError: An argument is invalid, or a question cannot be asked in this mode.
+    """
     if limit < 1 or not seeds:
-        raise UserError(f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds.")
-    asked = [(task, list(task.questions(limit))) for task in tasks]
+        raise UserError(
+            f"limit must be at least 1 and one seed given, got limit {limit} and {len(seeds)} seeds."
+        )
+    # All arguments are checked before the first question is asked.
+    prepared = []
+    for task in tasks:
+        questions = list(task.questions(limit))
+        labels = [_choice_ids(model, tokenizer, q) for q in questions if q.choices]
+        prepared.append((task, questions, labels))
     mode = str(options.get("mode", "diffusion"))
-    # All that can be refused is refused before the first question is asked.
-    choices = [[_choice_ids(model, tokenizer, question) for question in questions if question.choices] for _, questions in asked]
-    if mode == "ar" and any(choices):
+    if mode == "ar" and any(labels for _, _, labels in prepared):
         raise UserError("Multiple choice is read off a canvas; leave it out with mode 'ar'.")
+    asking = dict(options, batch_size=batch_size, draft_model=draft_model)
     results = []
-    for (task, questions), own_choices in zip(asked, choices, strict=True):
-        finished = itertools.count(1)
-
-        def count(*_: object, name: str = task.name, total: int = len(questions), finished: Iterator[int] = finished) -> None:
-            if progress:
-                progress(name, next(finished), total * len(seeds))
-
+    for task, questions, labels in prepared:
+        count = _counter(task.name, len(questions) * len(seeds), progress)
         answers: list[_Answer] = []
         for seed in seeds:
-            own = [seed * 1_000_003 + index for index in range(len(questions))]
-            if own_choices:
-                for question, labels, number in zip(questions, own_choices, own, strict=True):
-                    media = prepare_media(question.images, model.config)
-                    prompt, placed = place(chat_ids(tokenizer, question.messages), media, model.config.image_tokens, tokenizer)
-                    (found,) = read_labels(model, read_prompt(model, prompt, placed), [labels], [canvas_for(model, labels)], READS,
-                                           READS * number)
-                    shares = average(found)
-                    answers.append(_Answer(question, question.mark(question.choices[int(shares.argmax())]), None))
-                    count()
-                continue
-            prompts = [chat_ids(tokenizer, question.messages) for question in questions]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", GenerationWarning)  # counted below
-                given = batch_generate(model, tokenizer, prompts, seeds=own, batch_size=batch_size, on_answer=count,
-                                       draft_model=draft_model, images=[question.images for question in questions], **options)
-            answers += [_Answer(q, q.mark(response.text), response) for q, response in zip(questions, given, strict=True)]
+            numbers = [seed * 1_000_003 + index for index in range(len(questions))]
+            if labels:
+                answers += _choose(model, tokenizer, questions, labels, numbers, count)
+            else:
+                answers += _generate(model, tokenizer, questions, numbers, count, asking)
         results.append(_result(task, answers, len(questions)))
-    return EvaluationReport(mode, tuple(seeds), limit, dict(options), describe(model.dtype), tuple(results))
+    machine = describe(model.dtype)
+    return EvaluationReport(mode, tuple(seeds), limit, options, machine, tuple(results))
+
+
+def _counter(name: str, total: int, progress: Progress | None) -> Callable[..., None]:
+    """A function that reports one more answer at each call.  It ignores its arguments.
+
+    Args:
+        name: The name of the task.
+        total: All answers of the task.
+        progress: As in ``evaluate``.
+    """
+    finished = itertools.count(1)
+
+    def count(*_: object) -> None:
+        if progress:
+            progress(name, next(finished), total)
+
+    return count
+
+
+def _generate(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    questions: Sequence[Question],
+    seeds: Sequence[int],
+    count: Callable[..., None],
+    options: dict[str, Any],
+) -> list[_Answer]:
+    """Generate an answer to each question.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: The questions.
+        seeds: The seed of each question.
+        count: Called after each answer.
+        options: As in ``batch_generate``.
+    """
+    prompts = [chat_ids(tokenizer, question.messages) for question in questions]
+    images = [question.images for question in questions]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GenerationWarning)  # the report counts them
+        responses = batch_generate(
+            model, tokenizer, prompts, seeds=seeds, on_answer=count, images=images, **options
+        )
+    return [
+        _Answer(question, question.mark(response.text), response)
+        for question, response in zip(questions, responses, strict=True)
+    ]
+
+
+def _choose(
+    model: DiffusionGemma,
+    tokenizer: TokenizerWrapper,
+    questions: Sequence[Question],
+    labels: Sequence[Labels],
+    numbers: Sequence[int],
+    count: Callable[..., None],
+) -> list[_Answer]:
+    """Read the most probable choice of each question from a canvas.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: Multiple-choice questions.
+        labels: The choices of each question.
+        numbers: One for each question; it decides the question's random numbers.
+        count: Called after each question.
+
+    Returns:
+        One answer for each question, without a response.
+    """
+    answers = []
+    for question, choices, number in zip(questions, labels, numbers, strict=True):
+        media = prepare_media(question.images, model.config)
+        ids = chat_ids(tokenizer, question.messages)
+        prompt, placed = place(ids, media, model.config.image_tokens, tokenizer)
+        (readings,) = read_labels(
+            model,
+            read_prompt(model, prompt, placed),
+            [choices],
+            [canvas_for(model, choices)],
+            READS,
+            READS * number,
+        )
+        best = question.choices[int(average(readings).argmax())]
+        answers.append(_Answer(question, question.mark(best), None))
+        count()
+    return answers
 
 
 def _choice_ids(model: DiffusionGemma, tokenizer: TokenizerWrapper, question: Question) -> Labels:
-    """Each choice is a whole answer: it ends with the turn's end.  Errors: UserError for one longer than a canvas, or two that are
-    the same tokens."""
-    ids = [answer_ids(tokenizer, [*question.messages, {"role": "assistant", "content": choice}]) for choice in question.choices]
+    """The ids of the choices.  Each choice is a whole answer, which includes the end of the turn.
+
+    Raises:
+        UserError: A choice is longer than a canvas, or two choices are the same tokens.
+    """
+    ids = [
+        answer_ids(tokenizer, [*question.messages, {"role": "assistant", "content": choice}])
+        for choice in question.choices
+    ]
     for choice, own in zip(question.choices, ids, strict=True):
         if len(own) > model.config.canvas_length:
-            raise UserError(f"The choice {choice[:40]!r} has {len(own)} tokens, a canvas {model.config.canvas_length}.")
+            raise UserError(
+                f"The choice {choice[:40]!r} has {len(own)} tokens, a canvas {model.config.canvas_length}."
+            )
     return Labels(tuple(map(tuple, ids)))
 
 
 def _result(task: Task, answers: Sequence[_Answer], questions: int) -> TaskResult:
-    """``answers`` to so many questions, under one seed after the other."""
+    """The figures of a task.
+
+    Args:
+        task: The task.
+        answers: The answers to all questions for the first seed, then for the next seed, and so on.
+        questions: The number of questions.
+    """
     scores = np.array([answer.mark.score for answer in answers])
-    # Answers to one question are not independent: a question counts once, with its mean over seeds.
+    # Answers to the same question are not independent, so each question counts once, with its mean
+    # over the seeds.
     means = scores.reshape(-1, questions).mean(axis=0)
     low, high = _wilson(means) if task.exact else _bootstrap(means)
     partial = [answer.mark.partial for answer in answers if answer.mark.partial is not None]
-    canvases = [(answer.mark, part) for answer in answers if answer.response for part in answer.response.parts if part.is_canvas]
-    names = sorted({answer.question.group for answer in answers} - {""}, key=_by_number)
-    groups = [(name, np.array([a.mark.score for a in answers if a.question.group == name])) for name in names]
+    responses = [answer.response for answer in answers if answer.response]
+    canvases = []
+    for answer in answers:
+        if answer.response:
+            canvases += [(answer.mark, part) for part in answer.response.parts if part.is_canvas]
 
     def steps(chosen: Callable[[Mark], bool]) -> float | None:
         counts = [part.steps for mark, part in canvases if chosen(mark)]
         return float(np.mean(counts)) if counts else None
 
-    given = [answer.response for answer in answers if answer.response]
-    proposed = sum(response.proposed for response in given)
-    tokens, forwards = sum(len(part.tokens) for _, part in canvases), float(sum(part.steps + part.judged for _, part in canvases))
+    proposed = sum(response.proposed for response in responses)
+    tokens = sum(len(part.tokens) for _, part in canvases)
+    forwards = float(sum(part.steps + part.judged for _, part in canvases))
     if proposed and not canvases:
-        tokens, forwards = (sum(counts) for counts in zip(*((len(r.tokens), len(r.tokens) / r.tokens_per_forward) for r in given),
-                                                          strict=True))
+        tokens = sum(len(response.tokens) for response in responses)
+        forwards = sum(len(r.tokens) / r.tokens_per_forward for r in responses)
     return TaskResult(
-        task.name, task.exact, len(scores), float(scores.mean()), low, high, float(np.mean(partial)) if partial else None,
-        len(canvases), steps(lambda _: True), steps(lambda mark: task.exact and mark.score == 1),
-        steps(lambda mark: task.exact and mark.score == 0),
+        task=task.name,
+        exact=task.exact,
+        answers=len(scores),
+        score=float(scores.mean()),
+        low=low,
+        high=high,
+        partial=float(np.mean(partial)) if partial else None,
+        canvases=len(canvases),
+        steps_per_canvas=steps(lambda _: True),
+        steps_when_right=steps(lambda mark: task.exact and mark.score == 1),
+        steps_when_wrong=steps(lambda mark: task.exact and mark.score == 0),
         tokens_per_forward=tokens / forwards if forwards else None,
         converged=float(np.mean([part.converged for _, part in canvases])) if canvases else None,
-        accepted=sum(response.accepted for response in given) / proposed if proposed else None,
-        groups=tuple(GroupResult(name, own.size, float(own.mean())) for name, own in groups),
+        accepted=sum(response.accepted for response in responses) / proposed if proposed else None,
+        groups=_groups(answers),
     )
+
+
+def _groups(answers: Sequence[_Answer]) -> tuple[GroupResult, ...]:
+    """The mean score of each group, in the order of the groups' names."""
+    scores: dict[str, list[float]] = {}
+    for answer in answers:
+        if answer.question.group:
+            scores.setdefault(answer.question.group, []).append(answer.mark.score)
+    groups = []
+    for name in sorted(scores, key=_by_number):
+        groups.append(GroupResult(name, len(scores[name]), float(np.mean(scores[name]))))
+    return tuple(groups)
 
 
 def _by_number(name: str) -> tuple[int, str]:
@@ -188,10 +334,14 @@ def _by_number(name: str) -> tuple[int, str]:
 
 
 def _wilson(scores: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    n, p, z = scores.size, scores.mean(), 1.96
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, float((centre - half) / (1 + z * z / n))), min(1.0, float((centre + half) / (1 + z * z / n)))
+    """The 95 % confidence interval of a share (Wilson 1927)."""
+    n = scores.size
+    p = scores.mean()
+    z = 1.96
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, float((centre - half) / scale)), min(1.0, float((centre + half) / scale))
 
 
 def _bootstrap(scores: np.ndarray, rounds: int = 2000) -> tuple[float, float]:

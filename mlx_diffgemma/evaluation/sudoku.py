@@ -1,7 +1,7 @@
-"""Sudoku as a task: puzzles with a single solution in three sizes, told as text, scored by board and by cell.
+"""Sudoku as a task: puzzles in three sizes, each with a single solution, written as text.
 
-A puzzle is held out when its *solution* is, so that no training puzzle shares a solution with one that is scored; which
-solutions are is decided by a hash.
+Answers are scored by board and by cell.  A puzzle is held out if its *solution* is, so no training
+puzzle has the solution of a puzzle that is scored.  A hash decides which solutions are held out.
 
     >>> puzzle = draw_puzzle(4, clues=8, rng=random.Random(0), held_out=False)
     >>> print(puzzle.prompt)
@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
-CLUES = {4: (4, 10), 6: (10, 24), 9: (26, 50)}  # how many cells are given, fewest and most
+CLUES = {4: (4, 10), 6: (10, 24), 9: (26, 50)}  # the fewest and the most given cells
 EMPTY = "."
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """``clues`` and ``solution``: cells row by row, 0 for an empty one."""
+    """A puzzle.  ``clues`` and ``solution`` hold the cells row by row; 0 is an empty cell."""
 
     clues: tuple[int, ...]
     solution: tuple[int, ...]
@@ -45,18 +45,21 @@ class Puzzle:
 
 
 def board_text(cells: tuple[int, ...]) -> str:
-    """A row a line, without spaces."""
+    """The board as text: one line for each row, without spaces."""
     size = round(len(cells) ** 0.5)
-    return "\n".join("".join(str(cell) if cell else EMPTY for cell in cells[row * size : (row + 1) * size]) for row in range(size))
+    return "\n".join(
+        "".join(str(cell) if cell else EMPTY for cell in cells[row * size : (row + 1) * size])
+        for row in range(size)
+    )
 
 
 def is_held_out(solution: tuple[int, ...]) -> bool:
-    """An eighth of all solutions."""
+    """Whether a solution is held out, as an eighth of all solutions is."""
     return hashlib.sha256(board_text(solution).encode()).digest()[0] < 32
 
 
 def clue_range(puzzle: Puzzle) -> str:
-    """Under which of four ranges of clues a puzzle is counted."""
+    """The name of the range of clues, one of four, in which a puzzle is counted."""
     fewest, most = CLUES[puzzle.size]
     step = -(-(most - fewest + 1) // 4)
     first = fewest + step * max(0, min(3, (puzzle.given - fewest) // step))
@@ -65,16 +68,24 @@ def clue_range(puzzle: Puzzle) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """``solved``: the whole board; ``cells``: the share of the empty cells that were filled rightly."""
+    """The score of an answer.
+
+    ``solved`` says whether the whole board is right.  ``cells`` is the share of the empty cells
+    that were filled correctly.
+    """
 
     solved: bool
     cells: float
 
 
 def score(text: str, puzzle: Puzzle) -> Score:
-    """Of an answer.  Cells are compared place by place, so one left out spoils those after it in its row."""
+    """Score an answer.
+
+    Cells are compared position by position, so after a missing cell the rest of its row is wrong.
+    """
     lines = text.strip().split("\n")
-    size, right = puzzle.size, 0
+    size = puzzle.size
+    right = 0
     for place, (clue, cell) in enumerate(zip(puzzle.clues, puzzle.solution, strict=True)):
         row, column = divmod(place, size)
         written = lines[row][column : column + 1] if row < len(lines) else ""
@@ -84,31 +95,51 @@ def score(text: str, puzzle: Puzzle) -> Score:
 
 @functools.cache
 def _units(size: int) -> tuple[tuple[int, ...], ...]:
-    """For each cell the other cells of its row, column and box."""
+    """For each cell, the other cells of its row, column and box."""
     height, width = BOXES[size]
     peers = []
     for cell in range(size * size):
         row, column = divmod(cell, size)
-        peers.append(tuple(other for other in range(size * size) if other != cell and (
-            other // size == row or other % size == column
-            or (other // size // height == row // height and other % size // width == column // width))))
+        peers.append(
+            tuple(
+                other
+                for other in range(size * size)
+                if other != cell
+                and (
+                    other // size == row
+                    or other % size == column
+                    or (
+                        other // size // height == row // height
+                        and other % size // width == column // width
+                    )
+                )
+            )
+        )
     return tuple(peers)
 
 
-def solutions(cells: tuple[int, ...], rng: random.Random | None = None) -> Iterator[tuple[int, ...]]:
-    """All completions of a board, the cell with the fewest candidates first; in random order with ``rng``."""
+def solutions(
+    cells: tuple[int, ...], rng: random.Random | None = None
+) -> Iterator[tuple[int, ...]]:
+    """Yield all completions of a board; with ``rng``, in random order.
+
+    The search fills the cell with the fewest candidates first.
+    """
     size = round(len(cells) ** 0.5)
-    peers, board = _units(size), list(cells)
+    peers = _units(size)
+    board = list(cells)
 
     def search() -> Iterator[tuple[int, ...]]:
-        best, options = -1, None
+        best = -1
+        options = None
         for cell, value in enumerate(board):
             if value:
                 continue
             taken = {board[other] for other in peers[cell]}
             free = [digit for digit in range(1, size + 1) if digit not in taken]
             if options is None or len(free) < len(options):
-                best, options = cell, free
+                best = cell
+                options = free
                 if len(free) < 2:
                     break
         if options is None:
@@ -130,7 +161,14 @@ def is_unique(cells: tuple[int, ...]) -> bool:
 
 
 def draw_puzzle(size: int, clues: int, rng: random.Random, held_out: bool) -> Puzzle:
-    """A puzzle of about ``clues`` clues, more where fewer would leave more than one solution."""
+    """Draw a puzzle.
+
+    Args:
+        size: Cells of a row.
+        clues: About how many clues it has.  It has more if fewer would leave several solutions.
+        rng: The source of random numbers.
+        held_out: Whether its solution is held out.
+    """
     while True:
         solution = next(solutions((0,) * size**2, rng))
         if is_held_out(solution) == held_out:
@@ -142,7 +180,8 @@ def draw_puzzle(size: int, clues: int, rng: random.Random, held_out: bool) -> Pu
     for place in places:
         if left <= clues:
             break
-        value, cells[place] = cells[place], 0
+        value = cells[place]
+        cells[place] = 0
         if is_unique(tuple(cells)):
             left -= 1
         else:
@@ -151,8 +190,17 @@ def draw_puzzle(size: int, clues: int, rng: random.Random, held_out: bool) -> Pu
 
 
 def draw_puzzles(size: int, count: int, seed: int, held_out: bool) -> list[Puzzle]:
-    """``count`` different puzzles, their clues spread evenly over the size's range."""
-    rng, fewest_most, found = random.Random(f"{size} {seed} {held_out}"), CLUES[size], dict[tuple[int, ...], Puzzle]()
+    """Draw different puzzles whose clues are spread evenly over the range of the size.
+
+    Args:
+        size: Cells of a row.
+        count: The number of puzzles.
+        seed: The same seed gives the same puzzles.
+        held_out: Whether their solutions are held out.
+    """
+    rng = random.Random(f"{size} {seed} {held_out}")
+    fewest_most = CLUES[size]
+    found = dict[tuple[int, ...], Puzzle]()
     while len(found) < count:
         puzzle = draw_puzzle(size, rng.randint(*fewest_most), rng, held_out)
         found[puzzle.clues] = puzzle

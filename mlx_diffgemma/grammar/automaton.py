@@ -1,7 +1,8 @@
-"""From a language to the smallest automaton over the bytes of its texts in UTF-8.
+"""Compiles a language to the smallest automaton over the bytes of its texts in UTF-8.
 
-Positions of the language become states of an automaton with several ways, which sets of states make one with a single way
-(Rabin and Scott 1959); states that no text tells apart are merged (Moore 1956).
+Positions of the language become the states of a nondeterministic automaton.  Sets of these states
+become the states of a deterministic one (Rabin and Scott 1959).  States that no text tells apart
+are merged (Moore 1956).
 """
 
 from __future__ import annotations
@@ -20,16 +21,22 @@ from mlx_diffgemma.grammar.budget import MAX_SECONDS
 from mlx_diffgemma.grammar.language import LAST, Chars, Choice, Concat, Language, Repeat
 
 MAX_STATES = 20_000
-MAX_POSITIONS = 400_000  # of the automaton with several ways, before it has a single one
-MAX_MEMBERS = 20_000_000  # of the sets of states that become states with a single way; 4 bytes each
-NEVER = np.iinfo(np.int32).max  # steps to an end from where there is none
-MERGE_WORK = 4_000_000  # states times rounds, of which there are up to as many as a text without a loop has bytes
+MAX_POSITIONS = 400_000  # positions of the nondeterministic automaton
+MAX_MEMBERS = 20_000_000  # members of all sets that become deterministic states; 4 bytes each
+NEVER = np.iinfo(np.int32).max  # stands for the steps from a state that reaches no end
+# The states times the rounds.  There are up to as many rounds as a text without a loop has bytes.
+MERGE_WORK = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """``delta`` int32 [states, 256]: the state behind each byte, -1 where no text goes on so; state 0 is the first.
-    ``accepting`` bool [states]: whether a text may end there.  From every state some text can be finished."""
+    """A deterministic automaton over bytes; from every state some text can be finished.
+
+    Args:
+        delta: The state after each byte, int32 [states, 256]; -1 where no text continues with that
+            byte.  State 0 is the first.
+        accepting: Whether a text may end, bool [states].
+    """
 
     delta: np.ndarray
     accepting: np.ndarray
@@ -48,7 +55,11 @@ class Automaton:
 
 
 def compile_language(language: Language, seconds: float = MAX_SECONDS) -> Automaton:
-    """Errors: UserError for a language without texts, or one that needs more than MAX_STATES states or ``seconds``."""
+    """The deterministic automaton of a language, made small where that is quick.
+
+    Raises:
+        UserError: The language has no texts, or needs more than MAX_STATES states or ``seconds``.
+    """
     with budget.limited(seconds):
         ways = _Ways()
         final = ways.state()
@@ -61,21 +72,26 @@ def compile_language(language: Language, seconds: float = MAX_SECONDS) -> Automa
 
 
 def _too_large() -> UserError:
-    return UserError(f"The constraint is too large: it needs more than {MAX_STATES:,} states; lower the bounds of its repeats "
-                     "(maxLength, maxItems), or split it.")
+    return UserError(
+        f"The constraint is too large: it needs more than {MAX_STATES:,} states; "
+        "lower the bounds of its repeats (maxLength, maxItems), or split it."
+    )
 
 
-_Building: TypeAlias = Generator[tuple[Language, int], int, int]  # asks for parts that lead to states, and returns the first state
+_Building: TypeAlias = Generator[
+    tuple[Language, int], int, int
+]  # asks for parts that lead to states, and returns the first state
 
 
 class _Ways:
-    """An automaton with several ways, built from the end of the language to its begin."""
+    """A nondeterministic automaton, built from the end of the language to its start."""
 
     def __init__(self) -> None:
-        self.bytes: list[list[tuple[int, int, int]]] = []  # (first byte, last byte, state behind) of each state
-        self.jumps: list[list[int]] = []  # states that take no byte to reach
+        # The steps from each state: (first byte, last byte, next state).
+        self.bytes: list[list[tuple[int, int, int]]] = []
+        self.jumps: list[list[int]] = []  # the states that each state reaches without a byte
         self._known: dict[tuple[int, int], int] = {}
-        self._kept: list[Language] = []  # so that no id is taken twice
+        self._kept: list[Language] = []  # keeps the languages alive, so that no id is used twice
 
     def state(self) -> int:
         budget.check()
@@ -86,8 +102,13 @@ class _Ways:
         return len(self.bytes) - 1
 
     def build(self, language: Language, end: int) -> int:
-        """The state from which ``language`` leads to ``end``; shared parts of a language that lead to one end are built once."""
-        running, built = [self._build(language, end)], -1  # not by recursion, which objects of many properties would exhaust
+        """The state from which ``language`` leads to the state ``end``.
+
+        Parts that a language uses several times before the same end are built once.
+        """
+        # This does not recurse, because objects of many properties would exhaust the stack.
+        running = [self._build(language, end)]
+        built = -1
         while running:
             budget.check()
             try:
@@ -124,7 +145,7 @@ class _Ways:
             self.jumps[last] = [(yield language.part, last), end]
             end = last
         else:
-            # x{0,3} as (x(x(x)?)?)?: each may jump to the end, and no further than that.
+            # x{0,3} is (x(x(x)?)?)?: each part may jump to the end only.
             final = end
             for _ in range(language.high - language.low):
                 start = self.state()
@@ -133,7 +154,7 @@ class _Ways:
         for _ in range(language.low):
             before = end
             end = yield language.part, end
-            if end == before:  # a part that is empty
+            if end == before:  # an empty part
                 break
         return end
 
@@ -153,10 +174,10 @@ class _Ways:
 
 
 def utf8(first: int, last: int) -> Iterator[list[tuple[int, int]]]:
-    """Ranges of bytes, one a place, that together are the UTF-8 of the characters from ``first`` to ``last``."""
+    """The UTF-8 of the characters from ``first`` to ``last``, as sequences of ranges of bytes."""
     if first > last:
         return
-    if first > LAST:  # no text in UTF-8 holds this byte
+    if first > LAST:  # no text in UTF-8 has this byte
         yield [(0xFF, 0xFF)]
         return
     for bound in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF):
@@ -181,7 +202,10 @@ def utf8(first: int, last: int) -> Iterator[list[tuple[int, int]]]:
 
 
 class _Closures:
-    """Sets of states, each with all that no byte leads to, as the bytes of their sorted numbers, which take little memory."""
+    """Sets of states together with the states that they reach without a byte.
+
+    A set is stored as the bytes of its sorted numbers, which take little memory.
+    """
 
     def __init__(self, ways: _Ways, final: int) -> None:
         self._ways = ways
@@ -190,7 +214,7 @@ class _Closures:
         self._members = 0
 
     def of(self, states: set[int]) -> bytes:
-        """Without those that only lead on."""
+        """The closure of ``states``, without the states that have no step over a byte."""
         key = _packed(states)
         if key not in self._known:
             self._known[key] = _packed(self._reached(states))
@@ -217,36 +241,55 @@ def _packed(states: set[int] | list[int]) -> bytes:
 
 
 def _unpacked(states: bytes) -> array[int]:
-    found = array("i")
-    found.frombytes(states)
-    return found
+    numbers = array("i")
+    numbers.frombytes(states)
+    return numbers
 
 
 def _single_way(ways: _Ways, start: int, final: int) -> tuple[np.ndarray, np.ndarray]:
+    """The deterministic automaton, by the subset construction.
+
+    Args:
+        ways: The nondeterministic automaton.
+        start: Its first state.
+        final: Its accepting state.
+
+    Returns:
+        (next state by state and byte, whether each state accepts)
+    """
     closures = _Closures(ways, final)
     numbers = {closures.of({start}): 0}
-    waiting, rows, accepting = list(numbers), list[np.ndarray](), list[bool]()
-    for packed in waiting:  # grows while it is read
+    waiting = list(numbers)
+    rows: list[np.ndarray] = []
+    accepting: list[bool] = []
+    for packed in waiting:  # grows during the loop
         budget.check()
         row = np.full(256, -1, dtype=np.int32)
         states = _unpacked(packed)
-        for low, high, targets in _by_byte([edge for state in states for edge in ways.bytes[state]]):
-            behind = closures.of(targets)
-            if behind not in numbers:
+        edges: list[tuple[int, int, int]] = []
+        for state in states:
+            edges += ways.bytes[state]
+        for low, high, targets in _by_byte(edges):
+            closure = closures.of(targets)
+            if closure not in numbers:
                 budget.check()
                 if len(numbers) >= MAX_STATES:
                     raise _too_large()
-                numbers[behind] = len(numbers)
-                waiting.append(behind)
-            row[low:high] = numbers[behind]
+                numbers[closure] = len(numbers)
+                waiting.append(closure)
+            row[low:high] = numbers[closure]
         rows.append(row)
         accepting.append(final in states)
     return np.stack(rows), np.array(accepting)
 
 
 def _by_byte(edges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, set[int]]]:
-    """(first byte, byte behind the last, targets) of runs of bytes that lead to the same ``edges``' targets."""
-    cuts = sorted({place for low, high, _ in edges for place in (low, high + 1)})
+    """Divide the bytes into runs with the same targets.
+
+    Yields:
+        (first byte, byte after the last, targets) of each run.
+    """
+    cuts = sorted({low for low, _, _ in edges} | {high + 1 for _, high, _ in edges})
     targets: list[set[int]] = [set() for _ in cuts]
     for number, (low, high, target) in enumerate(edges):
         if number % 1024 == 0:
@@ -259,25 +302,38 @@ def _by_byte(edges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, set[
 
 
 def distances(source: np.ndarray, target: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """int32 [states]: how many of the steps from ``source`` to ``target`` it takes at least to an ``accepting`` state; NEVER where
-    none is reached."""
+    """The fewest steps from each state to an accepting one; NEVER where none is reached.
+
+    Args:
+        source: The state that each step leaves.
+        target: The state that it leads to.
+        accepting: Whether each state accepts.
+
+    Returns:
+        int32 [states]
+    """
     pairs = np.unique(source.astype(np.int64) * len(accepting) + target)
-    source, target = pairs // len(accepting), pairs % len(accepting)
+    source = pairs // len(accepting)
+    target = pairs % len(accepting)
     order = np.argsort(target, kind="stable")
-    source, first = source[order], np.searchsorted(target[order], np.arange(len(accepting) + 1))
-    found = np.where(accepting, 0, NEVER).astype(np.int32)
-    frontier, steps = np.flatnonzero(accepting), 0
+    source = source[order]
+    first = np.searchsorted(target[order], np.arange(len(accepting) + 1))
+    fewest = np.where(accepting, 0, NEVER).astype(np.int32)
+    frontier = np.flatnonzero(accepting)
+    steps = 0
     while frontier.size:
         budget.check()
         steps += 1
-        before = np.unique(np.concatenate([source[first[state] : first[state + 1]] for state in frontier.tolist()]))
-        frontier = before[found[before] == NEVER]
-        found[frontier] = steps
-    return found
+        before = np.unique(
+            np.concatenate([source[first[state] : first[state + 1]] for state in frontier.tolist()])
+        )
+        frontier = before[fewest[before] == NEVER]
+        fewest[frontier] = steps
+    return fewest
 
 
 def _trimmed(delta: np.ndarray, accepting: np.ndarray) -> Automaton | None:
-    """Without the states from which no text can be finished; None where that leaves nothing."""
+    """The automaton without states from which no text can be finished; None if no state is left."""
     sources, _ = np.nonzero(delta >= 0)
     alive = distances(sources, delta[delta >= 0], accepting) < NEVER
     if not alive[0]:
@@ -285,15 +341,32 @@ def _trimmed(delta: np.ndarray, accepting: np.ndarray) -> Automaton | None:
     return _renumbered(delta, accepting, np.where(alive, np.cumsum(alive) - 1, -1), alive)
 
 
-def _renumbered(delta: np.ndarray, accepting: np.ndarray, numbers: np.ndarray, kept: np.ndarray) -> Automaton:
-    return Automaton(np.where(delta[kept] >= 0, numbers[delta[kept]], -1).astype(np.int32), accepting[kept])
+def _renumbered(
+    delta: np.ndarray, accepting: np.ndarray, numbers: np.ndarray, kept: np.ndarray
+) -> Automaton:
+    """The automaton of some states under new numbers.
+
+    Args:
+        delta: The next state by state and byte, -1 for none.
+        accepting: Whether each state accepts.
+        numbers: The new number of each state.
+        kept: The states to keep, in their new order.
+    """
+    renumbered = np.where(delta[kept] >= 0, numbers[delta[kept]], -1)
+    return Automaton(renumbered.astype(np.int32), accepting[kept])
 
 
 def _merged(automaton: Automaton) -> Automaton:
-    """With states merged that no text tells apart; as it is, where that would take long, since it is no more than smaller."""
-    delta = np.unique(automaton.delta, axis=1)  # bytes that all states treat alike are one
-    factors = np.random.default_rng(0).integers(1, 2**63, size=(2, delta.shape[1] + 1), dtype=np.uint64) | np.uint64(1)
-    labels, count = automaton.accepting.astype(np.int64), 0
+    """The automaton with equivalent states merged.
+
+    It is unchanged if merging would take long, because merging only makes it smaller.
+    """
+    delta = np.unique(automaton.delta, axis=1)  # bytes that all states treat alike become one
+    shape = (2, delta.shape[1] + 1)
+    factors = np.random.default_rng(0).integers(1, 2**63, size=shape, dtype=np.uint64)
+    factors |= np.uint64(1)
+    labels = automaton.accepting.astype(np.int64)
+    count = 0
     for _ in range(1 + MERGE_WORK // automaton.states):
         budget.check()
         behind = np.where(delta >= 0, labels[delta] + 1, 0)
@@ -308,11 +381,11 @@ def _merged(automaton: Automaton) -> Automaton:
         count = labels.max() + 1
     else:
         return automaton
-    # In the order in which the states first occur, so that the first stays the first.
+    # The states are in the order of their first members, so that the first state remains the first.
     _, representatives = np.unique(labels, return_index=True)
     order = np.argsort(representatives)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    return _renumbered(automaton.delta, automaton.accepting, place[labels], np.sort(representatives))
-
-
+    return _renumbered(
+        automaton.delta, automaton.accepting, place[labels], np.sort(representatives)
+    )

@@ -1,8 +1,7 @@
-"""JSON schemas as languages of Gemma's own syntax for the arguments of calls:
-``{city:<|"|>Rome<|"|>,days:3}``.
+"""JSON schemas as languages of Gemma's own syntax for the arguments of calls.
 
-Texts stand between ``<|"|>`` tokens without escapes, keys are bare and sorted, and nothing stands
-between the signs.
+An example is ``{city:<|"|>Rome<|"|>,days:3}``.  Texts are between ``<|"|>`` tokens without escapes,
+keys have no quotes and are sorted, and there is no whitespace.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_diffgemma.calls import BARE
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.grammar import regex, schema
+from mlx_diffgemma.grammar import json_text, regex
 from mlx_diffgemma.grammar.decimals import number
+from mlx_diffgemma.grammar.json_text import object_members
 from mlx_diffgemma.grammar.language import (
     ANY,
     TOKEN,
@@ -30,9 +29,13 @@ from mlx_diffgemma.grammar.language import (
     optional,
     text,
 )
+from mlx_diffgemma.grammar.schema import FORMATS, FREE_DEPTH, Translator
+from mlx_diffgemma.grammar.schema import parse as parse_schema
+from mlx_diffgemma.text.calls import BARE
 
 QUOTE = Chars(((TOKEN, TOKEN),))  # the token <|"|>
-COMMA, COLON = text(","), text(":")
+COMMA = text(",")
+COLON = text(":")
 KEY = Repeat(
     chars([(ord("0"), ord("9")), (ord("A"), ord("Z")), (ord("a"), ord("z")), (ord("_"), ord("_"))]),
     1,
@@ -41,102 +44,90 @@ KEY = Repeat(
 
 
 def parse(parameters: Any) -> Language:
-    """The arguments that the JSON schema ``parameters`` accepts, in Gemma's syntax.  Errors:
-    UserError as ``schema.parse``.
+    """The arguments that the JSON schema ``parameters`` accepts, in Gemma's syntax.
+
+    Raises:
+        UserError: As ``schema.parse``.
     """
-    schema.parse(parameters)  # what is no schema, or cannot be guaranteed, is refused as there
+    parse_schema(parameters)  # refuses what cannot be guaranteed
     return _Translator(parameters).value(parameters, "", ())
 
 
-class _Translator(schema._Translator):
-    """As that of JSON, but for how texts, keys and signs are written."""
+class _Translator(Translator):
+    """Translates as for JSON, except for the way that texts, keys and signs are written."""
 
-    def value(self, schema_: Any, where: str, inside: tuple[str, ...]) -> Language:
-        if schema_ is True or schema_ == {}:
-            return _free(schema.FREE_DEPTH)
-        return super().value(schema_, where, inside)
+    def value(self, schema: Any, where: str, inside: tuple[str, ...]) -> Language:
+        if schema is True or schema == {}:
+            return _free(FREE_DEPTH)
+        return super().value(schema, where, inside)
 
-    def _listed(self, schema_: Mapping[str, Any], where: str) -> Language:
-        values = [schema_["const"]] if "const" in schema_ else schema_["enum"]
-        rest = {name: value for name, value in schema_.items() if name != "const"}
+    def _listed(self, schema: Mapping[str, Any], where: str) -> Language:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        rest = {name: value for name, value in schema.items() if name != "const"}
         fitting = [value for value in values if self._admits(rest | {"enum": [value]}, where)]
         return choice([_written(value) for value in fitting])
 
-    def _admits(self, schema_: Mapping[str, Any], where: str) -> bool:
+    def _admits(self, schema: Mapping[str, Any], where: str) -> bool:
         try:
-            super()._listed(schema_, where)
+            super()._listed(schema, where)
         except UserError:
             return False
         return True
 
-    def _string(self, schema_: Mapping[str, Any], where: str) -> Language:
-        super()._string(schema_, where)  # for what it refuses
-        if "pattern" in schema_:
-            inner = regex.parse(schema_["pattern"], search=True)
-        elif "format" in schema_:
-            inner = regex.parse(schema.FORMATS[schema_["format"]])
+    def _string(self, schema: Mapping[str, Any], where: str) -> Language:
+        super()._string(schema, where)  # called for its refusals
+        if "pattern" in schema:
+            inner = regex.parse(schema["pattern"], search=True)
+        elif "format" in schema:
+            inner = regex.parse(FORMATS[schema["format"]])
         else:
-            low = int(schema_.get("minLength", 0))
-            high = schema_.get("maxLength")
+            low = int(schema.get("minLength", 0))
+            high = schema.get("maxLength")
             if high is not None and high < low:
                 return Choice(())
             inner = Repeat(ANY, low, None if high is None else int(high))
         return concat([QUOTE, inner, QUOTE])
 
-    def _array(self, schema_: Mapping[str, Any], where: str, inside: tuple[str, ...]) -> Language:
-        return _tight(super()._array(schema_, where, inside), {})
+    def _array(self, schema: Mapping[str, Any], where: str, inside: tuple[str, ...]) -> Language:
+        return _tight(super()._array(schema, where, inside), {})
 
-    def _object(self, schema_: Mapping[str, Any], where: str, inside: tuple[str, ...]) -> Language:
-        properties = dict(schema_.get("properties", {}))
-        required = set(schema_.get("required", ()))
-        others = schema_.get("additionalProperties", True)
+    def _object(self, schema: Mapping[str, Any], where: str, inside: tuple[str, ...]) -> Language:
+        properties = dict(schema.get("properties", {}))
+        required = set(schema.get("required", ()))
+        others = schema.get("additionalProperties", True)
         properties |= dict.fromkeys(sorted(required - properties.keys()), others)
         if not properties:
             if others is False:
                 return text("{}")
             return _mapping(self.value(others, f"{where}/additionalProperties", inside))
-        members = [
-            (
-                concat(
-                    [
-                        _key(name),
-                        COLON,
-                        self.value(properties[name], f"{where}/properties/{name}", inside),
-                    ]
-                ),
-                name in required,
-            )
-            for name in sorted(properties, key=lambda name: (name.lower(), name))
-        ]
-        return concat([text("{"), _members(members)])
+        members = []
+        for name in sorted(properties, key=_sort_key):
+            value = self.value(properties[name], f"{where}/properties/{name}", inside)
+            members.append((concat([_key(name), COLON, value]), name in required))
+        return concat([text("{"), object_members(members, COMMA)])
 
 
-def _members(members: Sequence[tuple[Language, bool]]) -> Language:
-    """Members of a map, of which some may be missing, and its end."""
-    after: Language = text("}")  # what follows a member
-    begin: Language = after  # what follows the beginning of the map
-    for member, needed in reversed(members):
-        chosen_after = concat([COMMA, member, after])
-        chosen_begin = concat([member, after])
-        begin = chosen_begin if needed else Choice((chosen_begin, begin))
-        after = chosen_after if needed else Choice((chosen_after, after))
-    return begin
+def _sort_key(name: str) -> tuple[str, str]:
+    return name.lower(), name
 
 
-def _tight(language: Language, known: dict[int, Language]) -> Language:
-    """``language`` of JSON without the blank that may stand after a comma."""
-    if language is schema.COMMA:
+def _tight(language: Language, tightened: dict[int, Language]) -> Language:
+    """``language`` of JSON without the blank that may follow a comma.
+
+    ``tightened`` holds the results so far, by the id of their source.
+    """
+    if language is json_text.COMMA:
         return COMMA
     if isinstance(language, Chars):
         return language
-    if id(language) not in known:
+    if id(language) not in tightened:
         if isinstance(language, Repeat):
-            known[id(language)] = Repeat(_tight(language.part, known), language.low, language.high)
+            part = _tight(language.part, tightened)
+            tightened[id(language)] = Repeat(part, language.low, language.high)
         else:
-            known[id(language)] = type(language)(
-                tuple(_tight(part, known) for part in language.parts)
-            )
-    return known[id(language)]
+            parts = tuple(_tight(part, tightened) for part in language.parts)
+            tightened[id(language)] = type(language)(parts)
+    return tightened[id(language)]
 
 
 def _key(name: str) -> Language:
@@ -145,13 +136,12 @@ def _key(name: str) -> Language:
 
 def _mapping(value: Language) -> Language:
     member = concat([KEY, COLON, value])
-    return concat(
-        [text("{"), optional(concat([member, Repeat(concat([COMMA, member]), 0, None)])), text("}")]
-    )
+    members = concat([member, Repeat(concat([COMMA, member]), 0, None)])
+    return concat([text("{"), optional(members), text("}")])
 
 
 def _free(depth: int) -> Language:
-    """Any value, nested at most ``depth`` deep."""
+    """The language of any value, nested at most ``depth`` deep."""
     plain = [
         text("null"),
         text("true"),
@@ -167,21 +157,22 @@ def _free(depth: int) -> Language:
 
 
 def _written(value: Any) -> Language:
-    """Exactly this value."""
+    """The language with exactly this value."""
     if isinstance(value, str):
         return concat([QUOTE, text(value), QUOTE])
     if isinstance(value, dict):
-        items = sorted(value.items(), key=lambda item: (item[0].lower(), item[0]))
-        return _between(
-            "{", [concat([_key(name), COLON, _written(inner)]) for name, inner in items], "}"
-        )
+        names = sorted(value, key=_sort_key)
+        members = [concat([_key(name), COLON, _written(value[name])]) for name in names]
+        return _between("{", members, "}")
     if isinstance(value, list):
-        return _between("[", [_written(inner) for inner in value], "]")
+        return _between("[", [_written(item) for item in value], "]")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"The JSON schema lists {value}, which cannot be written.")
     return text(json.dumps(value))
 
 
 def _between(begin: str, members: Sequence[Language], end: str) -> Language:
-    parts = [part for member in members for part in (COMMA, member)][1:]
-    return Concat((text(begin), *parts, text(end)))
+    parts: list[Language] = []
+    for member in members:
+        parts += [COMMA, member]
+    return Concat((text(begin), *parts[1:], text(end)))

@@ -1,11 +1,14 @@
-"""Sets of characters as ECMA-262 defines them: ``\\d``, ``\\w``, ``\\s``, ``.``, ``\\p{…}``, and the folding of case."""
+"""Sets of characters as ECMA-262 defines them.
+
+They are ``\\d``, ``\\w``, ``\\s``, ``.``, ``\\p{…}``, and the folding of case.
+"""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 
-import regex  # knows the properties of Unicode, which Python's own re does not
+import regex  # this package knows the properties of Unicode; Python's own re does not
 
 from mlx_diffgemma.grammar.language import ANY, SURROGATES, Chars, chars, without
 
@@ -13,7 +16,7 @@ LINE_ENDS = chars([(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)])
 DOT = without(ANY, LINE_ENDS)
 DIGIT = chars([(ord("0"), ord("9"))])
 WORD = chars([*DIGIT.ranges, (ord("A"), ord("Z")), (ord("_"), ord("_")), (ord("a"), ord("z"))])
-# White space is tab, VT, FF, the byte order mark and the category Zs; line terminators count, too.
+# White space is tab, VT, FF, the byte order mark and the category Zs.  Line terminators count too.
 SPACE = chars(
     [
         (0x09, 0x0D),
@@ -87,11 +90,12 @@ def of_property(name: str) -> Chars | None:
 
 
 def _matched(pattern: regex.Pattern[str]) -> Chars:
-    """The characters that ``pattern``, runs of a class, finds among all there are."""
+    """The characters that ``pattern``, runs of a class, finds among all characters."""
     gap = SURROGATES[1] + 1 - SURROGATES[0]
     ranges = []
     for match in pattern.finditer(_every_character()):
-        first, last = match.start(), match.end() - 1
+        first = match.start()
+        last = match.end() - 1
         if first < SURROGATES[0]:
             ranges.append((first, min(last, SURROGATES[0] - 1)))
         if last >= SURROGATES[0]:
@@ -105,7 +109,10 @@ def _every_character() -> str:
 
 
 def either_case(these: Chars) -> Chars:
-    """``these``, and all that differ from one of them in case alone (the simple case folding of Unicode)."""
+    """``these``, and all characters that differ from one of them in case alone.
+
+    This uses the simple case folding of Unicode.
+    """
     return chars(
         [
             *these.ranges,
@@ -120,7 +127,7 @@ def _meets(these: Chars, family: tuple[int, ...]) -> bool:
 
 @lru_cache(maxsize=1)
 def _families() -> tuple[tuple[int, ...], ...]:
-    """Characters that differ in case alone, those that have any such."""
+    """Groups of characters that differ in case alone."""
     families: dict[str, list[int]] = {}
     for code, character in zip(_every_code(), _every_character(), strict=True):
         folded = _simply_folded(character)
@@ -134,7 +141,10 @@ def _every_code() -> list[int]:
 
 
 def _simply_folded(character: str) -> str:
-    """One character for one: where the full folding is longer, Unicode's simple one is the lower case, or none."""
+    """Fold one character to one character.
+
+    Where the full folding is longer, Unicode's simple folding is the lower case, or there is none.
+    """
     for folded in (character.casefold(), character.lower()):
         if len(folded) == 1:
             return folded

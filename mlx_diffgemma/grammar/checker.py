@@ -1,9 +1,12 @@
-"""Whether values fit a JSON schema that somebody else wrote, within bounds of time and memory.
+"""Checks values against an untrusted JSON schema, within bounds of time and memory.
 
-The rules are those of the package ``jsonschema``, with three bounds around them.  Patterns are
-matched by automata, in time linear in the text.  References lead to places within the schema, and
-nothing is ever fetched.  The number of steps is limited, since references to references may double
-the work at each level.
+The rules are those of the package ``jsonschema``, with three bounds.  Patterns are matched by
+automata, in time linear in the text.  References must lead to places within the schema, and nothing
+is ever fetched.  The number of steps is limited, because references to references may double the
+work at each level.
+
+    >>> Checker({"type": "integer"}).fits(3)
+    True
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ from jsonschema.validators import extend
 from jsonschema_specifications import REGISTRY as SPECIFICATIONS
 
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.grammar import budget, regex
+from mlx_diffgemma.grammar import budget, elsewhere, regex
 from mlx_diffgemma.grammar.automaton import compile_language
 
 Keyword = Callable[[Any, Any, Any, Any], Iterator[ValidationError] | None]
-MAX_STEPS = 20_000  # keywords that are looked at for one value; some tenths of a second
-MAX_PATTERN_BYTES = 64 * 2**20  # of the automata of one schema's patterns
-PER_STEP = 64  # entries of a keyword, or characters of a text, that count as one step more
+MAX_STEPS = 20_000  # keywords that are checked for one value; this takes some tenths of a second
+MAX_PATTERN_BYTES = 64 * 2**20  # of all automata of one schema's patterns
+PER_STEP = 64  # entries of a keyword, or characters of a text, that count as one more step
 IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 IN_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 SINGLE = (
@@ -52,7 +55,7 @@ class TooMuchWorkError(UserError):
 
 
 class Matcher:
-    """Whether a pattern of ECMA-262 matches somewhere in a text, by one look at each byte."""
+    """Whether a pattern of ECMA-262 matches somewhere in a text; each byte is read once."""
 
     def __init__(self, pattern: str) -> None:
         automaton = compile_language(regex.parse(pattern, search=True))
@@ -75,7 +78,11 @@ class Matcher:
 
 
 def check_schema(schema: Any, which: str = "") -> None:
-    """Errors: UserError for what is no JSON schema of draft 2020-12; ``which`` says of which it is told."""
+    """Check that ``schema`` is a JSON schema of draft 2020-12.
+
+    Raises:
+        UserError: It is not; ``which`` follows the word "schema" in the message.
+    """
     for error in _meta_schema().iter_errors(schema):
         where = "#/" + "/".join(str(step) for step in error.absolute_path)
         raise UserError(f"This is no JSON schema{which}: {_short(error.message)} at {where}.")
@@ -107,14 +114,19 @@ def _counted(function: Keyword, step: Callable[[], None]) -> Keyword:
 
 
 class Checker:
-    """``schema`` of draft 2020-12, ready to check values in at most ``max_steps`` each, None for any number.
+    """Checks values against a schema of draft 2020-12.
 
-    Errors: UserError for what is no schema, for references out of it or to nothing, and for patterns
-    that are no regular expressions.
+    Args:
+        schema: The schema.
+        max_steps: The most steps for each value; None for any number.
+
+    Raises:
+        UserError: It is not a schema, a reference leads out of it or to nothing, or a pattern is
+            not a regular expression.
     """
 
     def __init__(self, schema: Any, max_steps: int | None = MAX_STEPS) -> None:
-        check_schema(schema)
+        elsewhere.run(check_schema, schema)
         self.schema = schema
         self._max_steps = max_steps
         self._steps = 0
@@ -126,21 +138,23 @@ class Checker:
             name: _counted(function, self._step)
             for name, function in jsonschema.Draft202012Validator.VALIDATORS.items()
         }
-        own = {
+        replaced = {
             "pattern": self._pattern,
             "patternProperties": self._pattern_properties,
             "enum": self._enum,
             "additionalProperties": self._additional_properties,
             "uniqueItems": self._unique_items,
         }
-        self._validator = extend(jsonschema.Draft202012Validator, {**functions, **own})(
+        self._validator = extend(jsonschema.Draft202012Validator, {**functions, **replaced})(
             schema, registry=referencing.Registry()
         )
 
     def fits(self, value: Any, part: Any = None) -> bool:
-        """Whether ``value`` is what the schema, or this ``part`` of it, admits.
+        """Whether the schema, or this ``part`` of it, admits ``value``.
 
-        Errors: TooMuchWorkError beyond the steps; UserError for a reference that only now turns out to lead nowhere.
+        Raises:
+            TooMuchWorkError: It takes too many steps.
+            UserError: A reference leads nowhere, which shows only now.
         """
         self._steps = 0
         validator = self._validator if part is None else self._validator.evolve(schema=part)
@@ -152,8 +166,8 @@ class Checker:
             ) from None
         except RecursionError:
             raise TooMuchWorkError(
-                "The JSON schema, or a value for it, is nested too deeply to be checked; write it with fewer "
-                "levels, and without references that come back to themselves."
+                "The JSON schema, or a value for it, is nested too deeply to be checked; write it "
+                "with fewer levels, and without references that come back to themselves."
             ) from None
 
     def _step(self, size: int = 0) -> None:
@@ -205,25 +219,25 @@ class Checker:
                 )
             for pattern in [part["pattern"], *keys] if "pattern" in part else keys:
                 if pattern not in self._matchers:
-                    self._matchers[pattern] = Matcher(pattern)
+                    self._matchers[pattern] = elsewhere.run(Matcher, pattern)
                     taken += self._matchers[pattern].nbytes
                 if taken > MAX_PATTERN_BYTES:
                     raise UserError(
-                        f"The patterns of the JSON schema need more than {MAX_PATTERN_BYTES // 2**20} MiB; lower the "
-                        "bounds of their repeats."
+                        "The patterns of the JSON schema need more than "
+                        f"{MAX_PATTERN_BYTES // 2**20} MiB; lower the bounds of their repeats."
                     )
 
     def _matches(self, pattern: str, text: str) -> bool:
         self._step(len(text))
-        if (
-            pattern not in self._matchers
-        ):  # behind a reference to a place that holds no schema elsewhere
+        if pattern not in self._matchers:
+            # The reference leads to a place that is not a schema by itself.
             raise UserError(
-                f"The JSON schema has the pattern {pattern!r:.100} where no schema stands; move it to $defs."
+                f"The JSON schema has the pattern {pattern!r:.100} where no schema stands; "
+                "move it to $defs."
             )
         return self._matchers[pattern].matches(text)
 
-    # Keywords, as jsonschema calls them
+    # The keywords, under the names that jsonschema gives them
 
     def _pattern(
         self, validator: Any, pattern: str, instance: Any, _: Any
@@ -246,18 +260,21 @@ class Checker:
     ) -> Iterator[ValidationError]:
         if not validator.is_type(instance, "object"):
             return
-        known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        properties = schema.get("properties", {})
+        patterns = schema.get("patternProperties", {})
         for name, value in instance.items():
             self._step()
-            if name not in known and not any(self._matches(pattern, name) for pattern in patterns):
+            if name in properties:
+                continue
+            if not any(self._matches(pattern, name) for pattern in patterns):
                 yield from validator.descend(value, part, path=name)
 
     def _enum(
         self, _: Any, values: Sequence[Any], instance: Any, __: Any
     ) -> Iterator[ValidationError]:
         self._step(len(values))
-        wanted = canonical(instance)
-        if not any(canonical(value) == wanted for value in values):
+        asked = canonical(instance)
+        if not any(canonical(value) == asked for value in values):
             yield ValidationError("is none of the values")
 
     def _unique_items(
@@ -270,7 +287,10 @@ class Checker:
 
 
 def canonical(value: Any) -> Any:
-    """Something hashable that is equal for values that JSON Schema takes for equal: 1 and 1.0, but not 1 and true."""
+    """A hashable form of a value.
+
+    Forms are equal for values that are equal in JSON Schema: 1 and 1.0, but not 1 and true.
+    """
     if isinstance(value, bool):
         return "boolean", value
     if isinstance(value, dict):
@@ -281,7 +301,7 @@ def canonical(value: Any) -> Any:
 
 
 def _parts(schema: Any) -> Iterator[Mapping[str, Any]]:
-    """``schema`` and the schemas within it, wherever one may stand."""
+    """``schema`` and all schemas within it."""
     waiting = [schema]
     while waiting:
         budget.check()

@@ -1,4 +1,7 @@
-"""What a text may be: sequences, choices and repeats of characters.  Knows no syntax, no bytes and no tokens."""
+"""Languages: sequences, choices and repeats of characters, without any syntax, bytes or tokens.
+
+>>> concat([text("a"), Repeat(ANY, 0, None)])      # all texts that begin with a
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 LAST = 0x10FFFF
-TOKEN = LAST + 1  # stands for the token <|"|>, which no character can be taken for
-SURROGATES = (0xD800, 0xDFFF)  # halves of pairs, which no text in UTF-8 holds
+TOKEN = LAST + 1  # stands for the token <|"|> and is equal to no character
+SURROGATES = (0xD800, 0xDFFF)  # halves of pairs, which no text in UTF-8 has
 
 
 @dataclass(frozen=True)
 class Chars:
-    """One character out of ``ranges`` of code points, (first, last), ascending and apart from each other."""
+    """One character from ``ranges`` of code points (first, last), which ascend and do not touch."""
 
     ranges: tuple[tuple[int, int], ...]
 
@@ -27,14 +30,14 @@ class Concat:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """One of ``parts``; of none: no text at all."""
+    """One of ``parts``; without parts it admits no text at all."""
 
     parts: tuple[Language, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Repeat:
-    """``part`` at least ``low`` times and at most ``high``; None: without end."""
+    """Between ``low`` and ``high`` repetitions of ``part``; None means no upper limit."""
 
     part: Language
     low: int
@@ -46,7 +49,7 @@ EMPTY = Concat(())
 
 
 def chars(ranges: Iterable[tuple[int, int]]) -> Chars:
-    """The characters of ``ranges`` in any order, overlapping or not."""
+    """The characters of ``ranges``, which may overlap and have any order."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1] + 1:
@@ -57,7 +60,7 @@ def chars(ranges: Iterable[tuple[int, int]]) -> Chars:
 
 
 def without(these: Chars, gone: Chars) -> Chars:
-    """Those of ``these`` that are none of ``gone``."""
+    """The characters of ``these`` that are not in ``gone``."""
     left: list[tuple[int, int]] = []
     for first, last in these.ranges:
         for low, high in gone.ranges:
@@ -75,7 +78,7 @@ ANY = without(Chars(((0, LAST),)), Chars((SURROGATES,)))
 
 
 def text(content: str) -> Language:
-    """Exactly ``content``."""
+    """The language with exactly the text ``content``."""
     return concat([Chars(((ord(c), ord(c)),)) for c in content])
 
 

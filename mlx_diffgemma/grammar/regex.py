@@ -1,8 +1,12 @@
-"""Regular expressions of ECMA-262, those of JavaScript with the flag ``u`` and of JSON Schema.
+"""Parses regular expressions of ECMA-262.
 
-What no automaton can do (references to groups, looking ahead and behind, boundaries of words, anchors within the text) is
-refused by name and position.  Beside the syntax of the flag ``u`` its older form is taken where its meaning is the same in both:
-escapes of punctuation that need none, and brackets and braces that stand for themselves.
+These are the expressions of JavaScript with the flag ``u``, and of JSON Schema.
+Constructs that no automaton can express (references to groups, looking ahead and behind, boundaries
+of words, anchors within the text) are refused by name and position.  Besides the syntax of the flag
+``u``, older syntax is read where its meaning is the same: escapes of punctuation that need none,
+and brackets and braces that mean themselves.
+
+    >>> parse("[0-9]+ apples?")
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ HINTS = {
     "Q": "",
     "a": "; write \\x07",
 }
-LARGEST = 10**9  # count of a repeat; the states of an automaton end long before
+LARGEST = 10**9  # the largest count of a repeat; the limit on states applies long before
 REPEATS = re.compile(r"\{([0-9]+)(,([0-9]*))?\}")
 OPEN_REPEAT = re.compile(r"\{,[0-9]+\}")
 GROUP_NAME = re.compile(r"<([^\W\d][\w$]*|\$[\w$]*)>")
@@ -53,7 +57,7 @@ MODIFIERS = re.compile(r"([ims]*)(?:-([ims]*))?:")
 NOTHING = Choice(())
 ANYTHING = Repeat(ANY, 0, None)
 SOMETHING = Repeat(ANY, 1, None)
-# What follows "(?" in groups that cannot be.
+# The characters after "(?" in groups that are not supported.
 GROUPS = (
     ("<=", "looking behind, (?<=…)"),
     ("<!", "looking behind, (?<!…)"),
@@ -66,7 +70,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class _Anchor:
-    """The begin of a text, or else its end."""
+    """The start of a text, or its end."""
 
     begin: bool
     at: int
@@ -82,9 +86,8 @@ class _Either:
     parts: tuple[_Node, ...]
 
 
-_Node: TypeAlias = (
-    "Language | _Anchor | _Joined | _Either"  # those of our own hold anchors somewhere
-)
+# _Joined and _Either contain an anchor.
+_Node: TypeAlias = "Language | _Anchor | _Joined | _Either"
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,11 @@ class _Flags:
 
 
 def parse(pattern: str, search: bool = False) -> Language:
-    """The texts that ``pattern`` matches as a whole; with ``search`` those in which it matches anywhere.
+    """The texts that ``pattern`` matches as a whole; with ``search``, the texts that contain a
+    match.
 
-    Errors: UserError for what is no expression or not supported.
+    Raises:
+        UserError: It is not an expression, or not supported.
     """
     if not isinstance(pattern, str):
         raise UserError(f"A regular expression is a text, got {type(pattern).__name__}.")
@@ -127,7 +132,13 @@ def _shown(pattern: str) -> str:
 
 
 def _language(node: _Node, begins: bool, ends: bool) -> Language:
-    """What ``node`` matches; ``begins`` and ``ends``: whether this is where the text begins and ends."""
+    """The texts that ``node`` matches.
+
+    Args:
+        node: A part of the expression.
+        begins: Whether the text begins here.
+        ends: Whether the text ends here.
+    """
     if isinstance(node, _Anchor):
         return EMPTY if (begins if node.begin else ends) else NOTHING
     if isinstance(node, _Joined):
@@ -150,20 +161,22 @@ def _options(parts: list[Language]) -> Language:
 
 
 def _check_anchors(node: _Node, begins: bool, ends: bool, pattern: str) -> None:
-    """Errors: UserError for an anchor that something stands before, or behind."""
+    """Check that anchors are at the start or the end of the text.  Raises: UserError if not."""
     if isinstance(node, _Anchor) and not (begins if node.begin else ends):
         raise UserError(
-            f"{_shown(pattern)} has {'^' if node.begin else '$'} within the text, at position {node.at}, which a constraint "
-            "cannot have; it belongs to the begin or the end of a text."
+            f"{_shown(pattern)} has {'^' if node.begin else '$'} within the text, at position "
+            f"{node.at}, which a constraint cannot have; it belongs to the begin or the end of a "
+            "text."
         )
     if isinstance(node, _Either):
         for part in node.parts:
             _check_anchors(part, begins, ends, pattern)
     if isinstance(node, _Joined):
-        filled = [place for place, part in enumerate(node.parts) if not isinstance(part, _Anchor)]
-        first, last = (filled[0], filled[-1]) if filled else (len(node.parts), -1)
-        for place, part in enumerate(node.parts):
-            _check_anchors(part, begins and place <= first, ends and place >= last, pattern)
+        filled = [index for index, part in enumerate(node.parts) if not isinstance(part, _Anchor)]
+        first = filled[0] if filled else len(node.parts)
+        last = filled[-1] if filled else -1
+        for index, part in enumerate(node.parts):
+            _check_anchors(part, begins and index <= first, ends and index >= last, pattern)
 
 
 class _Parser:
@@ -181,7 +194,8 @@ class _Parser:
     def _wrong(self, what: str, at: int | None = None) -> NoReturn:
         where = self.at if at is None else at
         raise UserError(
-            f"{_shown(self.pattern)} is no regular expression of ECMA-262: {what} at position {where}."
+            f"{_shown(self.pattern)} is no regular expression of ECMA-262: {what} "
+            f"at position {where}."
         )
 
     def _refuse(self, what: str, at: int) -> NoReturn:
@@ -190,7 +204,7 @@ class _Parser:
         )
 
     def _next(self) -> str:
-        """The next character, or nothing at the end."""
+        """The next character, or an empty text at the end."""
         return self.pattern[self.at : self.at + 1]
 
     def _taken(self, text: str) -> bool:
@@ -238,7 +252,7 @@ class _Parser:
         return self._refuse("a repeat of ^ or $", at)
 
     def _counts(self) -> tuple[int, int | None] | None:
-        """How often what was read comes; None where nothing says so."""
+        """The bounds of the repeat that follows, or None."""
         at = self.at
         simple: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
         if self._next() in simple:
@@ -247,13 +261,15 @@ class _Parser:
         elif match := REPEATS.match(self.pattern, at):
             self.at = match.end()
             low = self._count(match[1], at)
-            high = low if match[2] is None else self._count(match[3], at) if match[3] else None
-            counts = low, high
+            high: int | None = low
+            if match[2] is not None:  # a comma
+                high = self._count(match[3], at) if match[3] else None
+            counts = (low, high)
             if high is not None and high < low:
                 self._wrong("a repeat whose bounds are out of order", at)
         else:
             return None
-        self._taken("?")  # lazily or not, the texts are the same
+        self._taken("?")  # a lazy repeat matches the same texts
         return counts
 
     def _count(self, digits: str, at: int) -> int:
@@ -262,7 +278,8 @@ class _Parser:
         return int(digits)
 
     def _atom(self, flags: _Flags) -> _Node:
-        at, character = self.at, self._next()
+        at = self.at
+        character = self._next()
         if character in ("*", "+", "?") or REPEATS.match(self.pattern, at):
             self._wrong("nothing to repeat")
         if OPEN_REPEAT.match(self.pattern, at):
@@ -274,14 +291,15 @@ class _Parser:
             return self._set(flags, at)
         if character == ".":
             return ANY if flags.dot_all else DOT
-        found = self._escape(at, False) if character == "\\" else ord(character)
-        return self._one(found, flags, at)
+        code = self._escape(at, False) if character == "\\" else ord(character)
+        return self._characters(code, flags, at)
 
-    def _one(self, found: int | Chars, flags: _Flags, at: int) -> Chars:
-        if isinstance(found, int):
-            self._check_half(found, at)
-            found = Chars(((found, found),))
-        return either_case(found) if flags.ignore_case else found
+    def _characters(self, code: int | Chars, flags: _Flags, at: int) -> Chars:
+        """The set of characters of a single character's code, or of a class."""
+        if isinstance(code, int):
+            self._check_half(code, at)
+            code = Chars(((code, code),))
+        return either_case(code) if flags.ignore_case else code
 
     def _check_half(self, code: int, at: int) -> None:
         if SURROGATES[0] <= code <= SURROGATES[1]:
@@ -296,7 +314,7 @@ class _Parser:
         return node
 
     def _group_kind(self, flags: _Flags, at: int) -> _Flags:
-        """The flags within a group, behind its ``(?``."""
+        """The flags within a group, whose ``(?`` has been read."""
         if self._taken(":"):
             return flags
         for begin, what in GROUPS:
@@ -309,7 +327,8 @@ class _Parser:
             self.at = match.end()
             return flags
         if match := MODIFIERS.match(self.pattern, self.at):
-            added, removed = match[1], match[2] or ""
+            added = match[1]
+            removed = match[2] or ""
             if len(set(added + removed)) < len(added + removed) or not (added or removed):
                 self._wrong("flags of a group that are given twice, or none", at)
             self.at = match.end()
@@ -338,28 +357,29 @@ class _Parser:
                         self._wrong("a range whose ends are out of order", begin)
                     ranges.append((first, last))
                     continue
-                self.at = dash  # beside a class it stands for itself
+                self.at = dash  # next to a class, the dash means itself
             ranges += first.ranges if isinstance(first, Chars) else [(first, first)]
-        found = chars(ranges)
+        members = chars(ranges)
         if flags.ignore_case:
-            found = either_case(found)
-        return complement(found) if negated else _without_halves(found)
+            members = either_case(members)
+        return complement(members) if negated else _without_halves(members)
 
     def _member(self) -> int | Chars:
-        at, character = self.at, self._next()
+        at = self.at
+        character = self._next()
         self.at += 1
-        found = self._escape(at, True) if character == "\\" else ord(character)
-        if isinstance(found, int):
-            self._check_half(found, at)
-        return found
+        code = self._escape(at, True) if character == "\\" else ord(character)
+        if isinstance(code, int):
+            self._check_half(code, at)
+        return code
 
     def _escape(self, at: int, in_set: bool) -> int | Chars:
-        """What an escape stands for, a character or a class; its backslash has been read."""
+        """The character or class of an escape, whose backslash has been read."""
         character = self._next()
         self.at += 1
         if character.lower() in CLASSES:
-            found = CLASSES[character.lower()]
-            return found if character.islower() else complement(found)
+            members = CLASSES[character.lower()]
+            return members if character.islower() else complement(members)
         if character in ("p", "P"):
             return self._property(at, character == "P")
         if character in CONTROLS:
@@ -388,16 +408,16 @@ class _Parser:
 
     def _property(self, at: int, negated: bool) -> Chars:
         match = re.compile(r"\{([^{}]*)\}").match(self.pattern, self.at)
-        found = of_property(match[1]) if match else None
-        if match is None or found is None:
+        members = of_property(match[1]) if match else None
+        if match is None or members is None:
             self._wrong(
                 f"a property {match[1] if match else ''!r:.60} that Unicode does not have", at
             )
         self.at = match.end()
-        return complement(found) if negated else found
+        return complement(members) if negated else members
 
     def _code(self, at: int) -> int:
-        r"""Of \uXXXX, \u{X…}, or \uXXXX\uXXXX for a pair of surrogates."""
+        r"""The code in \uXXXX, \u{X…}, or \uXXXX\uXXXX for a pair of surrogates."""
         if match := re.compile(r"\{([0-9A-Fa-f]+)\}").match(self.pattern, self.at):
             self.at = match.end()
             digits = match[1].lstrip("0")
@@ -419,6 +439,6 @@ class _Parser:
         return int(digits, 16)
 
 
-def _without_halves(these: Chars) -> Chars:
-    """Of a range from one character to another those that a text can hold."""
-    return complement(complement(these))
+def _without_halves(characters: Chars) -> Chars:
+    """``characters`` without surrogates, which no text can hold."""
+    return complement(complement(characters))

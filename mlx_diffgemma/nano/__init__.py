@@ -1,6 +1,7 @@
-"""nano, the built-in model: a real DiffusionGemma of a few million parameters, trained by this project.
+"""nano, the built-in model: a real DiffusionGemma of a few million parameters.
 
-It is versioned data: results, drafters and golden outputs name ``VERSION`` and the hash of its weights.
+This project trained it.  It is versioned data: results, drafters and golden outputs name
+``VERSION`` and the hash of its weights.
 """
 
 from pathlib import Path
@@ -11,7 +12,13 @@ SHA256 = "922702c834246289f981b0dbdec40beda01cca17e8a1af3a576da60d600ea637"  # o
 FOLDER = Path(__file__).with_name("checkpoint")
 DRAFTER, VISION = "nano-drafter", "nano-vision"
 VISION_VERSION = "nano-vision-1"
-VISION_SHA256 = "200e25b3434af097088a0b7cce335abdb4ee509568d8cf7fa5e454bcd05e772e"  # of its model.safetensors
+VISION_SHA256 = (
+    "200e25b3434af097088a0b7cce335abdb4ee509568d8cf7fa5e454bcd05e772e"  # of its model.safetensors
+)
 VERSIONS = {NAME: VERSION, VISION: VISION_VERSION}
-# What needs no download, by name.
-FOLDERS = {NAME: FOLDER, DRAFTER: Path(__file__).with_name("drafter"), VISION: Path(__file__).with_name("vision")}
+# The folders of what needs no download, by name.
+FOLDERS = {
+    NAME: FOLDER,
+    DRAFTER: Path(__file__).with_name("drafter"),
+    VISION: Path(__file__).with_name("vision"),
+}

@@ -1,8 +1,9 @@
-"""Connections that neither wait for ever nor take each other's place.
+"""Bounds of open connections, in time and number.
 
-uvicorn closes a connection that is idle after an answer.  One on which no request comes, or only
-slowly, it keeps; here it has ``HEAD_SECONDS``.  At most ``most`` connections are open: for a new one
-the oldest idle one of the client with the most connections is closed.
+uvicorn closes a connection that is idle after an answer.  It keeps a connection on which no request
+arrives, or on which one arrives slowly.  Here the head of a request must arrive in
+``HEAD_SECONDS``.  At most ``most`` connections are open.  A new one then closes the oldest idle
+connection of the client with the most connections.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections import Counter
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # from the opening of a connection, or the end of an answer, to the end of a request's head
+# From the opening of a connection, or the end of an answer, to the end of a request's head.
+HEAD_SECONDS = 20.0
 MOST = 1000
-FILES = 200  # that are left for other uses
+FILES = 200  # the number of open files that are left for other uses
 
 
 class Connection(H11Protocol):
-    """See the module."""
+    """A connection with these bounds."""
 
     most = MOST
     head_seconds = HEAD_SECONDS
@@ -45,7 +47,7 @@ class Connection(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being answered, nor has come whole."""
+        """Whether no request is being answered, and none has arrived completely."""
         return self.cycle is None or self.cycle.response_complete
 
     def _watch_head(self) -> None:
@@ -65,14 +67,20 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _make_room(self) -> None:
-        """Close an idle connection of the client that has most; where none is idle, this one."""
-        others = [one for one in self.connections if one is not self and isinstance(one, Connection)]
-        idle = [one for one in others if one.idle and not one.transport.is_closing()]
-        counts = Counter(one.address for one in idle)
+        """Close an idle connection of the client with the most, or this one if none is idle."""
+        idle = [
+            other
+            for other in self.connections
+            if other is not self
+            and isinstance(other, Connection)
+            and other.idle
+            and not other.transport.is_closing()
+        ]
+        counts = Counter(other.address for other in idle)
         # Timers were set when a connection became idle, so the one that ends first is the oldest.
         oldest = max(
             idle,
-            key=lambda one: (counts[one.address], -one.overdue_at),
+            key=lambda other: (counts[other.address], -other.overdue_at),
             default=self,
         )
         oldest.transport.abort()
@@ -92,7 +100,7 @@ def protocol(most: int = MOST, head_seconds: float = HEAD_SECONDS) -> type[Conne
 
 
 def allowed_connections() -> int:
-    """As many as the limit of open files leaves room for, which is raised as far as it may be."""
+    """The number of connections that the limit of open files allows, after raising that limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST + FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

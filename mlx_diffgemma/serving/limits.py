@@ -1,78 +1,58 @@
-"""What stands before the routes: the size of bodies, who may ask, and under which name."""
+"""Bounds of a request body in bytes and in time."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from mlx_diffgemma.serving.protocol import STRICT
-from mlx_diffgemma.serving.responses import error_body
+from mlx_diffgemma.serving.asgi import Application, Receive, Scope, Send, respond
+from mlx_diffgemma.serving.errors import error_body
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-OPEN = ("/", "/health", "/favicon.ico")  # and what is under /page: what they show is no secret, and the page asks for the key
-
-
-BODY_SECONDS = 30.0  # for a body to come, and more for
-SLOWEST = 16_384  # bytes a second of it
-SHORT = ("/models", "/chat/completions", "/completions", "/decisions")  # also found without /v1
-
-
-class Paths:
-    """Finds the routes of /v1 without it, too, and all of them with a slash at the end, as some clients call them."""
-
-    def __init__(self, app: Application) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if scope["type"] == "http" and not path.startswith("/page"):
-            path = path.rstrip("/") or "/"
-            if any(path == short or path.startswith(f"{short}/") for short in SHORT):
-                path = f"/v1{path}"
-            if path != scope["path"]:
-                scope = {**scope, "path": path, "raw_path": path.encode()}
-        await self.app(scope, receive, send)
+BODY_SECONDS = 30.0  # the seconds in which a body must arrive
+SLOWEST = 16_384  # a body has another second for each of this many bytes
 
 
 class BodyLimit:
-    """Refuses bodies of more than ``limit`` bytes, by what they say of themselves or as soon as more has come, and those that take
-    longer than ``seconds``, and a second more for each SLOWEST bytes."""
+    """Refuses bodies that are too large or too slow.
+
+    A body may have ``limit`` bytes.  The check uses Content-Length and the bytes that arrive.  A
+    body may take ``seconds``, and a second more for each SLOWEST bytes.
+    """
 
     def __init__(self, app: Application, limit: int, seconds: float = BODY_SECONDS) -> None:
-        self.app, self.limit, self.seconds = app, limit, seconds
+        self.app = app
+        self.limit = limit
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self.limit:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.limit:
             await respond(send, 413, error_body(self._message))
             return
-        came, whole = 0, False
+        received = 0
+        is_whole = False
         began = asyncio.get_running_loop().time()
 
         async def counted() -> Scope:
-            nonlocal came, whole
-            if whole:  # what is waited for now is that the client hangs up
+            nonlocal received, is_whole
+            if is_whole:  # the application now waits for the client to hang up
                 return await receive()
-            left = began + self.seconds + came / SLOWEST - asyncio.get_running_loop().time()
+            left = began + self.seconds + received / SLOWEST - asyncio.get_running_loop().time()
             try:
                 message = await asyncio.wait_for(receive(), max(left, 0.001))
             except asyncio.TimeoutError:
-                raise HTTPException(408, f"The body did not come within {self.seconds:g} seconds; send it at once.",
-                                    {"Connection": "close"}) from None
-            came += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if came > self.limit:
+                raise HTTPException(
+                    408,
+                    f"The body did not come within {self.seconds:g} seconds; send it at once.",
+                    {"Connection": "close"},
+                ) from None
+            received += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+            if received > self.limit:
                 raise HTTPException(413, self._message)
             return message
 
@@ -80,87 +60,7 @@ class BodyLimit:
 
     @property
     def _message(self) -> str:
-        return f"The body has more than the {self.limit:,} bytes that this server takes; send less, or raise --max-body."
-
-
-class KeyCheck:
-    """Asks for the ``key``, as ``Authorization: Bearer`` or ``x-api-key``, compared in constant time."""
-
-    def __init__(self, app: Application, key: str) -> None:
-        self.app, self.wanted = app, key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        known = scope["type"] != "http" or scope["method"] == "OPTIONS" or path in OPEN or path.startswith("/page/")
-        if known or hmac.compare_digest(key_of(scope), self.wanted):
-            await self.app(scope, receive, send)
-            return
-        await respond(send, 401, error_body("The API key is missing or wrong; send 'Authorization: Bearer KEY' or "
-                                            "'x-api-key: KEY'.",
-                                            "authentication_error", code="invalid_api_key"), [(b"www-authenticate", b"Bearer")])
-
-
-def key_of(scope: Scope) -> bytes:
-    """The API key that a request brings; none: nothing."""
-    headers = dict(scope["headers"])
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
-
-
-class HostCheck:
-    """Refuses requests that call the server by none of its ``names``; else a page elsewhere could reach a server on this machine
-    under a name of its own."""
-
-    def __init__(self, app: Application, names: Iterable[str]) -> None:
-        self.app, self.names = app, {name.strip("[]").lower() for name in names}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (name := _host(scope)) in self.names:
-            await self.app(scope, receive, send)
-            return
-        await respond(send, 400, error_body(f"This server is not known as {name!r:.100}; call it by another name, or start it with "
-                                            "--allowed-host and this one.", code="unknown_host"))
-
-
-def _host(scope: Scope) -> str:
-    """By which a request calls the server, without brackets and port."""
-    told = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
-    return told[1:].partition("]")[0] if told.startswith("[") else told.partition(":")[0]
-
-
-class Counted:
-    """Tells ``count`` of each answer: its route, and its status."""
-
-    def __init__(self, app: Application, count: Callable[[str, int], None]) -> None:
-        self.app, self.count = app, count
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def seen(message: Scope) -> None:
-            if message["type"] == "http.response.start":
-                self.count(getattr(scope.get("route"), "path", "other"), message["status"])
-            await send(message)
-
-        await self.app(scope, receive, seen if scope["type"] == "http" else send)
-
-
-class Strictness:
-    """Sets for each request whether what is not known in its body is refused."""
-
-    def __init__(self, app: Application, strict: bool) -> None:
-        self.app, self.strict = app, strict
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        token = STRICT.set(self.strict)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            STRICT.reset(token)
-
-
-async def respond(send: Send, status: int, body: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    """Send ``body`` as JSON and close the connection, on which a rest of the request may stand."""
-    content = json.dumps(body).encode()
-    await send({"type": "http.response.start", "status": status, "headers": [
-        (b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), (b"connection", b"close"),
-        *(headers or [])]})
-    await send({"type": "http.response.body", "body": content})
+        return (
+            f"The body has more than the {self.limit:,} bytes that this server takes; send less, "
+            "or raise --max-body."
+        )

@@ -1,8 +1,9 @@
-"""Training examples from jsonl files in mlx-lm's formats: chat, completions or text, one object a line.
+"""Training examples from jsonl files in mlx-lm's formats: chat, completions or text, one object a
+line.
 
-    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-    {"prompt": "…", "completion": "…"}
-    {"text": "…"}
+{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+{"prompt": "…", "completion": "…"}
+{"text": "…"}
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.files import read_lines
-from mlx_diffgemma.tokenizer import answer_ids, chat_ids, encode_prompt
+from mlx_diffgemma.text.tokenizer import answer_ids, chat_ids, encode_prompt
 
 SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Example:
-    """``ids`` int32 [n], of which those from ``answer`` on are the answer, end token included."""
+    """``ids`` is int32 [n]; the answer, with its end token, starts at index ``answer``."""
 
     ids: np.ndarray
     answer: int
@@ -32,43 +33,86 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of one file; ``too_long`` counts those left out because they exceed the limit, the longest of them
-    ``longest`` tokens."""
+    """The examples of one file.
+
+    Attributes:
+        examples: Those within the limit.
+        too_long: How many examples exceed the limit and are left out.
+        longest: The tokens of the longest example of the file.
+    """
 
     examples: tuple[Example, ...]
     too_long: int = 0
     longest: int = 0
 
 
-def load_splits(folder: Path, tokenizer: TokenizerWrapper, end: int, limit: int, allow_control_tokens: bool = False,
-                ) -> dict[str, Split]:
-    """train, valid and test of ``folder``, as far as there are files; examples of more than ``limit`` tokens are left out.
+def load_splits(
+    folder: Path,
+    tokenizer: TokenizerWrapper,
+    end: int,
+    limit: int,
+    allow_control_tokens: bool = False,
+) -> dict[str, Split]:
+    """Read train.jsonl, valid.jsonl and test.jsonl.
 
-    ``end`` ends a text.  What looks like a control token in the data is text, unless ``allow_control_tokens``.  Errors: UserError
-    naming file and line.
+    Args:
+        folder: The folder of the files; any of them may be missing.
+        tokenizer: The model's tokenizer.
+        end: The token that ends a text.
+        limit: Examples of more tokens are left out.
+        allow_control_tokens: The data may hold control tokens.  False: they are read as text.
+
+    Returns:
+        The examples of each file.
+
+    Raises:
+        UserError: A file cannot be used; the error names file and line.
     """
     if not folder.is_dir():
-        raise UserError(f"There is no data folder {folder}; it should hold train.jsonl, and valid.jsonl and test.jsonl if wanted.")
+        raise UserError(
+            f"There is no data folder {folder}; it should hold train.jsonl, and valid.jsonl and test.jsonl if wanted."
+        )
     paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
-    return {name: load_split(path, tokenizer, end, limit, allow_control_tokens) for name, path in paths.items() if path.exists()}
+    return {
+        name: load_split(path, tokenizer, end, limit, allow_control_tokens)
+        for name, path in paths.items()
+        if path.exists()
+    }
 
 
-def load_split(path: Path, tokenizer: TokenizerWrapper, end: int, limit: int, allow_control_tokens: bool = False) -> Split:
-    """Errors: UserError for a line that is no JSON, lacks a field or has an empty answer; for a file without examples."""
-    examples, lengths = [], []
-    for example in read_lines(path, lambda entry: _example(entry, tokenizer, end, allow_control_tokens)):
+def load_split(
+    path: Path,
+    tokenizer: TokenizerWrapper,
+    end: int,
+    limit: int,
+    allow_control_tokens: bool = False,
+) -> Split:
+    """Read one file; arguments as in ``load_splits``.
+
+    Raises:
+        UserError: A line is no JSON, lacks a field or has an empty answer, or there is no example.
+    """
+    examples = []
+    lengths = []
+    for example in read_lines(
+        path, lambda entry: _example(entry, tokenizer, end, allow_control_tokens)
+    ):
         lengths.append(example.ids.size)
         if example.ids.size <= limit:
             examples.append(example)
     if not lengths:
         raise UserError(f"{path} holds no examples.")
     if not examples:
-        raise UserError(f"All {len(lengths)} examples of {path} exceed {limit} tokens (the shortest has {min(lengths)}); "
-                        "raise --max-seq-length.")
+        raise UserError(
+            f"All {len(lengths)} examples of {path} exceed {limit} tokens (the shortest has {min(lengths)}); "
+            "raise --max-seq-length."
+        )
     return Split(tuple(examples), len(lengths) - len(examples), max(lengths))
 
 
-def _example(entry: Any, tokenizer: TokenizerWrapper, end: int, allow_control_tokens: bool) -> Example:
+def _example(
+    entry: Any, tokenizer: TokenizerWrapper, end: int, allow_control_tokens: bool
+) -> Example:
     if not isinstance(entry, Mapping):
         raise UserError(f"an object is expected, got {type(entry).__name__}.")
     if entry.get("images"):
@@ -79,27 +123,46 @@ def _example(entry: Any, tokenizer: TokenizerWrapper, end: int, allow_control_to
         for name in ("prompt", "completion"):
             if not isinstance(entry.get(name), str):
                 raise UserError(f"{name!r} is missing or no text.")
-        return _chat([{"role": "user", "content": entry["prompt"]}, {"role": "assistant", "content": entry["completion"]}],
-                     entry.get("tools"), tokenizer, allow_control_tokens)
+        return _chat(
+            [
+                {"role": "user", "content": entry["prompt"]},
+                {"role": "assistant", "content": entry["completion"]},
+            ],
+            entry.get("tools"),
+            tokenizer,
+            allow_control_tokens,
+        )
     if not isinstance(entry.get("text"), str):
         found = ", ".join(entry) or "nothing"
-        raise UserError(f"one of 'messages', 'prompt' with 'completion', or 'text' is missing; found {found}.")
+        raise UserError(
+            f"one of 'messages', 'prompt' with 'completion', or 'text' is missing; found {found}."
+        )
     ids = encode_prompt(tokenizer, entry["text"], literal=not allow_control_tokens)
     if len(ids) < 2:
         raise UserError("'text' is empty.")
-    return Example(np.array([*ids, end] if ids[-1] not in tokenizer.eos_token_ids else ids, dtype=np.int32), 1)
+    return Example(
+        np.array([*ids, end] if ids[-1] not in tokenizer.eos_token_ids else ids, dtype=np.int32), 1
+    )
 
 
-def _chat(messages: Any, tools: Any, tokenizer: TokenizerWrapper, allow_control_tokens: bool) -> Example:
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+def _chat(
+    messages: Any, tools: Any, tokenizer: TokenizerWrapper, allow_control_tokens: bool
+) -> Example:
+    if not isinstance(messages, list) or not all(
+        isinstance(m, Mapping) and "role" in m for m in messages
+    ):
         raise UserError("'messages' must be a list of objects with a role.")
     if len(messages) < 2 or messages[-1]["role"] not in ("assistant", "model"):
         raise UserError("the last message must be the assistant's, after at least one other.")
     parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
     if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in parts):
-        raise UserError("models are tuned on text only; leave out the messages with images or other parts that are no text.")
+        raise UserError(
+            "models are tuned on text only; leave out the messages with images or other parts that are no text."
+        )
     if not messages[-1].get("content") and not messages[-1].get("tool_calls"):
         raise UserError("the assistant's message is empty.")
-    prompt = chat_ids(tokenizer, messages[:-1], tools=tools, allow_control_tokens=allow_control_tokens)
+    prompt = chat_ids(
+        tokenizer, messages[:-1], tools=tools, allow_control_tokens=allow_control_tokens
+    )
     answer = answer_ids(tokenizer, messages, tools, allow_control_tokens)
     return Example(np.array([*prompt, *answer], dtype=np.int32), len(prompt))

@@ -1,6 +1,8 @@
-"""The head in training, some rows at a time: at 262,144 tokens one row's logits take a megabyte, and its loss several.
+"""The output head in training, a few rows at a time.
 
-Parts wait for each other, since MLX would run them side by side and hold them all.
+At 262,144 tokens the logits of one row take a megabyte, and its loss takes several.  Each part
+waits for the one before it, because MLX would otherwise run the parts side by side and hold all of
+them.
 """
 
 from __future__ import annotations
@@ -12,13 +14,26 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 LOGITS = 2**26  # bytes of logits that are held at once
 
 
-def in_parts(model: DiffusionGemma, hidden: mx.array, make: Callable[[int, mx.array], mx.array]) -> list[mx.array]:
-    """``make(start, rows)`` for rows [n, hidden] in parts of LOGITS bytes of logits, one after the other."""
+def in_parts(
+    model: DiffusionGemma, hidden: mx.array, make: Callable[[int, mx.array], mx.array]
+) -> list[mx.array]:
+    """Compute something from rows of hidden states, one part after the other.
+
+    The logits of a part take at most LOGITS bytes.
+
+    Args:
+        model: The model.
+        hidden: The rows [n, hidden].
+        make: Called with the first row's index and the rows of a part.
+
+    Returns:
+        What ``make`` returned for each part.
+    """
     step = max(1, LOGITS // (4 * model.config.text.vocab_size))
     made: list[mx.array] = []
     for start in range(0, hidden.shape[0], step):
@@ -28,13 +43,23 @@ def in_parts(model: DiffusionGemma, hidden: mx.array, make: Callable[[int, mx.ar
 
 
 def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Mean in nats over rows [n, hidden] with ``targets`` [n].
+    """The mean cross-entropy in nats.
 
-    While the model trains, a part's gradient is computed at once and kept in place of its logits: per row the size of ``hidden``
-    for about eleven times that of the logits.
+    While the model trains, the gradient of a part is computed at once and kept instead of its
+    logits. For each row this keeps an array as large as ``hidden``; otherwise about eleven times
+    the size of the logits would be kept.
+
+    Args:
+        model: The model.
+        hidden: The rows [n, hidden].
+        targets: The right token [n] of each row.
     """
     table = model.model.decoder.embed_tokens
-    names, values = zip(*flat, strict=True) if (flat := tree_flatten(table.trainable_parameters())) else ((), ())
+    names, values = (
+        zip(*flat, strict=True)
+        if (flat := tree_flatten(table.trainable_parameters()))
+        else ((), ())
+    )
 
     def part(start: int, rows: mx.array) -> mx.array:
         def loss(rows: mx.array, *values: mx.array) -> mx.array:
@@ -49,7 +74,8 @@ def cross_entropy(model: DiffusionGemma, hidden: mx.array, targets: mx.array) ->
 
 
 def _with_gradient(loss: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
-    """``loss(*inputs)``, whose gradient is computed along with it."""
+    """``loss(*inputs)``, with its gradient computed at the same time."""
+
     @mx.custom_function
     def both(*inputs: mx.array) -> tuple[mx.array, ...]:
         (value,), gradients = mx.vjp(loss, list(inputs), [mx.array(1.0)])
@@ -58,7 +84,7 @@ def _with_gradient(loss: Callable[..., mx.array], *inputs: mx.array) -> mx.array
     @both.vjp
     def backward(inputs: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Any:
         found = [cotangents[0] * gradient for gradient in outputs[1:]]
-        return found[0] if isinstance(inputs, mx.array) else found  # MLX unpacks what is alone
+        return found[0] if isinstance(inputs, mx.array) else found  # MLX unpacks a single one
 
     value: mx.array = both(*inputs)[0]
     return value

@@ -1,11 +1,14 @@
 """The published training objective, term by term.
 
-One canvas an example lies somewhere in its answer.  Every position of it becomes a random token with probability t, t drawn
-evenly for each example; the sequence is read causally as it is, and the canvas sees of it only what comes before.  In half of
-the examples, a first pass without gradient gives the self-conditioning signal.  The loss is the cross-entropy over all
-positions of the canvas, the end tokens that fill its tail included, plus the next-token cross-entropy of the causal mode.
+Each example has one canvas somewhere in its answer.  Each position of the canvas becomes a random
+token with probability t, which is drawn uniformly for each example.  The causal mode reads the
+sequence unchanged, and the canvas sees only what comes before it.  In half of the examples, a first
+pass without gradient gives the self-conditioning signal.  The loss is the cross-entropy over all
+positions of the canvas, including the end tokens that fill its tail, plus the next-token
+cross-entropy of the causal mode.
 
-Source: Google's fine-tuning recipe for DiffusionGemma; see docs/tuning.md for where others depart from it.
+Source: Google's fine-tuning recipe for DiffusionGemma; docs/tuning.md says where others depart from
+it.
 """
 
 from __future__ import annotations
@@ -16,19 +19,23 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma import conditioning
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling import self_conditioning
 from mlx_diffgemma.tuning.head import cross_entropy, in_parts
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms and their weights; 0 leaves a term out.
+    """The terms of the loss.
 
-    ``canvas`` and ``causal`` weigh the two cross-entropies; ``self_conditioning`` is the probability of a first pass.  The
-    share t of corrupted positions is drawn between ``least`` and ``most``.  ``mask_prompt`` leaves the prompt out of the causal
-    term.
+    Attributes:
+        canvas: The weight of the canvas's cross-entropy; 0 leaves it out.
+        causal: The weight of the causal cross-entropy; 0 leaves it out.
+        self_conditioning: The probability of a first pass.
+        least: The smallest share t of corrupted positions.
+        most: The largest share t of corrupted positions.
+        mask_prompt: Leave the prompt out of the causal term.
     """
 
     canvas: float = 1.0
@@ -40,18 +47,32 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not 0 <= self.self_conditioning <= 1:
-            raise UserError(f"The probability of self-conditioning must lie between 0 and 1, got {self.self_conditioning}.")
+            raise UserError(
+                f"The probability of self-conditioning must lie between 0 and 1, got {self.self_conditioning}."
+            )
         if not 0 <= self.least < self.most <= 1:
-            raise UserError(f"The share of corrupted positions must satisfy 0 <= least < most <= 1, got {self.least} and "
-                            f"{self.most}.")
+            raise UserError(
+                f"The share of corrupted positions must satisfy 0 <= least < most <= 1, got {self.least} and "
+                f"{self.most}."
+            )
         if not min(self.canvas, self.causal) >= 0 or not self.canvas + self.causal > 0:
-            raise UserError(f"The weights of the loss must not be negative nor all 0, got {self.canvas} and {self.causal}.")
+            raise UserError(
+                f"The weights of the loss must not be negative nor all 0, got {self.canvas} and {self.causal}."
+            )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``sequences`` of ids whose answers begin at ``answers``; the canvas of each begins at ``starts``, holds ``clean`` and is
-    shown as ``corrupted``, both [batch, length].  ``conditioned`` says which get a first pass."""
+    """Examples with their canvases.
+
+    Attributes:
+        sequences: The ids of each example.
+        answers: Where each answer starts.
+        starts: Where each canvas starts.
+        clean: The ids [batch, length] of the canvases.
+        corrupted: The ids [batch, length] that the model sees.
+        conditioned: Which examples get a first pass.
+    """
 
     sequences: Sequence[np.ndarray]
     answers: Sequence[int]
@@ -61,14 +82,35 @@ class Batch:
     conditioned: Sequence[bool]
 
 
-def make_batch(sequences: Sequence[np.ndarray], answers: Sequence[int], length: int, vocabulary: int, end: int,
-               objective: Objective, rng: np.random.Generator) -> Batch:
-    """Place, fill and corrupt a canvas of ``length`` for each sequence; ``end`` fills what lies behind it.
+def make_batch(
+    sequences: Sequence[np.ndarray],
+    answers: Sequence[int],
+    length: int,
+    vocabulary: int,
+    end: int,
+    objective: Objective,
+    rng: np.random.Generator,
+) -> Batch:
+    """Place, fill and corrupt a canvas for each sequence.
 
-    A canvas begins a whole number of canvases after the answer does, as in generation.
+    A canvas starts a whole number of canvases after its answer does, as in generation.
+
+    Args:
+        sequences: The ids of each example.
+        answers: Where each answer starts.
+        length: The positions of a canvas.
+        vocabulary: Random tokens are below this id.
+        end: The token that fills a canvas after the end of its sequence.
+        objective: The shares of corrupted positions and of first passes.
+        rng: Where the random numbers come from.
+
+    Returns:
+        The batch.
     """
-    starts = [int(answer + length * rng.integers(max(1, -(-(ids.size - answer) // length))))
-              for ids, answer in zip(sequences, answers, strict=True)]
+    starts = [
+        int(answer + length * rng.integers(max(1, -(-(ids.size - answer) // length))))
+        for ids, answer in zip(sequences, answers, strict=True)
+    ]
     clean = np.full((len(starts), length), end, dtype=np.int32)
     for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
         piece = ids[start : start + length]
@@ -82,7 +124,7 @@ def make_batch(sequences: Sequence[np.ndarray], answers: Sequence[int], length: 
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropies in nats; ``canvas_tokens`` and ``causal_tokens`` are what they were taken over."""
+    """Mean cross-entropies in nats, and the numbers of tokens they are means of."""
 
     canvas: mx.array
     causal: mx.array
@@ -93,15 +135,35 @@ class Losses:
         return objective.canvas * self.canvas + objective.causal * self.causal
 
 
-def losses(model: DiffusionGemma, batch: Batch, objective: Objective, grad_checkpoint: bool = False) -> Losses:
-    """The terms of ``batch`` under ``model``; both are differentiable."""
-    # A canvas sees only what comes before it; the rest of its sequence is read for the causal term alone.
-    ends = [ids.size if objective.causal else start for ids, start in zip(batch.sequences, batch.starts, strict=True)]
+def losses(
+    model: DiffusionGemma, batch: Batch, objective: Objective, grad_checkpoint: bool = False
+) -> Losses:
+    """The terms of the loss; both are differentiable.
+
+    Args:
+        model: The model.
+        batch: The examples.
+        objective: The terms that are needed.
+        grad_checkpoint: Compute layers twice and keep less for the gradient.
+
+    Returns:
+        Both terms.
+    """
+    # A canvas sees only what comes before it; the rest of its sequence is read for the causal term
+    # alone.
+    ends = [
+        ids.size if objective.causal else start
+        for ids, start in zip(batch.sequences, batch.starts, strict=True)
+    ]
     sequences = [mx.array(ids[:end]) for ids, end in zip(batch.sequences, ends, strict=True)]
     corrupted = mx.array(batch.corrupted)
     soft = first_pass(model, batch, sequences, corrupted) if any(batch.conditioned) else None
-    causal_rows, canvas_rows = model.learn(sequences, corrupted, batch.starts, soft, grad_checkpoint)
-    canvas = cross_entropy(model, canvas_rows.reshape(batch.clean.size, -1), mx.array(batch.clean.flatten()))
+    causal_rows, canvas_rows = model.learn(
+        sequences, corrupted, batch.starts, soft, grad_checkpoint
+    )
+    canvas = cross_entropy(
+        model, canvas_rows.reshape(batch.clean.size, -1), mx.array(batch.clean.flatten())
+    )
     rows, targets = _next_tokens(batch, objective.mask_prompt)
     causal = mx.array(0.0)
     if objective.causal and rows.size:
@@ -109,17 +171,35 @@ def losses(model: DiffusionGemma, batch: Batch, objective: Objective, grad_check
     return Losses(canvas, causal, batch.clean.size, rows.size)
 
 
-def first_pass(model: DiffusionGemma, batch: Batch, sequences: Sequence[mx.array], corrupted: mx.array) -> mx.array:
-    """The signal [batch, length, hidden], zero where none was drawn.
+def first_pass(
+    model: DiffusionGemma, batch: Batch, sequences: Sequence[mx.array], corrupted: mx.array
+) -> mx.array:
+    """The self-conditioning signal of a first pass.
 
-    No gradient flows into the first pass, but into the embedding table that its belief is multiplied with, as in the reference.
+    No gradient flows into the first pass.  It does flow into the embedding table that its token
+    distribution is multiplied with, as in the reference.
+
+    Args:
+        model: The model.
+        batch: The examples.
+        sequences: The ids of each example, as arrays.
+        corrupted: The ids [batch, length] of the canvases.
+
+    Returns:
+        [batch, length, hidden], zero for examples without a first pass.
     """
     chosen = [row for row, wanted in enumerate(batch.conditioned) if wanted]
     # A canvas sees only what comes before it, so the rest of its sequence need not be read.
     prefixes = [sequences[row][: batch.starts[row]] for row in chosen]
-    _, hidden = model.learn(prefixes, corrupted[mx.array(chosen)], [batch.starts[row] for row in chosen])
+    _, hidden = model.learn(
+        prefixes, corrupted[mx.array(chosen)], [batch.starts[row] for row in chosen]
+    )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    parts = in_parts(model, rows, lambda _, rows: conditioning.dense(model, mx.stop_gradient(model.logits(rows))))
+    parts = in_parts(
+        model,
+        rows,
+        lambda _, rows: self_conditioning.dense(model, mx.stop_gradient(model.logits(rows))),
+    )
     signal = mx.concatenate(parts).reshape(hidden.shape)
     place = {row: index for index, row in enumerate(chosen)}
     none = mx.zeros(signal.shape[1:], dtype=signal.dtype)
@@ -127,8 +207,14 @@ def first_pass(model: DiffusionGemma, batch: Batch, sequences: Sequence[mx.array
 
 
 def _next_tokens(batch: Batch, mask_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all sequences that predict a next token, and that token."""
-    rows, targets, first = [], [], 0
+    """Find the rows that predict a next token.
+
+    Returns:
+        (their indices among the rows of all sequences, the tokens that they predict)
+    """
+    rows = []
+    targets = []
+    first = 0
     for ids, answer in zip(batch.sequences, batch.answers, strict=True):
         places = np.arange(answer - 1 if mask_prompt else 0, ids.size - 1)
         rows.append(first + places)

@@ -1,7 +1,8 @@
-"""A whole fine-tuning run: options from a YAML file and the command line, data, training, files left behind.
+"""A whole fine-tuning run: options from a YAML file and the command line, data, training, output.
 
-An adapter folder holds adapter_config.json, adapters.safetensors (the newest), one NNNNNNN_adapters.safetensors a checkpoint,
-state.safetensors to go on from, and losses.csv and losses.png.
+An adapter folder holds adapter_config.json, adapters.safetensors (the newest weights), one
+NNNNNNN_adapters.safetensors for each checkpoint, state.safetensors to resume from, losses.csv and
+losses.png.
 """
 
 from __future__ import annotations
@@ -23,10 +24,19 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import build_schedule
 
+from mlx_diffgemma.checkpoint.fingerprint import fingerprint
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.files import check_folder, expand_path, make_folder, read_json, read_text, replacing, write_tensors, write_text
-from mlx_diffgemma.fingerprint import fingerprint
-from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.files import (
+    check_folder,
+    expand_path,
+    make_folder,
+    read_json,
+    read_text,
+    replacing,
+    write_text,
+)
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.safetensors import write_tensors
 from mlx_diffgemma.tuning.adapters import (
     CONFIG,
     MARK,
@@ -44,15 +54,25 @@ from mlx_diffgemma.tuning.objective import Objective
 from mlx_diffgemma.tuning.trainer import Report, Trainer, TrainingOptions
 from mlx_diffgemma.values import Values
 
-OPTIMIZERS = {"adam": optimizers.Adam, "adamw": optimizers.AdamW, "muon": optimizers.Muon, "sgd": optimizers.SGD,
-              "adafactor": optimizers.Adafactor}
-STATE, LOSSES, PLOT = "state.safetensors", "losses.csv", "losses.png"
+OPTIMIZERS = {
+    "adam": optimizers.Adam,
+    "adamw": optimizers.AdamW,
+    "muon": optimizers.Muon,
+    "sgd": optimizers.SGD,
+    "adafactor": optimizers.Adafactor,
+}
+STATE = "state.safetensors"
+LOSSES = "losses.csv"
+PLOT = "losses.png"
 
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """Options of ``mlx-diffgemma lora`` under mlx-lm's names; beyond these, those of TrainingOptions, AdapterOptions and the terms
-    of the objective."""
+    """The options of ``mlx-diffgemma lora``, under mlx-lm's names.
+
+    Each of ``PARTS`` has its own class: TrainingOptions, AdapterOptions and the terms of the
+    objective.
+    """
 
     data: str = "data"
     adapter_path: str = "adapters"
@@ -85,12 +105,24 @@ class TuningOptions:
         Raises:
             UserError: a name is unknown, or a value is of another kind or out of range.
         """
-        own, training, adapter = cls.read(given, source)
-        return cls(**own, training=TrainingOptions(**training), adapter=AdapterOptions(**adapter))
+        tuning, training, adapter = cls.read(given, source)
+        return cls(
+            **tuning, training=TrainingOptions(**training), adapter=AdapterOptions(**adapter)
+        )
 
     @staticmethod
     def read(given: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
-        """The values of ``PARTS``, by name; arguments and errors are those of ``from_mapping``, without the ranges."""
+        """Read the values of each part in ``PARTS``, by name.
+
+        The ranges of the values are not checked here.
+
+        Args:
+            given: As in ``from_mapping``.
+            source: As in ``from_mapping``.
+
+        Raises:
+            UserError: As ``from_mapping``, apart from the ranges.
+        """
         known = sorted({f.name for kind in PARTS for f in fields(kind)} - {"training", "adapter"})
         for name, value in given.items():
             if name not in known and not _changes_nothing(name, value):
@@ -99,34 +131,67 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"Unknown optimizer {self.optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
+            raise UserError(
+                f"Unknown optimizer {self.optimizer!r}; use one of {', '.join(OPTIMIZERS)}."
+            )
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.max_seq_length < 1:
             raise UserError(f"max_seq_length must be at least 1, got {self.max_seq_length}.")
-        if self.training.grad_checkpoint and self.adapter.fine_tune_type != "full" and self.adapter.lora_parameters["dropout"]:
-            raise UserError("grad_checkpoint computes layers twice, and dropout would differ the second time; leave one of them "
-                            "out.")
+        if (
+            self.training.grad_checkpoint
+            and self.adapter.fine_tune_type != "full"
+            and self.adapter.lora_parameters["dropout"]
+        ):
+            raise UserError(
+                "grad_checkpoint computes layers twice, and dropout would differ the second time; leave one of them "
+                "out."
+            )
 
     @property
     def objective(self) -> Objective:
-        return Objective(self.canvas_weight, self.causal_weight, self.self_conditioning_probability, mask_prompt=self.mask_prompt)
+        return Objective(
+            self.canvas_weight,
+            self.causal_weight,
+            self.self_conditioning_probability,
+            mask_prompt=self.mask_prompt,
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """The options of this class by name, without those of its parts."""
+        names = [f.name for f in fields(self) if f.name not in ("training", "adapter")]
+        return {name: getattr(self, name) for name in names}
 
     def build_optimizer(self) -> optimizers.Optimizer:
-        """Errors: UserError for a schedule or arguments the optimiser does not take."""
+        """Make the optimiser.
+
+        Raises:
+            UserError: The optimiser does not take the schedule or an argument.
+        """
         try:
             self._made_optimizer().update(nn.Linear(2, 2), {"weight": mx.ones((2, 2))})
             return self._made_optimizer()
-        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise UserError(f"lr_schedule or optimizer_config cannot be used: {error}.") from None
 
     def _made_optimizer(self) -> optimizers.Optimizer:
         rate = build_schedule(dict(self.lr_schedule)) if self.lr_schedule else self.learning_rate
-        return OPTIMIZERS[self.optimizer](learning_rate=rate, **self.optimizer_config.get(self.optimizer, {}))
+        return OPTIMIZERS[self.optimizer](
+            learning_rate=rate, **self.optimizer_config.get(self.optimizer, {})
+        )
 
 
 PARTS = (TuningOptions, TrainingOptions, AdapterOptions)
-# Options of mlx-lm's YAML that have no meaning here, with the values under which they change nothing; () is any value.
+# Options of mlx-lm's YAML that have no meaning here, with the values that have no effect; () stands
+# for any value.
 MLX_LM: dict[str, tuple[Any, ...]] = {
     "clear_cache_threshold": (),
     "project_name": (),
@@ -142,14 +207,20 @@ def _changes_nothing(name: str, value: Any) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5, without a point, for text."""
+    """Reads 1e-5 as a number; YAML 1.1 reads it as text, because it has no decimal point."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file of options.  Errors: UserError when it is missing or no mapping."""
+    """Read a YAML file of options.
+
+    Raises:
+        UserError: The file is missing or does not hold a mapping.
+    """
     path = expand_path(path)
     text = read_text(path)
     try:
@@ -163,19 +234,29 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_target(options: TuningOptions, resume: bool) -> Path:
-    """The adapter's folder, before anything is loaded.  Errors: UserError when it cannot be written or is not a run's."""
+    """The folder of the adapter, checked before anything is loaded.
+
+    Raises:
+        UserError: The folder cannot be written, or it is not the folder of a run.
+    """
     folder = expand_path(options.adapter_path)
     check_folder(folder, ours=(STATE, WEIGHTS, CONFIG))
     if (folder / STATE).exists():
         if not resume:
-            raise UserError(f"{folder} holds a run already; continue it with --resume, or give another --adapter-path.")
-    elif (folder / WEIGHTS).exists() or ((folder / CONFIG).exists() and MARK not in read_json(folder / CONFIG)):
-        raise UserError(f"{folder} holds an adapter already, and no run to go on with; give another --adapter-path.")
+            raise UserError(
+                f"{folder} holds a run already; continue it with --resume, or give another --adapter-path."
+            )
+    elif (folder / WEIGHTS).exists() or (
+        (folder / CONFIG).exists() and MARK not in read_json(folder / CONFIG)
+    ):
+        raise UserError(
+            f"{folder} holds an adapter already, and no run to go on with; give another --adapter-path."
+        )
     return folder
 
 
 def _identity(options: TuningOptions, model: DiffusionGemma) -> dict[str, Any]:
-    """What decides the result beside what the trainer knows, by the names of options."""
+    """The options that decide the result, by name, except those that the trainer knows."""
     return {
         "model": fingerprint(model),
         "learning_rate": options.learning_rate,
@@ -186,9 +267,40 @@ def _identity(options: TuningOptions, model: DiffusionGemma) -> dict[str, Any]:
     }
 
 
+def _load_data(
+    model: DiffusionGemma, tokenizer: TokenizerWrapper, options: TuningOptions
+) -> dict[str, Split]:
+    """Read the data, with at least train.jsonl.
+
+    Raises:
+        UserError: The data cannot be used, or ``canvas_length`` is too large for the model.
+    """
+    length = options.training.canvas_length
+    if length is not None and length > model.config.canvas_length:
+        raise UserError(
+            f"canvas_length {length} exceeds the {model.config.canvas_length} positions this checkpoint was made "
+            "for."
+        )
+    splits = load_splits(
+        expand_path(options.data),
+        tokenizer,
+        model.config.generation.eos_token_ids[0],
+        options.max_seq_length,
+        options.allow_control_tokens,
+    )
+    if "train" not in splits:
+        raise UserError(f"{options.data} has no train.jsonl.")
+    return splits
+
+
+def _longest(splits: Mapping[str, Split]) -> int:
+    """The tokens of the longest example."""
+    return max(example.ids.size for split in splits.values() for example in split.examples)
+
+
 @dataclass
 class Run:
-    """A run that is ready to start; ``splits`` tells what was left out."""
+    """A run that is ready to start; ``splits`` says which examples were left out."""
 
     options: TuningOptions
     trainer: Trainer
@@ -197,41 +309,72 @@ class Run:
     resumed: bool
 
     @classmethod
-    def prepare(cls, model: DiffusionGemma, tokenizer: TokenizerWrapper, options: TuningOptions, model_name: str,
-                resume: bool = False, ignore_memory: bool = False) -> Run:
-        """Errors: UserError for data, options or an adapter folder that cannot be used, and for a run that does not fit the memory
-        of this machine, unless ``ignore_memory``."""
+    def prepare(
+        cls,
+        model: DiffusionGemma,
+        tokenizer: TokenizerWrapper,
+        options: TuningOptions,
+        model_name: str,
+        resume: bool = False,
+        ignore_memory: bool = False,
+    ) -> Run:
+        """Check everything, put the adapter on the model, and make the folder.
+
+        Args:
+            model: The base model; the adapter is put on it.
+            tokenizer: Its tokenizer.
+            options: The options of the run.
+            model_name: The name of the base model in the adapter's config.
+            resume: Continue the run in the folder, if there is one.
+            ignore_memory: Do not check whether the run fits the memory of this machine.
+
+        Returns:
+            A run that is ready to start.
+
+        Raises:
+            UserError: Data, options or the adapter's folder cannot be used, or the run does not fit
+                the memory.
+        """
         folder = check_target(options, resume)
-        state = folder / STATE
-        length = options.training.canvas_length
-        if length is not None and length > model.config.canvas_length:
-            raise UserError(f"canvas_length {length} exceeds the {model.config.canvas_length} positions this checkpoint was made "
-                            "for.")
-        splits = load_splits(expand_path(options.data), tokenizer, model.config.generation.eos_token_ids[0], options.max_seq_length,
-                             options.allow_control_tokens)
-        if "train" not in splits:
-            raise UserError(f"{options.data} has no train.jsonl.")
+        splits = _load_data(model, tokenizer, options)
         mx.random.seed(options.training.seed)
         base = model_fingerprint(model)
         identity = _identity(options, model)
         prepare(model, options.adapter)
         if not ignore_memory:
-            longest = max(example.ids.size for split in splits.values() for example in split.examples)
-            check_training_memory(model, longest, options.training)
-        trainer = Trainer(model, splits["train"].examples, splits["valid"].examples if "valid" in splits else (),
-                          options.objective, options.training, options.build_optimizer(), identity=identity)
-        if resume and state.exists():
-            trainer.restore(state)
+            check_training_memory(model, _longest(splits), options.training)
+        trainer = Trainer(
+            model,
+            splits["train"].examples,
+            splits["valid"].examples if "valid" in splits else (),
+            options.objective,
+            options.training,
+            options.build_optimizer(),
+            identity=identity,
+        )
+        if resume and (folder / STATE).exists():
+            trainer.restore(folder / STATE)
         elif options.resume_adapter_file:
             path = expand_path(options.resume_adapter_file)
-            put_weights(model, dict(tree_flatten(model.trainable_parameters())), read_weights(path), path)
+            trainable = dict(tree_flatten(model.trainable_parameters()))
+            put_weights(model, trainable, read_weights(path), path)
         make_folder(folder)
-        flat = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("training", "adapter")}
-        write_config(folder, base, len(model.layers), options.adapter, model=model_name, **flat, **vars(options.training))
+        write_config(
+            folder,
+            base,
+            len(model.layers),
+            options.adapter,
+            model=model_name,
+            **options.flat(),
+            **vars(options.training),
+        )
         return cls(options, trainer, splits, folder, resume and trainer.iteration > 0)
 
     def start(self, on_report: Callable[[Report], None] | None = None) -> None:
-        """Train to the end, leaving a checkpoint every ``save_every`` and losses.csv with every report."""
+        """Train to the end.
+
+        A checkpoint is written every ``save_every`` iterations, and losses.csv with every report.
+        """
         self.trainer.run(on_report, self.save)
         self.write_losses()
 
@@ -243,12 +386,23 @@ class Run:
         self.write_losses()
 
     def test(self) -> Report:
-        """Mean losses over test.jsonl, under fixed noise.  Errors: UserError when there is none."""
+        """The mean losses over test.jsonl, always under the same noise.
+
+        Raises:
+            UserError: There is no test.jsonl.
+        """
         if "test" not in self.splits:
             raise UserError(f"{self.options.data} has no test.jsonl.")
         training = replace(self.options.training, val_batches=-1)
-        tester = Trainer(self.trainer.model, self.trainer.train, self.splits["test"].examples, self.trainer.objective, training,
-                         self.trainer.optimizer, self.trainer.iteration)
+        tester = Trainer(
+            self.trainer.model,
+            self.trainer.train,
+            self.splits["test"].examples,
+            self.trainer.objective,
+            training,
+            self.trainer.optimizer,
+            self.trainer.iteration,
+        )
         return tester.validate(0.0)
 
     def write_losses(self) -> None:
@@ -259,7 +413,7 @@ class Run:
         write_text(self.folder / LOSSES, text.getvalue())
 
     def plot(self) -> Path | None:
-        """losses.png, where matplotlib is installed."""
+        """Write losses.png, if matplotlib is installed."""
         try:
             import matplotlib
         except ImportError:
@@ -271,8 +425,12 @@ class Run:
         for axis, name in zip(axes, ("canvas", "causal"), strict=True):
             for valid, style in ((False, "-"), (True, "o-")):
                 chosen = [report for report in self.trainer.reports if report.valid == valid]
-                axis.plot([r.iteration for r in chosen], [getattr(r, name) for r in chosen], style,
-                          label="valid" if valid else "train")
+                axis.plot(
+                    [r.iteration for r in chosen],
+                    [getattr(r, name) for r in chosen],
+                    style,
+                    label="valid" if valid else "train",
+                )
             axis.set(xlabel="iteration", ylabel="nats", title=f"{name} loss", yscale="log")
             axis.legend()
         figure.tight_layout()

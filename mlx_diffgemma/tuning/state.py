@@ -1,4 +1,4 @@
-"""The state that a run of training goes on from."""
+"""The state from which an interrupted training run continues."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_diffgemma.bounded_json import parse_json
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.files import parse_json, write_tensors
-from mlx_diffgemma.storage import read_tensors
+from mlx_diffgemma.safetensors import read_tensors, write_tensors
 
 Named = Iterable[tuple[str, mx.array]]
 
 
-def write_state(path: Path, weights: Named, optimizer: optimizers.Optimizer, run: Mapping[str, Any],
-                counters: Mapping[str, Any], gradients: Named = ()) -> None:
-    """Write all that a run goes on from into one file.
+def write_state(
+    path: Path,
+    weights: Named,
+    optimizer: optimizers.Optimizer,
+    run: Mapping[str, Any],
+    counters: Mapping[str, Any],
+    gradients: Named = (),
+) -> None:
+    """Write everything that a run needs to continue into one file.
 
     Args:
         path: The file.
-        weights: What is trained, by name.
-        optimizer: Its state is kept.
+        weights: The trained weights, by name.
+        optimizer: Its state is written.
         run: What decides the run's result, by name.
-        counters: What ``read_state`` gives back.
-        gradients: Of the batches since the optimiser's last step.
+        counters: What ``read_state`` returns.
+        gradients: The sum of the gradients since the optimiser's last step.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     tensors = {f"weights.{name}": value for name, value in weights}
     tensors |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
@@ -40,28 +46,41 @@ def write_state(path: Path, weights: Named, optimizer: optimizers.Optimizer, run
     write_tensors(path, tensors, {"counters": json.dumps(counters), "run": _as_text(run)})
 
 
-def read_state(path: Path, model: nn.Module, optimizer: optimizers.Optimizer,
-               run: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, mx.array]]]:
-    """Put weights and the optimiser's state back in place; (the counters, the gradients) that were written with them.
+def read_state(
+    path: Path, model: nn.Module, optimizer: optimizers.Optimizer, run: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[tuple[str, mx.array]]]:
+    """Restore the weights and the optimiser's state.
 
     Args:
-        path: What ``write_state`` wrote.
+        path: The file that ``write_state`` wrote.
         model: Gets the weights.
         optimizer: Gets its state.
-        run: Of the run that is to go on.
+        run: What decides the result of the run that is to continue, by name.
+
+    Returns:
+        (the counters, the gradients) that were written.
 
     Raises:
-        UserError: The file is damaged, or of a run that differs; names in what.
+        UserError: The file is damaged, or belongs to a run that differs; the message names the
+            differences.
     """
     try:
         tensors, metadata = read_tensors(path)
     except UserError as error:
         raise UserError(f"{error} Or begin the run again in another folder.") from None
     if metadata.get("run") != _as_text(run):
-        raise UserError(f"{path} belongs to a run with other options{_difference(metadata.get('run', ''), run)}; begin again in "
-                        "another folder, or repeat those options.")
-    weights, state, gradients = ([(name.removeprefix(kind), value) for name, value in tensors.items() if name.startswith(kind)]
-                                 for kind in ("weights.", "optimizer.", "gradients."))
+        raise UserError(
+            f"{path} belongs to a run with other options{_difference(metadata.get('run', ''), run)}; begin again in "
+            "another folder, or repeat those options."
+        )
+    weights, state, gradients = (
+        [
+            (name.removeprefix(kind), value)
+            for name, value in tensors.items()
+            if name.startswith(kind)
+        ]
+        for kind in ("weights.", "optimizer.", "gradients.")
+    )
     counters = parse_json(metadata.get("counters", ""), f"The record in {path}")
     model.update(tree_unflatten(weights))
     optimizer.state = tree_unflatten(state)
@@ -73,7 +92,7 @@ def _as_text(run: Mapping[str, Any]) -> str:
 
 
 def _difference(written: str, run: Mapping[str, Any]) -> str:
-    """What differs, for a message."""
+    """The differences between two runs, for a message."""
     try:
         before = parse_json(written, "")
     except UserError:

@@ -1,8 +1,10 @@
-"""Runs ``mlx-diffgemma serve`` with one thing scripted: the built-in model was never taught to call tools, so where a request
-leaves that open, a user is answered by a call and a tool by text.  Arguments and texts are the model's own."""
+"""Runs ``mlx-diffgemma serve`` with one thing scripted: the built-in model was never taught to call
+tools, so where a request leaves that open, a user is answered by a call and a tool by text.
+Arguments and texts are the model's own.
+"""
 
 from mlx_diffgemma.cli import main
-from mlx_diffgemma.serving.protocol import ChatRequest
+from mlx_diffgemma.serving.protocols.openai_chat import ChatRequest
 
 chosen = ChatRequest.forced.fget
 

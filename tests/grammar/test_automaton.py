@@ -12,18 +12,59 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import automaton as automata
 from mlx_diffgemma.grammar import budget
 from mlx_diffgemma.grammar.automaton import compile_language, utf8
-from mlx_diffgemma.grammar.language import ANY, EMPTY, Chars, Choice, Concat, Repeat, chars, text, without
+from mlx_diffgemma.grammar.language import (
+    ANY,
+    EMPTY,
+    Chars,
+    Choice,
+    Concat,
+    Repeat,
+    chars,
+    text,
+    without,
+)
 
-EDGES = [0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xD800, 0xDFFF, 0xE000, 0xFFFF, 0x10000, 0x3FFFF, 0x40000, 0x10FFFF]
-CODES = st.one_of(st.sampled_from(EDGES), st.builds(lambda edge, by: min(max(edge + by, 0), 0x10FFFF), st.sampled_from(EDGES),
-                                                    st.integers(-70, 70)), st.integers(0, 0x10FFFF))
+EDGES = [
+    0,
+    0x7F,
+    0x80,
+    0x7FF,
+    0x800,
+    0xD7FF,
+    0xD800,
+    0xDFFF,
+    0xE000,
+    0xFFFF,
+    0x10000,
+    0x3FFFF,
+    0x40000,
+    0x10FFFF,
+]
+CODES = st.one_of(
+    st.sampled_from(EDGES),
+    st.builds(
+        lambda edge, by: min(max(edge + by, 0), 0x10FFFF),
+        st.sampled_from(EDGES),
+        st.integers(-70, 70),
+    ),
+    st.integers(0, 0x10FFFF),
+)
 LETTERS = st.sampled_from("abé").map(text)
-LANGUAGES = st.recursive(st.one_of(LETTERS, st.just(EMPTY), st.just(Chars(((97, 98),))), st.just(Choice(()))),
-                         lambda part: st.one_of(st.lists(part, max_size=3).map(lambda parts: Concat(tuple(parts))),
-                                                st.lists(part, max_size=3).map(lambda parts: Choice(tuple(parts))),
-                                                st.builds(Repeat, part, st.integers(0, 2), st.none()),
-                                                st.builds(lambda part, low, more: Repeat(part, low, low + more), part,
-                                                          st.integers(0, 2), st.integers(0, 2))), max_leaves=8)
+LANGUAGES = st.recursive(
+    st.one_of(LETTERS, st.just(EMPTY), st.just(Chars(((97, 98),))), st.just(Choice(()))),
+    lambda part: st.one_of(
+        st.lists(part, max_size=3).map(lambda parts: Concat(tuple(parts))),
+        st.lists(part, max_size=3).map(lambda parts: Choice(tuple(parts))),
+        st.builds(Repeat, part, st.integers(0, 2), st.none()),
+        st.builds(
+            lambda part, low, more: Repeat(part, low, low + more),
+            part,
+            st.integers(0, 2),
+            st.integers(0, 2),
+        ),
+    ),
+    max_leaves=8,
+)
 
 
 def encodable(code):
@@ -36,23 +77,38 @@ class TestUtf8:
     def test_ranges_equal_the_encoder(self, one, other, more):
         first, last = sorted((one, other))
         sequences = list(utf8(first, last))
-        near = [edge + by for edge in (first, last, *EDGES) for by in (-1, 0, 1) if 0 <= edge + by <= 0x10FFFF]
+        near = [
+            edge + by
+            for edge in (first, last, *EDGES)
+            for by in (-1, 0, 1)
+            if 0 <= edge + by <= 0x10FFFF
+        ]
         for code in filter(encodable, [*near, *more]):
             content = chr(code).encode()
-            hits = sum(len(sequence) == len(content) and all(low <= byte <= high for byte, (low, high) in zip(content, sequence))
-                       for sequence in sequences)
+            hits = sum(
+                len(sequence) == len(content)
+                and all(low <= byte <= high for byte, (low, high) in zip(content, sequence))
+                for sequence in sequences
+            )
             assert hits == (first <= code <= last)
 
     @settings(max_examples=50, deadline=None)
     @given(CODES, CODES)
     def test_as_many_as_there_are_characters(self, one, other):
         first, last = sorted((one, other))
-        count = sum(np.prod([high - low + 1 for low, high in sequence], dtype=np.int64) for sequence in utf8(first, last))
+        count = sum(
+            np.prod([high - low + 1 for low, high in sequence], dtype=np.int64)
+            for sequence in utf8(first, last)
+        )
         assert count == last - first + 1 - max(0, min(last, 0xDFFF) - max(first, 0xD800) + 1)
 
     def test_sets_of_characters(self):
         assert chars([(5, 9), (1, 3), (4, 4), (8, 12), (20, 21)]).ranges == ((1, 12), (20, 21))
-        assert without(chars([(1, 12), (20, 21)]), chars([(0, 1), (5, 6), (12, 20)])).ranges == ((2, 4), (7, 11), (21, 21))
+        assert without(chars([(1, 12), (20, 21)]), chars([(0, 1), (5, 6), (12, 20)])).ranges == (
+            (2, 4),
+            (7, 11),
+            (21, 21),
+        )
         assert compile_language(Repeat(ANY, 0, None)).accepts("a猫😀".encode())
         assert not compile_language(ANY).accepts(b"\xed\xa0\x80")
 
@@ -73,13 +129,17 @@ def told_apart(delta, accepting):
 def texts(language, most=5):
     """All the texts of ``language`` of at most ``most`` bytes."""
     if isinstance(language, Chars):
-        return {chr(code).encode() for low, high in language.ranges for code in range(low, high + 1)}
+        return {
+            chr(code).encode() for low, high in language.ranges for code in range(low, high + 1)
+        }
     if isinstance(language, Choice):
         return set().union(*(texts(part, most) for part in language.parts))
     if isinstance(language, Concat):
         found = {b""}
         for part in language.parts:
-            found = {one + two for one in found for two in texts(part, most) if len(one + two) <= most}
+            found = {
+                one + two for one in found for two in texts(part, most) if len(one + two) <= most
+            }
         return found
     part, found, layer = texts(language.part, most), set(), {b""}
     for count in range(language.low + most + 1 if language.high is None else language.high + 1):

@@ -14,7 +14,7 @@ from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.evaluation.tasks import _question
 from mlx_diffgemma.grammar import budget, checker, schema
 from mlx_diffgemma.grammar.checker import Checker, TooMuchWorkError
-from mlx_diffgemma.serving.jobs import Functions
+from mlx_diffgemma.serving.jobs.functions import Functions
 from tests.grammar.strategies import VALUES, cases, valid
 
 SLOW_FOR_BACKTRACKING = {"type": "string", "pattern": "^(a+)+$"}
@@ -65,6 +65,12 @@ def test_keywords(schema, inside, outside):
     own = Checker(schema)
     assert own.fits(inside)
     assert not own.fits(outside)
+
+
+def test_patterns_are_those_of_javascript():
+    """And match anywhere: Python's own expressions take digits of every script."""
+    checker = Checker({"pattern": r"\d$"})
+    assert [checker.fits(text) for text in ("a3", "3", "٣", "3a")] == [True, True, False, False]
 
 
 class TestBounds:
@@ -134,7 +140,9 @@ class TestBounds:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """(the address of a server, the paths that were asked of it, the address of a file): all serve a schema."""
+    """(the address of a server, the paths that were asked of it, the address of a file): all serve
+    a schema.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -11,13 +11,25 @@ from transformers import AutoTokenizer
 from mlx_diffgemma import nano
 from mlx_diffgemma.errors import UserError
 from mlx_diffgemma.grammar import constraint as constraints
-from mlx_diffgemma.grammar.constraint import ALONE, PIECE, Constraint, compile_constraint
+from mlx_diffgemma.grammar.constraint import Constraint, compile_constraint
+from mlx_diffgemma.grammar.pieces import ALONE, PIECE
 from mlx_diffgemma.grammar.program import IMPOSSIBLE, Solution
 from mlx_diffgemma.grammar.tokens import TokenAutomaton
-from mlx_diffgemma.sampler import StepNumbers, independent
+from mlx_diffgemma.sampling.sampler import StepNumbers, independent
 
 VOCABULARY, ENDS = 2600, (7, 19)
-SIZES = [1, 1, 2, 3, 15, 16, 17, 50, 200, ALONE * PIECE + 2]  # of the classes; what is left is of none
+SIZES = [
+    1,
+    1,
+    2,
+    3,
+    15,
+    16,
+    17,
+    50,
+    200,
+    ALONE * PIECE + 2,
+]  # of the classes; what is left is of none
 
 
 def numbers(temperature=1.0, **options):
@@ -32,7 +44,12 @@ def constraint(vocabulary):
     for cls, begin in enumerate(np.cumsum([0, *SIZES[:-1]])):
         class_of[free[begin : begin + SIZES[cls]]] = cls
     behind = np.zeros((1, len(SIZES)), dtype=np.int32)
-    return Constraint(TokenAutomaton(behind, np.array([True]), class_of, np.zeros(1, dtype=np.int32)), ENDS, 0.0, 1)
+    return Constraint(
+        TokenAutomaton(behind, np.array([True]), class_of, np.zeros(1, dtype=np.int32)),
+        ENDS,
+        0.0,
+        1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +81,12 @@ class TestMasses:
             np.testing.assert_allclose(mass[:, column], exact, rtol=2e-7, atol=2e-6)
             np.testing.assert_array_equal(best[:, column], given[:, own].max(axis=1))
             share = np.exp(scaled - exact[:, None])
-            np.testing.assert_allclose(np.array(found.entropy[:, column]), -(share * (scaled - exact[:, None])).sum(axis=1),
-                                       rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                np.array(found.entropy[:, column]),
+                -(share * (scaled - exact[:, None])).sum(axis=1),
+                rtol=1e-5,
+                atol=1e-5,
+            )
             token = np.array(wide.best(mx.array(given), found, np.full(7, column)))
             np.testing.assert_array_equal(token, own[given[:, own].argmax(axis=1)])
 
@@ -86,7 +107,10 @@ class TestMasses:
             given[3, 5] = value
             found = wide.masses(mx.array(given), 1.0)
             assert np.isfinite(np.array(found.read())).all()
-            assert np.isnan(np.array(found.entropy)).any(axis=1).tolist() == [False] * 3 + [True] + [False] * 3
+            assert (
+                np.isnan(np.array(found.entropy)).any(axis=1).tolist()
+                == [False] * 3 + [True] + [False] * 3
+            )
 
     def test_columns(self, wide):
         assert (wide.column_of[list(ENDS)] == wide.chain.end).all()
@@ -100,28 +124,47 @@ class TestMarginals:
         rng, given = np.random.default_rng(6), logits(6)
         options = numbers(temperature, tail=mx.array([1e-6]))
         found = wide.masses(mx.array(given), temperature)
-        bias = np.where(rng.random((7, wide.chain.columns)) < 0.3, IMPOSSIBLE, rng.normal(0, 3, (7, wide.chain.columns)))
+        bias = np.where(
+            rng.random((7, wide.chain.columns)) < 0.3,
+            IMPOSSIBLE,
+            rng.normal(0, 3, (7, wide.chain.columns)),
+        )
         bias[:, 9] = 2.0
         mass, _ = found.read()
-        bias = np.maximum(bias - np.logaddexp.reduce(bias + mass, axis=1)[:, None], IMPOSSIBLE)  # as those of marginals
+        bias = np.maximum(
+            bias - np.logaddexp.reduce(bias + mass, axis=1)[:, None], IMPOSSIBLE
+        )  # as those of marginals
         path, drawn, rest = (bias + mass).argmax(axis=1), np.full(7, 9), rng.random(7)
-        added, marginals = wide.marginals(mx.array(given), found, Solution(bias, path, drawn, rest), options)
+        added, marginals = wide.marginals(
+            mx.array(given), found, Solution(bias, path, drawn, rest), options
+        )
         np.testing.assert_allclose(np.array(added), temperature * bias, rtol=1e-6)
         biased = given + temperature * bias[:, wide.column_of]
         naive = independent(mx.array(biased.astype(np.float32))[None], mx.zeros((1, 7)), options)
-        np.testing.assert_allclose(np.array(marginals.entropy), np.array(naive.entropy), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            np.array(marginals.entropy), np.array(naive.entropy), rtol=1e-4, atol=1e-5
+        )
         np.testing.assert_allclose(np.array(marginals.covered), np.array(naive.covered), atol=2e-5)
-        probability = np.exp(biased / temperature - np.logaddexp.reduce(biased / temperature, axis=1, keepdims=True))
-        for name, own in (("argmax", np.exp(np.array(marginals.logprob))), ("drawn", np.array(marginals.probability))):
+        probability = np.exp(
+            biased / temperature - np.logaddexp.reduce(biased / temperature, axis=1, keepdims=True)
+        )
+        for name, own in (
+            ("argmax", np.exp(np.array(marginals.logprob))),
+            ("drawn", np.array(marginals.probability)),
+        ):
             tokens = np.array(getattr(marginals, name))
             np.testing.assert_allclose(own[0], probability[np.arange(7), tokens[0]], rtol=1e-4)
         kept = np.array(marginals.kept)[0]
         assert [len(set(row)) for row in kept.tolist()] == [64] * 7
-        np.testing.assert_allclose(np.sort(np.take_along_axis(biased, kept, axis=1)), np.sort(biased)[:, -64:], rtol=1e-5)
+        np.testing.assert_allclose(
+            np.sort(np.take_along_axis(biased, kept, axis=1)), np.sort(biased)[:, -64:], rtol=1e-5
+        )
 
 
 def test_so_many_positions_at_once_change_nothing(wide, monkeypatch):
-    logits = mx.array(np.random.default_rng(3).normal(0, 4, (21, len(wide.column_of))).astype(np.float32))
+    logits = mx.array(
+        np.random.default_rng(3).normal(0, 4, (21, len(wide.column_of))).astype(np.float32)
+    )
     found = []
     for count in (4, 64):
         monkeypatch.setattr(constraints, "AT_ONCE", dict.fromkeys(constraints.AT_ONCE, count))
@@ -143,7 +186,9 @@ class TestDraw:
         count, temperature = 2000, 1.6
         row = logits(3)[:1]
         u = (np.arange(count) + 0.5) / count
-        drawn, weight = drawn_of(wide, np.repeat(row, count, axis=0), np.full(count, column), u, numbers(temperature))
+        drawn, weight = drawn_of(
+            wide, np.repeat(row, count, axis=0), np.full(count, column), u, numbers(temperature)
+        )
         own = members(wide, column)
         weights = np.exp((row[0, own].astype(np.float64) - row[0, own].max()) / temperature)
         assert np.isin(drawn, own).all()
@@ -158,8 +203,13 @@ class TestDraw:
 
     def test_top_k_within_the_column(self, wide):
         given, count = logits(5)[:1], 50
-        drawn, _ = drawn_of(wide, np.repeat(given, count, axis=0), np.full(count, 8), np.arange(count) / count,
-                            numbers(9.0, top_k=mx.array([3])))
+        drawn, _ = drawn_of(
+            wide,
+            np.repeat(given, count, axis=0),
+            np.full(count, 8),
+            np.arange(count) / count,
+            numbers(9.0, top_k=mx.array([3])),
+        )
         own = members(wide, 8)
         assert set(drawn.tolist()) == set(own[np.argsort(-given[0, own])[:3]].tolist())
 
@@ -173,7 +223,13 @@ class TestDraw:
         rising = np.sort(shares)
         shares[shares < rising[(np.cumsum(rising) - rising <= 0.05).sum() - 1]] = 0
         u = (np.arange(count) + 0.5) / count
-        drawn, _ = drawn_of(wide, np.repeat(given, count, axis=0), np.full(count, column), u, numbers(5.0, top_p=mx.array([0.95])))
+        drawn, _ = drawn_of(
+            wide,
+            np.repeat(given, count, axis=0),
+            np.full(count, column),
+            u,
+            numbers(5.0, top_p=mx.array([0.95])),
+        )
         often = np.bincount(drawn, minlength=VOCABULARY)[own]
         assert (often > 0).sum() > 5
         np.testing.assert_allclose(often, shares / shares.sum() * count, atol=1.1)
@@ -183,19 +239,29 @@ class TestCompile:
     def compiled(self, nano_pair, **options):
         return compile_constraint(nano_pair[1], nano_pair[0].config, **options)
 
-    @pytest.mark.parametrize("options", [{"regex": "a+b"}, {"choices": ["yes", "no"]}, {"json_schema": {"type": "null"}}])
+    @pytest.mark.parametrize(
+        "options", [{"regex": "a+b"}, {"choices": ["yes", "no"]}, {"json_schema": {"type": "null"}}]
+    )
     def test_the_same_is_compiled_once(self, nano_pair, options):
         one = self.compiled(nano_pair, **options)
         assert self.compiled(nano_pair, **options) is one
         assert one.nbytes > 0
 
     def test_kinds_and_orders_are_told_apart(self, nano_pair):
-        assert self.compiled(nano_pair, regex="true") is not self.compiled(nano_pair, json_schema="true")
-        one, other = ({"properties": {a: {"type": "null"}, b: {"type": "null"}}} for a, b in ("ab", "ba"))
-        assert self.compiled(nano_pair, json_schema=one) is not self.compiled(nano_pair, json_schema=other)
+        assert self.compiled(nano_pair, regex="true") is not self.compiled(
+            nano_pair, json_schema="true"
+        )
+        one, other = (
+            {"properties": {a: {"type": "null"}, b: {"type": "null"}}} for a, b in ("ab", "ba")
+        )
+        assert self.compiled(nano_pair, json_schema=one) is not self.compiled(
+            nano_pair, json_schema=other
+        )
 
     def test_tokenizers_are_told_apart(self, nano_pair):
-        """Each by its own tokens, also where the constraint is the same and the other's was compiled before."""
+        """Each by its own tokens, also where the constraint is the same and the other's was
+        compiled before.
+        """
         model, tokenizer = nano_pair
         other = AutoTokenizer.from_pretrained(nano.FOLDER)
         swapped = {"a": tokenizer.get_vocab()["b"], "b": tokenizer.get_vocab()["a"]}
@@ -221,13 +287,31 @@ class TestCompile:
 
     def test_choices_are_just_these_texts(self, nano_pair):
         automaton = self.compiled(nano_pair, choices=["fox", "forest", "a.c"]).automaton
-        for text, expected in {"fox": True, "forest": True, "a.c": True, "for": False, "abc": False, "foxfox": False}.items():
-            assert automaton.accepts(np.array(nano_pair[1].encode(text, add_special_tokens=False))) == expected
+        for text, expected in {
+            "fox": True,
+            "forest": True,
+            "a.c": True,
+            "for": False,
+            "abc": False,
+            "foxfox": False,
+        }.items():
+            assert (
+                automaton.accepts(np.array(nano_pair[1].encode(text, add_special_tokens=False)))
+                == expected
+            )
 
-    @pytest.mark.parametrize(("choices", "named"), [
-        ("yes", "list of texts"), ([1], "list of texts"), ({"a"}, "list of texts"), (5, "list of texts"), ([], "at least one"),
-        (["a", ""], "none of them empty"), (["a", "b", "a"], "'a' is given twice"),
-    ])
+    @pytest.mark.parametrize(
+        ("choices", "named"),
+        [
+            ("yes", "list of texts"),
+            ([1], "list of texts"),
+            ({"a"}, "list of texts"),
+            (5, "list of texts"),
+            ([], "at least one"),
+            (["a", ""], "none of them empty"),
+            (["a", "b", "a"], "'a' is given twice"),
+        ],
+    )
     def test_choices_that_are_none(self, nano_pair, choices, named):
         with pytest.raises(UserError, match=named):
             self.compiled(nano_pair, choices=choices)

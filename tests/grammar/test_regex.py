@@ -15,7 +15,9 @@ from mlx_diffgemma.grammar.automaton import compile_language
 from tests.grammar.strategies import ALPHABET, EXPRESSIONS, in_python
 from tests.grammar.walks import walk
 
-TABLE = json.loads((Path(__file__).parent / "ecma.json").read_text(encoding="utf-8"))  # made by ecma.mjs, with a JavaScript engine
+TABLE = json.loads(
+    (Path(__file__).parent / "ecma.json").read_text(encoding="utf-8")
+)  # made by ecma.mjs, with a JavaScript engine
 
 
 def compiled(pattern, search=False):
@@ -23,7 +25,11 @@ def compiled(pattern, search=False):
 
 
 SOUND = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-CASES = given(EXPRESSIONS, st.lists(st.text(ALPHABET, max_size=5), min_size=10, max_size=10), st.integers(0, 2**32))
+CASES = given(
+    EXPRESSIONS,
+    st.lists(st.text(ALPHABET, max_size=5), min_size=10, max_size=10),
+    st.integers(0, 2**32),
+)
 
 
 def check(pattern, texts, seed):
@@ -41,7 +47,11 @@ def check(pattern, texts, seed):
             own = walk(automaton, rng, free).decode()
             assert matches(own), own
             place = rng.integers(0, len(own) + 1)
-            more += [own[:place] + rng.choice(list(ALPHABET)) + own[place + rng.integers(0, 2) :], own.swapcase(), own + "\n"]
+            more += [
+                own[:place] + rng.choice(list(ALPHABET)) + own[place + rng.integers(0, 2) :],
+                own.swapcase(),
+                own + "\n",
+            ]
         for text in more:
             assert automaton.accepts(text.encode()) == bool(matches(text)), (search, text)
 
@@ -68,10 +78,14 @@ class TestJavaScript:
 
     @pytest.mark.parametrize("pattern", sorted(TABLE["characters"]))
     def test_every_character(self, pattern):
-        """Of the first two planes, those that the engine's release of Unicode knows; later ones change a property of a few."""
+        """Of the first two planes, those that the engine's release of Unicode knows; later ones
+        change a property of a few.
+        """
         found = codes(regex.parse(pattern).ranges)
         differ = (found ^ codes(TABLE["characters"][pattern])) & codes(TABLE["assigned"])
-        assert len(differ) <= (40 if "\\p" in pattern.lower() else 0), [hex(code) for code in sorted(differ)]
+        assert len(differ) <= (40 if "\\p" in pattern.lower() else 0), [
+            hex(code) for code in sorted(differ)
+        ]
 
     @pytest.mark.parametrize("pattern", sorted(TABLE["patterns"]))
     def test_texts(self, pattern):

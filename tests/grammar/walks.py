@@ -20,7 +20,9 @@ def walk(automaton, rng, free=20, stop=0.1):
     while True:
         row = automaton.delta[state]
         targets = np.unique(row[row >= 0])
-        if automaton.accepting[state] and (len(content) >= free or not targets.size or rng.random() < stop):
+        if automaton.accepting[state] and (
+            len(content) >= free or not targets.size or rng.random() < stop
+        ):
             return bytes(content)
         if len(content) >= free:
             targets = targets[away[targets] == away[targets].min()]

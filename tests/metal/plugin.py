@@ -29,12 +29,14 @@ def add_options(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Count steps, so that an operation on the CPU's stream in every one of them is noticed."""
+def watch(config: pytest.Config) -> None:
+    """Take a GPU's choices, and count steps, so that an operation on the CPU's stream in every one
+    of them is noticed; for a process that runs tests.
+    """
     from mlx_diffgemma import device
-    from mlx_diffgemma.autoregressive import CausalLoop
-    from mlx_diffgemma.model import DiffusionGemma
-    from mlx_diffgemma.session import Loop
+    from mlx_diffgemma.decoding.autoregressive import CausalLoop
+    from mlx_diffgemma.decoding.loop import Loop
+    from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
     if config.getoption("--as-gpu"):
         device.on_cpu = lambda: False

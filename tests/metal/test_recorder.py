@@ -8,11 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_diffgemma import conditioning, model
-from mlx_diffgemma.session import Loop
+from mlx_diffgemma.decoding.loop import Loop
+from mlx_diffgemma.model import attention, layers
+from mlx_diffgemma.sampling import self_conditioning
+from tests.helpers.beliefs import belief, logits_with
+from tests.helpers.sessions import session
 from tests.metal.recorder import ROOT, recorder
-from tests.test_conditioning import belief, logits_with
-from tests.test_session import session
 
 
 def mutated(module, old, new):
@@ -34,46 +35,54 @@ def written(code, name="planted.py", **names):
 
 class TestMutationsOfOurCode:
     def test_sort_of_booleans(self, tiny):
-        copy, line = mutated(conditioning, "(~flat).view(mx.uint8)", "~flat")
+        copy, line = mutated(self_conditioning, "(~flat).view(mx.uint8)", "~flat")
         with recorder.planted() as faults:
             mx.eval(copy.soft_embedding(tiny, belief(logits_with(5))))
         assert faults == [
-            f"mlx_diffgemma/conditioning.py:{line}: ArgSort (bool) -> uint32: "
+            f"mlx_diffgemma/sampling/self_conditioning.py:{line}: ArgSort (bool) -> uint32: "
             "the released Metal libraries have no "
             "kernel for ArgSort of bool"
         ]
 
     def test_scatter_of_64_bits(self, tiny):
         copy, line = mutated(
-            conditioning,
-            "taken.size + flat.size), taken",
-            "taken.size + flat.size, dtype=mx.int64), taken",
+            self_conditioning,
+            "mx.put_along_axis(order, ",
+            "mx.put_along_axis(order.astype(mx.int64), ",
         )
         with recorder.planted() as faults:
             mx.eval(copy.soft_embedding(tiny, belief(logits_with(5))))
         assert [fault.split(": ")[0] for fault in faults] == [
-            f"mlx_diffgemma/conditioning.py:{line}"
+            f"mlx_diffgemma/sampling/self_conditioning.py:{line}"
         ]
         assert faults[0].endswith("Metal has no scatter into elements of 64 bits")
 
     def test_float64_inside_a_compiled_function(self, tiny):
         copy, line = mutated(
-            model, "mx.tanh(logits / cap) * cap", "mx.tanh(logits / cap) * cap.astype(mx.float64)"
+            layers,
+            "mx.tanh(logits / cap) * cap",
+            "mx.tanh(logits / cap) * cap.astype(mx.float64)",
         )
         with recorder.planted() as faults:
             mx.eval(copy.soft_cap(mx.array([1.0]), mx.array(30.0)))
-        assert {fault.split(": ")[0] for fault in faults} == {f"mlx_diffgemma/model.py:{line}"}
+        assert {fault.split(": ")[0] for fault in faults} == {
+            f"mlx_diffgemma/model/layers.py:{line}"
+        }
         assert all(fault.endswith("Metal has no float64") for fault in faults)
 
     def test_frequencies_computed_on_the_cpu_in_every_step(self, tiny, monkeypatch):
-        copy, line = mutated(model, "layer.head_dim), 0.0)", "layer.head_dim), 0.0, stream=mx.cpu)")
-        monkeypatch.setattr(model, "layer_frequencies", copy.layer_frequencies.__wrapped__)
+        copy, line = mutated(
+            attention, "layer.head_dim), 0.0)", "layer.head_dim), 0.0, stream=mx.cpu)"
+        )
+        monkeypatch.setattr(attention, "layer_frequencies", copy.layer_frequencies.__wrapped__)
         with recorder.planted() as faults:
             loop = Loop(tiny, [session(tiny, 0)])
             for _ in range(3):
                 loop.advance()
         assert len(faults) == 1
-        assert faults[0].startswith(f"mlx_diffgemma/model.py:{line}: an operation on the CPU stream")
+        assert faults[0].startswith(
+            f"mlx_diffgemma/model/attention.py:{line}: an operation on the CPU stream"
+        )
 
 
 class TestPlanted:

@@ -4,12 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import conditioning, nano
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.parity.compare import default_prompts
-from mlx_diffgemma.parity.reference import Reference
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma import nano
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.diagnostics.parity import default_prompts
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.sampling import self_conditioning
 from tests.checkpoints import make_checkpoint
+from tests.helpers.deferred import Reference
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -20,7 +21,9 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def distance(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """(mean KL in nats, share of positions with another argmax)."""
     p, q = log_softmax(reference), log_softmax(other)
-    return float((np.exp(p) * (p - q)).sum(-1).mean()), float((reference.argmax(-1) != other.argmax(-1)).mean())
+    return float((np.exp(p) * (p - q)).sum(-1).mean()), float(
+        (reference.argmax(-1) != other.argmax(-1)).mean()
+    )
 
 
 @pytest.mark.parametrize("which", ["random", pytest.param("nano", marks=pytest.mark.slow)])
@@ -31,7 +34,9 @@ def test_not_worse_than_the_reference(which, tmp_path, capsys):
     exact, rounded = Reference(folder), Reference(folder, dtype="bfloat16")
     rng, ours, theirs, truth = np.random.default_rng(0), [], [], []
     for ids in default_prompts(model, 12):
-        canvas = rng.integers(0, model.config.text.vocab_size, model.config.canvas_length).astype(np.int32)
+        canvas = rng.integers(0, model.config.text.vocab_size, model.config.canvas_length).astype(
+            np.int32
+        )
         cache = Cache(model.config.text)
         model.encode([mx.array(ids)], [cache])
         true_cache, rounded_cache = exact.encode(ids).cache, rounded.encode(ids).cache
@@ -39,12 +44,18 @@ def test_not_worse_than_the_reference(which, tmp_path, capsys):
         for _ in range(2):  # without self-conditioning, then with it
             truth.append(exact.denoise(true_cache, canvas, scaled)[0])
             theirs.append(rounded.denoise(rounded_cache, canvas, scaled)[0])
-            soft = None if scaled is None else conditioning.dense(model, mx.array(scaled)[None])
+            soft = (
+                None if scaled is None else self_conditioning.dense(model, mx.array(scaled)[None])
+            )
             ours.append(np.array(model.denoise(mx.array(canvas)[None], [cache], soft).logits[0]))
             scaled = truth[-1] / np.float32(0.6)
-    (our_kl, our_flips), (their_kl, their_flips) = (distance(np.stack(truth), np.stack(x)) for x in (ours, theirs))
+    (our_kl, our_flips), (their_kl, their_flips) = (
+        distance(np.stack(truth), np.stack(x)) for x in (ours, theirs)
+    )
     with capsys.disabled():
-        print(f"\nbf16 {which}: KL {our_kl:.2e} (reference's own {their_kl:.2e}), "
-              f"other argmax {our_flips:.2%} ({their_flips:.2%})")
+        print(
+            f"\nbf16 {which}: KL {our_kl:.2e} (reference's own {their_kl:.2e}), "
+            f"other argmax {our_flips:.2%} ({their_flips:.2%})"
+        )
     assert 0 < our_kl <= 1.2 * their_kl
     assert our_flips <= 1.2 * their_flips + 1e-9

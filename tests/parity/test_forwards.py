@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma import nano
-from mlx_diffgemma.parity.compare import compare_forwards, default_prompts
-from mlx_diffgemma.parity.reference import Reference
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.diagnostics.forwards import compare_forwards
+from mlx_diffgemma.diagnostics.parity import default_prompts
 from tests.checkpoints import SHAPES, make_checkpoint
+from tests.helpers.deferred import Reference
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -18,7 +19,9 @@ def test_random_checkpoint(shape, tmp_path):
     window = SHAPES[shape]["window"]
     assert min(map(len, prompts)) < window, "a prompt shorter than the window"
     assert max(map(len, prompts)) > window, "a prompt longer than the window"
-    logits, _ = reference.denoise(reference.encode(prompts[0]).cache, np.arange(model.config.canvas_length))
+    logits, _ = reference.denoise(
+        reference.encode(prompts[0]).cache, np.arange(model.config.canvas_length)
+    )
     assert np.abs(logits).max() > 20, "logits must reach the region where the soft cap bends"
     for stage in compare_forwards(model, reference, prompts):
         assert stage.ok, stage
@@ -34,10 +37,12 @@ def test_next_token_logits(tmp_path):
     """The causal mode's head, which the reference itself never uses."""
     import mlx.core as mx
 
-    from mlx_diffgemma.cache import Cache
+    from mlx_diffgemma.model.cache import Cache
 
     folder = make_checkpoint(tmp_path)
     model, reference = load_model(folder, "float32"), Reference(folder)
     ids = default_prompts(model, 1)[0]
     ours = model.encode([mx.array(ids)], [Cache(model.config.text)], logits="last").logits[0][0]
-    np.testing.assert_allclose(np.array(ours), reference.next_token_logits(reference.encode(ids)), atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(ours), reference.next_token_logits(reference.encode(ids)), atol=1e-4
+    )

@@ -1,4 +1,6 @@
-"""The training objective against the same objective over transformers' model: losses and every gradient."""
+"""The training objective against the same objective over transformers' model: losses and every
+gradient.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,10 +10,10 @@ import torch
 from mlx.utils import tree_flatten
 from transformers import DynamicCache
 
-from mlx_diffgemma.parity.reference import Reference
+from mlx_diffgemma.checkpoint.loading import load_model
 from mlx_diffgemma.tuning.objective import Objective, losses, make_batch
-from mlx_diffgemma.weights import load_model
 from tests.checkpoints import make_checkpoint
+from tests.helpers.deferred import Reference
 
 LENGTH = 24
 
@@ -44,7 +46,11 @@ def reference_losses(reference, batch, objective):
     def denoise(prefix, corrupted, conditioning):
         encoded = cache()
         model.model.encoder(input_ids=prefix, past_key_values=encoded)
-        return model(decoder_input_ids=corrupted, past_key_values=encoded, self_conditioning_logits=conditioning).logits
+        return model(
+            decoder_input_ids=corrupted,
+            past_key_values=encoded,
+            self_conditioning_logits=conditioning,
+        ).logits
 
     canvas, causal = [], []
     for row, ids in enumerate(batch.sequences):
@@ -56,18 +62,32 @@ def reference_losses(reference, batch, objective):
             with torch.no_grad():
                 signal = denoise(ids[:, :start], corrupted, None)
         logits = denoise(ids[:, :start], corrupted, signal)[0].float()
-        canvas.append(torch.nn.functional.cross_entropy(logits, torch.tensor(batch.clean[row]).long(), reduction="none"))
+        canvas.append(
+            torch.nn.functional.cross_entropy(
+                logits, torch.tensor(batch.clean[row]).long(), reduction="none"
+            )
+        )
         hidden = model.model.encoder(input_ids=ids, past_key_values=cache()).last_hidden_state[0]
         first = batch.answers[row] - 1 if objective.mask_prompt else 0
-        causal.append(torch.nn.functional.cross_entropy(capped(hidden[first:-1]), ids[0, first + 1 :], reduction="none"))
+        causal.append(
+            torch.nn.functional.cross_entropy(
+                capped(hidden[first:-1]), ids[0, first + 1 :], reduction="none"
+            )
+        )
     return torch.cat(canvas).mean(), torch.cat(causal).mean()
 
 
-OBJECTIVES = [Objective(), Objective(self_conditioning=1.0, mask_prompt=True), Objective(causal=0.0, self_conditioning=0.0),
-              Objective(canvas=0.0)]
+OBJECTIVES = [
+    Objective(),
+    Objective(self_conditioning=1.0, mask_prompt=True),
+    Objective(causal=0.0, self_conditioning=0.0),
+    Objective(canvas=0.0),
+]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["all", "conditioned, answers only", "canvas", "causal"])
+@pytest.mark.parametrize(
+    "objective", OBJECTIVES, ids=["all", "conditioned, answers only", "canvas", "causal"]
+)
 def test_losses_and_gradients(both, objective):
     model, reference = both
     batch = batch_of(objective)
@@ -87,14 +107,20 @@ def test_losses_and_gradients(both, objective):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert found.canvas.item() == pytest.approx(canvas.item(), rel=1e-5)
     named = dict(reference.model.named_parameters(remove_duplicate=False))
-    compared, scale = 0, max(float(np.linalg.norm(p.grad)) for p in named.values() if p.grad is not None)
+    compared, scale = (
+        0,
+        max(float(np.linalg.norm(p.grad)) for p in named.values() if p.grad is not None),
+    )
     for name, mine in tree_flatten(gradients):
         key = name.removesuffix(".weight") if ".experts." in name else name
         other = named[key].grad
         other = torch.zeros(mine.shape) if other is None else other
         mine, other = np.array(mine), other.numpy()
         if "embed_tokens" in name:
-            mine, other = mine[1:], other[1:]  # the reference's embedding blocks the gradient of the pad row
+            mine, other = (
+                mine[1:],
+                other[1:],
+            )  # the reference's embedding blocks the gradient of the pad row
         assert np.linalg.norm(mine - other) <= 1e-3 * np.linalg.norm(other) + 1e-7 * scale, name
         compared += 1
     assert compared > 40

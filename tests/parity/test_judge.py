@@ -1,4 +1,6 @@
-"""The comparison as a judge: fair to a correct port on lively weights, not ended by one tie, and never a traceback."""
+"""The comparison as a judge: fair to a correct port on lively weights, not ended by one tie, and
+never a traceback.
+"""
 
 import json
 import shutil
@@ -7,17 +9,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.diagnostics import parity, trajectories
+from mlx_diffgemma.diagnostics.decisions import Decision, Ended
+from mlx_diffgemma.diagnostics.forwards import compare_forwards, compare_images
+from mlx_diffgemma.diagnostics.parity import default_prompts, run
+from mlx_diffgemma.diagnostics.stages import StageErrors
+from mlx_diffgemma.diagnostics.trajectories import RowComparison, compare_trajectories
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.parity import compare
-from mlx_diffgemma.parity.compare import Ended, StageErrors, compare_forwards, compare_trajectories, default_prompts, run
-from mlx_diffgemma.parity.reference import Reference
-from mlx_diffgemma.weights import load_model
 from tests.checkpoints import SHAPES, VISIONS, make_checkpoint
-from tests.parity.test_mutations import MUTATIONS
+from tests.helpers.deferred import Reference
+from tests.helpers.traps import MUTATIONS
 from tests.variants import few
 
-SMALL_TOWER = VISIONS["plain"] | dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                      num_key_value_heads=1, head_dim=8)
+SMALL_TOWER = VISIONS["plain"] | dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +58,12 @@ def test_a_planted_fault_fails_on_lively_weights(mutate, lively, monkeypatch):
 def stage(ours, own, margins=None):
     """The result for errors of ours and of the reference against float64 zeros."""
     errors = StageErrors("a stage")
-    errors.add(np.array(ours)[:, None], [np.array(own)[:, None], np.zeros((len(own), 1))], margins, exact=True)
+    errors.add(
+        np.array(ours)[:, None],
+        [np.array(own)[:, None], np.zeros((len(own), 1))],
+        margins,
+        exact=True,
+    )
     return errors.result()
 
 
@@ -66,13 +83,17 @@ def test_errors_are_held_against_the_references_own():
     nan = own.copy()
     nan[3] = np.nan
     assert not stage(nan, own).ok
-    assert stage(np.full(50, 9e-6), np.full(50, 1e-9)).ok, "rounding of numbers that happen to be exact"
+    assert stage(np.full(50, 9e-6), np.full(50, 1e-9)).ok, (
+        "rounding of numbers that happen to be exact"
+    )
     assert not stage(np.full(50, 3e-5), np.full(50, 1e-9)).ok
 
 
 def with_a_tie(monkeypatch, at):
-    """Our sides differ in one position of a step of the first canvas, and the reference's margin excuses it."""
-    ours = compare.run_ours
+    """Our sides differ in one position of a step of the first canvas, and the reference's margin
+    excuses it.
+    """
+    ours = trajectories.run_ours
 
     def differing(*args):
         rows = ours(*args)
@@ -80,15 +101,15 @@ def with_a_tie(monkeypatch, at):
         rows[0][0][at] = replace(step, argmax=step.argmax.at[2].add(1))
         return rows
 
-    monkeypatch.setattr(compare, "run_ours", differing)
-    first = compare._Decision.first
+    monkeypatch.setattr(trajectories, "run_ours", differing)
+    first = Decision.first
 
     def judged(self, names, mine):
         if self.number == at and self.index == 0 and names == ["argmax"]:
             return Ended(0, at, "argmax", 1e-9, 1e-6)
         return first(self, names, mine)
 
-    monkeypatch.setattr(compare._Decision, "first", judged)
+    monkeypatch.setattr(Decision, "first", judged)
 
 
 def test_one_tie_does_not_end_the_comparison(lively, monkeypatch):
@@ -107,15 +128,15 @@ def test_one_tie_does_not_end_the_comparison(lively, monkeypatch):
 def test_a_fault_after_a_tie_is_noticed(name, lively, monkeypatch):
     model, reference, prompts = lively
     with_a_tie(monkeypatch, at=0)
-    choose = compare._choose
+    take_step = RowComparison.take_step
 
     def faulty(*args):
-        mine = choose(*args)
+        mine = take_step(*args)
         if name == "accept":
             return replace(mine, accepted=~mine.accepted)
         return replace(mine, canvas=(mine.canvas + 1) % 200)
 
-    monkeypatch.setattr(compare, "_choose", faulty)
+    monkeypatch.setattr(RowComparison, "take_step", faulty)
     found = compare_trajectories(model, reference, prompts[:1], "faulty", max_steps=6)
     assert not found.ok
     assert any(not e.excused for e in found.ended)
@@ -136,38 +157,71 @@ def sighted_folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("sighted") / "model", vision="plain")
 
 
-@pytest.mark.parametrize("settings", [{"t_min": 0.9, "t_max": 0.1}, {"confidence_threshold": "low"}, {"max_denoising_steps": -3},
-                                      {"max_denoising_steps": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"t_min": 0.9, "t_max": 0.1},
+        {"confidence_threshold": "low"},
+        {"max_denoising_steps": -3},
+        {"max_denoising_steps": 2.5},
+    ],
+    ids=str,
+)
 def test_generation_settings_that_the_reference_refuses(settings, tmp_path, tiny_folder):
-    folder = changed(tiny_folder, tmp_path / "model", "generation_config.json", lambda content: content.update(settings))
+    folder = changed(
+        tiny_folder,
+        tmp_path / "model",
+        "generation_config.json",
+        lambda content: content.update(settings),
+    )
     with pytest.raises(UserError, match="generation_config|refuses|cannot load"):
         run(folder, prompts=1, canvases=1)
 
 
 @pytest.mark.parametrize("key", ["image_token_id", "boi_token_id", "eoi_token_id"])
 def test_image_ids_outside_of_the_vocabulary(key, tmp_path, sighted_folder):
-    folder = changed(sighted_folder, tmp_path / "model", "config.json", lambda content: content.update({key: 100_000}))
-    with pytest.raises(UserError, match=f"config.json: {key} must be a whole number from 0 to 300, got 100000"):
+    folder = changed(
+        sighted_folder,
+        tmp_path / "model",
+        "config.json",
+        lambda content: content.update({key: 100_000}),
+    )
+    with pytest.raises(
+        UserError, match=f"config.json: {key} must be a whole number from 0 to 300, got 100000"
+    ):
         run(folder, prompts=1, canvases=1)
 
 
 def test_a_tower_without_image_ids(tmp_path, sighted_folder):
-    folder = changed(sighted_folder, tmp_path / "model", "config.json", lambda content: content.pop("image_token_id"))
+    folder = changed(
+        sighted_folder,
+        tmp_path / "model",
+        "config.json",
+        lambda content: content.pop("image_token_id"),
+    )
     with pytest.raises(UserError, match="config.json must name|image_token_id"):
         run(folder, prompts=1, canvases=1)
 
 
 def test_images_stay_within_the_position_table(tmp_path):
     """A table of 12 positions, of which the wide and the tall picture would need more."""
-    folder = make_checkpoint(tmp_path / "model", vision=SMALL_TOWER | {"position_embedding_size": 12})
+    folder = make_checkpoint(
+        tmp_path / "model", vision=SMALL_TOWER | {"position_embedding_size": 12}
+    )
     model = load_model(folder, "float32")
-    images = [image for group in compare.default_images(model) for image in group]
+    images = [image for group in parity.default_images(model) for image in group]
     assert len(images) == 3
     assert all(max(image.grid) <= 12 for image in images)
-    assert all(stage.ok for stage in compare.compare_images(model, Reference(folder), compare.default_images(model)))
+    assert all(
+        stage.ok for stage in compare_images(model, Reference(folder), parity.default_images(model))
+    )
 
 
 def test_a_table_that_holds_no_image(tiny_folder, tmp_path):
-    folder = make_checkpoint(tmp_path / "model", vision=SMALL_TOWER | {"position_embedding_size": 2})
-    with pytest.raises(UserError, match="position_embedding_size is 2, and an image has at least 3 patches a side"):
+    folder = make_checkpoint(
+        tmp_path / "model", vision=SMALL_TOWER | {"position_embedding_size": 2}
+    )
+    with pytest.raises(
+        UserError, match="position_embedding_size is 2, and an image has at least 3 patches a side"
+    ):
         run(folder, prompts=1, canvases=1)

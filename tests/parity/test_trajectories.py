@@ -3,23 +3,13 @@
 import pytest
 
 from mlx_diffgemma import nano
-from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.nano.tasks import TASKS, held_out_examples
-from mlx_diffgemma.parity.compare import compare_trajectories, default_prompts
-from mlx_diffgemma.parity.reference import Reference
-from mlx_diffgemma.tokenizer import chat_ids, load_tokenizer
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.diagnostics.parity import default_prompts
+from mlx_diffgemma.diagnostics.trajectories import compare_trajectories
 from tests.checkpoints import SHAPES, make_checkpoint
+from tests.helpers.deferred import Reference
+from tests.helpers.prompts import nano_prompts
 from tests.variants import few
-
-
-def nano_prompts(count: int) -> list[list[int]]:
-    """Held-out prompts of every task in turn."""
-    eos = ModelConfig.from_folder(nano.FOLDER).generation.eos_token_ids
-    tokenizer, tasks = load_tokenizer(nano.FOLDER, eos), list(TASKS.values())
-    per_task = -(-count // len(tasks))
-    examples = [e for group in zip(*(held_out_examples(t, per_task, seed=3) for t in tasks)) for e in group]
-    return [chat_ids(tokenizer, [{"role": "user", "content": e.prompt}]) for e in examples[:count]]
 
 
 @pytest.mark.parametrize("together", few([False, True], True), ids=["alone", "batch"])
@@ -27,7 +17,9 @@ def nano_prompts(count: int) -> list[list[int]]:
 def test_random_checkpoint(shape, together, tmp_path):
     folder = make_checkpoint(tmp_path, shape, calm=False)
     model, reference = load_model(folder, "float32"), Reference(folder)
-    result = compare_trajectories(model, reference, default_prompts(model, 3), shape, canvases=2, together=together)
+    result = compare_trajectories(
+        model, reference, default_prompts(model, 3), shape, canvases=2, together=together
+    )
     assert result.canvases >= 3
     assert result.steps > 3 * result.canvases, "trajectories long enough to tell"
     assert result.ok, result
@@ -36,7 +28,9 @@ def test_random_checkpoint(shape, together, tmp_path):
 @pytest.mark.parametrize("together", few([False, True], False), ids=["alone", "batch"])
 def test_nano(together):
     model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
-    result = compare_trajectories(model, reference, nano_prompts(4), "nano", canvases=2, max_steps=8, together=together)
+    result = compare_trajectories(
+        model, reference, nano_prompts(4), "nano", canvases=2, max_steps=8, together=together
+    )
     assert result.canvases >= 4
     assert result.ok, result
 
@@ -44,7 +38,9 @@ def test_nano(together):
 @pytest.mark.slow
 def test_two_hundred_canvases_on_nano(capsys):
     model, reference = load_model(nano.FOLDER, "float32"), Reference(nano.FOLDER)
-    result = compare_trajectories(model, reference, nano_prompts(200), "nano", canvases=3, max_steps=16)
+    result = compare_trajectories(
+        model, reference, nano_prompts(200), "nano", canvases=3, max_steps=16
+    )
     with capsys.disabled():
         print(f"\n{result}")
     assert result.canvases >= 200
@@ -58,8 +54,16 @@ def test_two_hundred_canvases_on_random_checkpoints(tmp_path, capsys):
     for shape in SHAPES:
         folder = make_checkpoint(tmp_path / shape, shape, seed=1, calm=False)
         model, reference = load_model(folder, "float32"), Reference(folder)
-        results.append(compare_trajectories(model, reference, default_prompts(model, 30, seed=1), shape, canvases=2,
-                                            together=True))
+        results.append(
+            compare_trajectories(
+                model,
+                reference,
+                default_prompts(model, 30, seed=1),
+                shape,
+                canvases=2,
+                together=True,
+            )
+        )
         with capsys.disabled():
             print(f"\n{results[-1]}")
     assert all(e.excused for result in results for e in result.ended)

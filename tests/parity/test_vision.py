@@ -3,18 +3,29 @@
 import numpy as np
 import pytest
 from PIL import Image as pillow
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-from mlx_diffgemma.config import VisionConfig
-from mlx_diffgemma.images import BUDGETS, open_image, prepare
-from mlx_diffgemma.parity.compare import compare_images
-from mlx_diffgemma.parity.reference import Reference
-from mlx_diffgemma.weights import load_model
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.diagnostics.forwards import compare_images
+from mlx_diffgemma.media.images import BUDGETS, open_image, prepare
+from mlx_diffgemma.model.config import VisionConfig
 from tests.checkpoints import VISIONS, make_checkpoint
+from tests.helpers.deferred import Deferred, Reference
 from tests.variants import few
 
+processing = Deferred("transformers.models.gemma4.image_processing_pil_gemma4")
 RELEASED = VisionConfig.from_dict({"patch_size": 16, "pooling_kernel_size": 3})
-EXTREME = ((1, 1), (1, 5000), (5000, 1), (3000, 2), (48, 48), (384, 384), (2, 2), (47, 49), (336, 480), (16, 3000))
+EXTREME = (
+    (1, 1),
+    (1, 5000),
+    (5000, 1),
+    (3000, 2),
+    (48, 48),
+    (384, 384),
+    (2, 2),
+    (47, 49),
+    (336, 480),
+    (16, 3000),
+)
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")
 
 
@@ -25,10 +36,14 @@ def noise(rng, width, height, mode="RGB"):
 @pytest.mark.parametrize("number", few(range(60), *range(20)))
 def test_processor(number):
     rng = np.random.default_rng(number)
-    width, height = EXTREME[number] if number < len(EXTREME) else (int(2 ** rng.uniform(0, 10.5)) for _ in range(2))
+    width, height = (
+        EXTREME[number]
+        if number < len(EXTREME)
+        else (int(2 ** rng.uniform(0, 10.5)) for _ in range(2))
+    )
     image = noise(rng, width, height, MODES[number % len(MODES)])
     budget = BUDGETS[number % len(BUDGETS)]
-    theirs = Gemma4ImageProcessorPil(max_soft_tokens=budget)([image])
+    theirs = processing.Gemma4ImageProcessorPil(max_soft_tokens=budget)([image])
     ours = prepare(open_image(image), RELEASED, budget)
     pixels, positions = theirs["pixel_values"][0], theirs["image_position_ids"][0]
     count = len(ours.patches)
@@ -46,10 +61,20 @@ def groups(model, sizes, budget):
     return [made[:1], made[1:3], made[3:]] if len(made) > 2 else [made]
 
 
-@pytest.mark.parametrize(("shape", "vision"), few(
-    [("five-and-one", "plain"), ("five-and-one", "released-heads"), ("odd-heads", "clipped"), ("full-only", "plain"),
-     ("wide-window", "clipped"), ("wide-window", "released-heads")],
-    ("odd-heads", "clipped")))
+@pytest.mark.parametrize(
+    ("shape", "vision"),
+    few(
+        [
+            ("five-and-one", "plain"),
+            ("five-and-one", "released-heads"),
+            ("odd-heads", "clipped"),
+            ("full-only", "plain"),
+            ("wide-window", "clipped"),
+            ("wide-window", "released-heads"),
+        ],
+        ("odd-heads", "clipped"),
+    ),
+)
 def test_every_stage(shape, vision, tmp_path):
     folder = make_checkpoint(tmp_path, shape, vision=vision)
     model, reference = load_model(folder, "float32"), Reference(folder)
@@ -60,10 +85,20 @@ def test_every_stage(shape, vision, tmp_path):
 
 @pytest.mark.parametrize("budget", few(BUDGETS[1:], 140))
 def test_every_budget(budget, tmp_path):
-    small = VISIONS["plain"] | dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    small = VISIONS["plain"] | dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     folder = make_checkpoint(tmp_path, vision=small)
     model, reference = load_model(folder, "float32"), Reference(folder)
-    for stage in compare_images(model, reference, groups(model, ((500, 400), (60, 900))[: 1 if budget == 1120 else 2], budget)):
+    for stage in compare_images(
+        model,
+        reference,
+        groups(model, ((500, 400), (60, 900))[: 1 if budget == 1120 else 2], budget),
+    ):
         assert stage.ok, stage
 
 
@@ -72,6 +107,9 @@ def test_blocks_matter(tmp_path):
     folder = make_checkpoint(tmp_path, vision="plain")
     model, reference = load_model(folder, "float32"), Reference(folder)
     reference.model.config.get_text_config().use_bidirectional_attention = None
-    stages = {stage.stage: stage for stage in compare_images(model, reference, groups(model, ((100, 100),), 70))}
+    stages = {
+        stage.stage: stage
+        for stage in compare_images(model, reference, groups(model, ((100, 100),), 70))
+    }
     assert stages["image embeddings"].ok
     assert not stages["logits behind images"].ok

@@ -6,11 +6,13 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
-from mlx_diffgemma.serving.app import Settings, create_app
+from mlx_diffgemma.serving.app import create_app
 from mlx_diffgemma.serving.engine import Engine
-from mlx_diffgemma.serving.jobs import Functions, Stops
-from mlx_diffgemma.tokenizer import load_tokenizer, repeated
-from tests.test_conversations import CONTROL, FOLDER, GEMMA, TOKENIZERS
+from mlx_diffgemma.serving.jobs.functions import Functions
+from mlx_diffgemma.serving.jobs.stops import Stops
+from mlx_diffgemma.serving.settings import Settings
+from mlx_diffgemma.text.tokenizer import load_tokenizer, repeated
+from tests.helpers.templates import CONTROL, FOLDER, GEMMA, TOKENIZERS
 
 CITY = {
     "type": "object",

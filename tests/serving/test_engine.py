@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -8,15 +10,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.checkpoint.loading import load_model
+from mlx_diffgemma.decoding import scheduler as scheduler_module
+from mlx_diffgemma.decoding import shares
+from mlx_diffgemma.decoding.job import ClosedError, Job
+from mlx_diffgemma.decoding.session import Session
 from mlx_diffgemma.errors import NonFiniteLogitsError
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.recipes import VISION
+from mlx_diffgemma.model.recipes import VISION
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
 from mlx_diffgemma.serving import engine as engine_module
-from mlx_diffgemma.serving.engine import BusyError, ClosedError, Engine, Job
-from mlx_diffgemma.session import Session
-from mlx_diffgemma.weights import load_model
-from tests.checkpoints import make_checkpoint
+from mlx_diffgemma.serving.engine import BusyError, Engine
+from tests.checkpoints import FULL, SHAPES, SLIDING, make_checkpoint, write_checkpoint
 
 STEPS = 5
 
@@ -26,15 +31,26 @@ class Answer(Job):
 
     def __init__(self, seed=0, size=20, limit=24, sessions=1, rounds=1, ids=None):
         self.seed, self.limit, self.sessions, self.rounds_left = seed, limit, sessions, rounds
-        self.ids = np.random.default_rng(seed).integers(0, 300, size).tolist() if ids is None else ids
+        self.ids = (
+            np.random.default_rng(seed).integers(0, 300, size).tolist() if ids is None else ids
+        )
         self.made, self.steps, self.ended, self.error = [], 0, threading.Event(), None
         self.on_step = lambda session, step: None
 
     def rounds(self, model):
         policy = ReferencePolicy.from_config(model.config.generation, max_steps=STEPS)
         for turn in range(self.rounds_left):
-            new = [Session(model, self.ids, policy, Draws(self.seed + 100 * place + turn, model.config.text.vocab_size), (1,),
-                           self.limit) for place in range(self.sessions)]
+            new = [
+                Session(
+                    model,
+                    self.ids,
+                    policy,
+                    Draws(self.seed + 100 * place + turn, model.config.text.vocab_size),
+                    (1,),
+                    self.limit,
+                )
+                for place in range(self.sessions)
+            ]
             self.made += new
             yield new
 
@@ -50,15 +66,25 @@ class Answer(Job):
         assert self.ended.wait(120), "the job never ended"
         if self.error:
             raise self.error
-        return [np.concatenate([canvas.tokens for canvas in session.canvases]).tolist() for session in self.made]
+        return [
+            np.concatenate([canvas.tokens for canvas in session.canvases]).tolist()
+            for session in self.made
+        ]
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """The tiny model with one layer of each kind."""
+    shape = SHAPES["five-and-one"] | {"layers": 2, "kinds": [SLIDING, FULL]}
+    return write_checkpoint(tmp_path_factory.mktemp("small"), shape, calm=False)
 
 
 @pytest.fixture
-def begin(tiny_folder):
-    """Starts an engine of the tiny model with some options."""
+def begin(small_folder):
+    """Starts an engine of a small model with some options."""
     engines = []
 
-    def start(load=lambda: (load_model(tiny_folder, "float32"), None), **options):
+    def start(load=lambda: (load_model(small_folder, "float32"), None), **options):
         engine = Engine(load, **options)
         engine.start()
         engines.append(engine)
@@ -96,13 +122,16 @@ def alone(begin, **asked):
 class TestAnswers:
     def test_beside_others_as_alone(self, begin):
         """Mixed lengths, more jobs than rows, and a prompt in many chunks among them."""
-        asked = [dict(seed=seed, size=[5, 33, 90, 12][seed % 4], limit=[24, 72, 40][seed % 3]) for seed in range(6)]
+        asked = [
+            dict(seed=seed, size=[5, 33, 90, 12][seed % 4], limit=[24, 72, 40][seed % 3])
+            for seed in range(6)
+        ]
         engine = begin(max_batch=3, prefill_step_size=32)
         jobs = [Answer(**own) for own in asked]
         for job in jobs:
             engine.submit(job)
         found = [job.wait() for job in jobs]
-        assert engine.figures.finished == 6
+        assert engine.stats.finished == 6
         quiet = begin(max_batch=1, prefill_step_size=32, prefix_bytes=0)
         for own, tokens in zip(asked, found):
             job = Answer(**own)
@@ -121,7 +150,7 @@ class TestAnswers:
         seen = []
         jobs = [Answer(seed=seed, sessions=2) for seed in range(3)]
         for job in jobs:
-            job.on_step = lambda session, step: seen.append(len(engine._rows))
+            job.on_step = lambda session, step: seen.append(len(engine.scheduler.slots))
             engine.submit(job)
         for job in jobs:
             job.wait()
@@ -142,19 +171,81 @@ class TestAnswers:
 
     def test_a_client_with_all_rows_gives_some_to_another(self, begin):
         """At its next canvas borders, and goes on later as if it had not."""
-        engine, order = begin(max_batch=4), []
+        engine, begun, parked = begin(max_batch=4), [], []
+        scheduler = engine.scheduler
+        park = scheduler._park
+        scheduler._park = lambda slot: parked.append(slot.run.job) or park(slot)
         many, one = Answer(seed=1, sessions=8, limit=24 * 4), Answer(seed=2, limit=24 * 2)
         many.client, one.client = "a", "b"
-        many.on_step = lambda session, step: order.append("a")
-        one.on_step = lambda session, step: order.append("b")
+
+        def step(session, step):
+            if many.steps == 4:
+                engine.submit(one)
+
+        many.on_step = step
+        one.on_step = lambda session, step: begun.append(
+            max(len(own.canvases) for own in many.made)
+        )
         engine.submit(many)
-        while len(order) < 4:
-            time.sleep(0.001)
-        engine.submit(one)
-        found = one.wait(), many.wait()
-        # Had it waited for whole answers, three more canvases of each row of the first four had come before.
-        assert order.index("b") < 4 * STEPS * 3
-        assert found == (alone(begin, seed=2, limit=24 * 2), alone(begin, seed=1, sessions=8, limit=24 * 4))
+        found = many.wait(), one.wait()
+        # Had it waited for a whole answer, four canvases of some row had come before.
+        assert begun[0] <= 2
+        assert parked
+        assert set(parked) == {many}
+        assert found == (
+            alone(begin, seed=1, sessions=8, limit=24 * 4),
+            alone(begin, seed=2, limit=24 * 2),
+        )
+
+    def test_a_row_is_given_up_within_a_canvas(self, begin):
+        engine = begin(max_batch=2)
+        many, one = Answer(seed=1, sessions=2, limit=24 * 2), Answer(seed=2)
+        many.client, one.client = "a", "b"
+        committed = []
+        many.on_step = lambda session, step: engine.submit(one) if many.steps == 1 else None
+        one.on_step = lambda session, step: committed.append(
+            sum(len(own.canvases) for own in many.made)
+        )
+        engine.submit(many)
+        found = many.wait(), one.wait()
+        assert committed[0] == 0
+        assert found == (
+            alone(begin, seed=1, sessions=2, limit=24 * 2),
+            alone(begin, seed=2),
+        )
+
+    @pytest.mark.parametrize("recent", [0.0, 1000.0])
+    def test_clients_have_as_many_rows_in_a_step(self, begin, monkeypatch, recent):
+        """As many as the one with fewest, all in turn; while that is likely to ask again, too."""
+        monkeypatch.setattr(shares, "RECENT", recent)
+        engine, turns = begin(max_batch=4), []
+        advance = engine.scheduler._loop.advance
+
+        def seen():
+            turns.append(
+                [
+                    engine.scheduler.slots[id(own)].run.job.client
+                    for own in engine.scheduler._loop.active
+                ]
+            )
+            return advance()
+
+        monkeypatch.setattr(engine.scheduler._loop, "advance", seen)
+        many, one = Answer(seed=1, sessions=3, limit=24 * 3), Answer(seed=2, limit=24 * 2)
+        many.client, one.client = "a", "b"
+        with hold(engine):
+            engine.submit(many)
+            engine.submit(one)
+        found = many.wait(), one.wait()
+        shared = [turn for turn in turns if "b" in turn]
+        assert shared
+        assert all(sorted(turn) == ["a", "b"] for turn in shared[1:])
+        after = turns[1 + max(number for number, turn in enumerate(turns) if "b" in turn) :]
+        assert max(map(len, after)) == (1 if recent else 3)
+        assert found == (
+            alone(begin, seed=1, sessions=3, limit=24 * 3),
+            alone(begin, seed=2, limit=24 * 2),
+        )
 
     def test_clients_take_turns(self, begin):
         """The queue of one does not come before another that has no row."""
@@ -172,9 +263,31 @@ class TestAnswers:
 
     def test_a_session_may_be_ended_by_its_job(self, begin):
         job = Answer(limit=24 * 6)
-        job.on_step = lambda session, step: setattr(session, "finished", session.finished or len(session.canvases) == 2)
+        job.on_step = lambda session, step: setattr(
+            session, "finished", session.finished or len(session.canvases) == 2
+        )
         begin().submit(job)
         assert len(job.wait()[0]) == 48
+
+    def test_a_job_may_end_sessions_that_take_no_step(self, begin):
+        """Beside another client only one of its sessions takes the step after which all end."""
+        many, one = Answer(seed=1, sessions=3, limit=24 * 9), Answer(seed=2, limit=24 * 2)
+        many.client, one.client = "a", "b"
+        engine = begin(max_batch=4)
+
+        def end(session, step):
+            if one.steps:
+                for own in many.made:
+                    own.finished = True
+
+        many.on_step = end
+        with hold(engine):
+            engine.submit(many)
+            engine.submit(one)
+        assert one.wait() == alone(begin, seed=2, limit=24 * 2)
+        assert many.ended.wait(120)
+        assert many.error is None
+        assert not engine.scheduler.slots
 
     def test_readers_only_read(self, begin):
         class Reader(Answer):
@@ -193,21 +306,22 @@ class TestPrompts:
     def test_a_long_prompt_does_not_stop_the_others(self, begin, monkeypatch):
         """Between any two steps of another answer no more is read than a chunk."""
         engine, read, between = begin(prefill_step_size=32, prefix_bytes=0), [], []
-        real = engine_module.encode_chunk
-        monkeypatch.setattr(engine_module, "encode_chunk",
-                            lambda model, sessions, sizes: read.append(sum(sizes)) or real(model, sessions, sizes))
+        real = scheduler_module.encode_chunk
+        monkeypatch.setattr(
+            scheduler_module,
+            "encode_chunk",
+            lambda model, sessions, sizes: read.append(sum(sizes)) or real(model, sessions, sizes),
+        )
         going, long = Answer(seed=1, limit=24 * 8), Answer(seed=2, size=400)
-        began = threading.Event()
 
         def step(session, step):
-            began.set()
+            if not between:
+                engine.submit(long)
             between.append(sum(read))
             read.clear()
 
         going.on_step = step
         engine.submit(going)
-        began.wait(60)
-        engine.submit(long)
         going.wait()
         long.wait()
         assert max(between) <= 34  # a single token is never left over
@@ -216,18 +330,25 @@ class TestPrompts:
     def test_short_ones_pass_a_long_one(self, begin):
         engine, ends = begin(prefill_step_size=32), []
         long, short = Answer(seed=1, size=600), Answer(seed=2, size=10)
-        for job in (long, short):
-            job.done = lambda error, job=job: (ends.append(job), job.ended.set())
-            engine.submit(job)
+        with hold(engine):
+            for job in (long, short):
+                job.done = lambda error, job=job: (ends.append(job), job.ended.set())
+                engine.submit(job)
         long.wait()
         short.wait()
         assert ends[0] is short
 
     def test_short_ones_are_read_together(self, begin, monkeypatch):
         counts, held, began = [], threading.Event(), threading.Event()
-        real = engine_module.encode_chunk
-        monkeypatch.setattr(engine_module, "encode_chunk", lambda model, sessions, sizes: (counts.append(len(sessions)),
-                                                                                          real(model, sessions, sizes)))
+        real = scheduler_module.encode_chunk
+        monkeypatch.setattr(
+            scheduler_module,
+            "encode_chunk",
+            lambda model, sessions, sizes: (
+                counts.append(len(sessions)),
+                real(model, sessions, sizes),
+            ),
+        )
         engine, first = begin(max_batch=4, prefill_step_size=64), Answer()
         first.on_step = lambda session, step: (began.set(), held.wait(60))
         engine.submit(first)
@@ -240,6 +361,24 @@ class TestPrompts:
             job.wait()
         assert counts == [1, 3]
 
+    def test_prompts_are_read_by_clients_in_turn(self, begin, monkeypatch):
+        engine, read = begin(max_batch=4, prefill_step_size=32), []
+        encode = scheduler_module.encode_chunk
+
+        def seen(model, sessions, sizes):
+            read.extend(engine.scheduler.slots[id(session)].run.job.client for session in sessions)
+            return encode(model, sessions, sizes)
+
+        monkeypatch.setattr(scheduler_module, "encode_chunk", seen)
+        jobs = [Answer(seed=seed, size=128) for seed in range(4)]
+        with hold(engine):
+            for job, client in zip(jobs, "aaab"):
+                job.client = client
+                engine.submit(job)
+        for job in jobs:
+            job.wait()
+        assert "".join(read[:8]) in ("abababab", "babababa")
+
     def test_what_was_read_is_not_read_again(self, begin):
         engine = begin()
         prompt = np.random.default_rng(9).integers(0, 300, 200).tolist()
@@ -247,7 +386,7 @@ class TestPrompts:
             job = Answer(ids=ids)
             engine.submit(job)
             job.wait()
-            assert engine.figures.encoded == encoded
+            assert engine.stats.encoded == encoded
 
     def test_a_shared_beginning_is_kept_when_it_is_seen_twice(self, begin):
         engine = begin(prefill_step_size=64)
@@ -256,19 +395,21 @@ class TestPrompts:
             job = Answer(ids=[*system, user, *range(10, 30)])
             engine.submit(job)
             job.wait()
-        assert engine.figures.encoded == 121 + 121 + 21
+        assert engine.stats.encoded == 121 + 121 + 21
 
     def test_and_changes_no_token(self, begin):
         system = np.random.default_rng(9).integers(0, 300, 100).tolist()
-        asked = [dict(ids=[*system, user, *range(10, 30)], seed=user, limit=48) for user in range(4)]
+        asked = [
+            dict(ids=[*system, user, *range(10, 30)], seed=user, limit=48) for user in range(4)
+        ]
         with_cache, without = begin(), begin(prefix_bytes=0)
         for own in asked:
             jobs = [Answer(**own), Answer(**own)]
             with_cache.submit(jobs[0])
             without.submit(jobs[1])
             assert jobs[0].wait() == jobs[1].wait()
-        assert with_cache.figures.reused >= 200
-        assert without.figures.reused == 0
+        assert with_cache.stats.reused >= 200
+        assert without.stats.reused == 0
 
 
 class TestEnds:
@@ -282,7 +423,29 @@ class TestEnds:
             job.wait()
         assert job.steps == 1
         other.wait()
-        assert (engine.figures.cancelled, engine.figures.finished) == (1, 1)
+        assert (engine.stats.cancelled, engine.stats.finished) == (1, 1)
+
+    def test_one_whose_prompt_is_read_in_chunks_stops_at_the_next(self, begin, monkeypatch):
+        engine, job = begin(max_batch=1, prefill_step_size=32), Answer(size=320)
+        encode, chunks = scheduler_module.encode_chunk, []
+
+        def cancelled(model, sessions, sizes):
+            chunks.append(sizes)
+            if len(chunks) == 2:
+                job.cancel()
+            return encode(model, sessions, sizes)
+
+        monkeypatch.setattr(scheduler_module, "encode_chunk", cancelled)
+        engine.submit(job)
+        with pytest.raises(ClosedError):
+            job.wait()
+        assert chunks == [[32], [32]]
+        assert not engine.scheduler.slots
+        assert job.made[0].pending.size == 256
+        monkeypatch.setattr(scheduler_module, "encode_chunk", encode)
+        other = Answer(seed=1)
+        engine.submit(other)  # whose row is free
+        assert other.wait() == alone(begin, seed=1)
 
     def test_one_that_waits_is_never_begun(self, begin):
         engine = begin(max_batch=1)
@@ -328,8 +491,7 @@ class TestEnds:
                 failing.wait()
         found = [job.wait() for job in others]
         assert found == [alone(begin, seed=seed, limit=72) for seed in (1, 2)]
-        assert not engine._rows
-        assert not engine._loop.sessions
+        assert not engine.scheduler.slots
 
     def test_a_row_without_numbers_takes_no_other_with_it(self, begin):
         class Damaged(Answer):
@@ -338,7 +500,7 @@ class TestEnds:
                     cache = new[0].cache
                     model.encode([mx.array(self.ids)], [cache])
                     cache._entries[0] = cache._entries[0] * mx.array(float("nan"))
-                    new[0].go_on(cache)
+                    new[0].use_cache(cache)
                     yield new
 
         engine = begin()
@@ -352,7 +514,7 @@ class TestEnds:
     def test_a_turn_that_fails_is_not_the_end(self, begin, monkeypatch):
         engine = begin()
         lost = Answer()
-        monkeypatch.setattr(engine._loop, "advance", lambda: 1 / 0)
+        monkeypatch.setattr(engine.scheduler._loop, "advance", lambda: 1 / 0)
         engine.submit(lost)
         with pytest.raises(ZeroDivisionError):
             lost.wait()
@@ -360,6 +522,7 @@ class TestEnds:
 
     def test_a_job_that_works_itself_gives_others_their_turns(self, begin):
         """And leaves at the next turn, as any other."""
+
         class Worker(Answer):
             worked = 0
 
@@ -383,12 +546,14 @@ class TestEnds:
         assert worker.worked == count
 
     def test_prefixes_make_room(self, begin, monkeypatch):
-        monkeypatch.setattr(engine_module.cost, "run_bytes", lambda *_: 100)
+        monkeypatch.setattr(scheduler_module.cost, "run_bytes", lambda *_: 100)
         engine, first, kept = begin(), Answer(size=64), []
 
         def run(seed):
             job = Answer(size=64, seed=seed)
-            job.on_step = lambda session, step: kept.append(engine.prefixes.begin(first.ids)[0].length)
+            job.on_step = lambda session, step: kept.append(
+                engine.scheduler.prefix_cache.begin(first.ids)[0].length
+            )
             engine.submit(job)
             job.wait()
             return kept[-1]
@@ -396,7 +561,7 @@ class TestEnds:
         engine.submit(first)
         first.wait()
         assert run(1) > 0
-        engine._room = 100
+        engine.scheduler.room = 100
         assert run(2) == 0
 
     def test_the_queue_is_bounded(self, begin):
@@ -452,10 +617,10 @@ class TestEnds:
 
     def test_jobs_that_do_not_fit_together_run_one_after_the_other(self, begin):
         engine, seen = begin(), []
-        engine._room = 1  # of bytes: one always runs
+        engine.scheduler.room = 1  # of bytes: one always runs
         jobs = [Answer(seed=seed) for seed in range(3)]
         for job in jobs:
-            job.on_step = lambda session, step: seen.append(len(engine._rows))
+            job.on_step = lambda session, step: seen.append(len(engine.scheduler.slots))
             engine.submit(job)
         for job in jobs:
             job.wait()
@@ -487,7 +652,7 @@ class TestEnds:
     def test_it_tells_those_that_wait_at_once(self, begin):
         """And lets finish what runs."""
         engine = begin(max_batch=1)
-        runs, waits = Answer(seed=1, limit=24 * 4), Answer(seed=2)
+        runs, waits = Answer(seed=1, limit=24 * 20), Answer(seed=2)
         steps = threading.Semaphore(0)
         runs.on_step = lambda session, step: steps.release()
         engine.submit(runs)
@@ -503,7 +668,7 @@ class TestEnds:
 
     def test_it_begins_no_turn_that_would_end_too_late(self, running):
         engine, job = running
-        engine._longest_turn = 1e6  # seconds
+        engine.scheduler.longest_step = 1e6  # seconds
         engine.close(grace=1000)
         with pytest.raises(ClosedError):
             job.wait()
@@ -518,7 +683,7 @@ class TestEnds:
 
     def test_told_twice_it_does_not_wait(self, running):
         engine, job = running
-        threading.Timer(0.2, engine.close).start()
+        threading.Timer(0.02, engine.close).start()
         started = time.monotonic()
         engine.close(grace=600)
         with pytest.raises(ClosedError):
@@ -533,13 +698,44 @@ class TestEnds:
             Engine(load).start()
 
 
+def test_free_memory_is_returned_once_after_work_has_ended(begin, monkeypatch):
+    returned = []
+    monkeypatch.setattr(engine_module, "IDLE", 0.05)
+    monkeypatch.setattr(engine_module, "return_memory", lambda: returned.append(engine.stats.rows))
+    engine = begin()
+    for _ in range(2):
+        job = Answer()
+        job.on_step = lambda session, step: returned.clear()
+        engine.submit(job)
+        job.wait()
+        end = time.monotonic() + 60
+        while not returned:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert returned == [0], "once, and with no row taken"
+
+
 def test_the_tower_is_not_read_before_an_image_comes(begin, tmp_path):
     """A server of text does not hold it."""
     folder = make_checkpoint(tmp_path, vision="plain")
     model = load_model(folder, "float32")
     before = mx.get_active_memory()
     begin(load=lambda: (model, None))
-    tower = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if name.startswith(VISION))
+    tower = sum(
+        array.nbytes for name, array in tree_flatten(model.parameters()) if name.startswith(VISION)
+    )
     assert mx.get_active_memory() - before < tower / 2
     mx.eval(model.parameters())
     assert mx.get_active_memory() - before > tower / 2, "it would not show"
+
+
+def test_an_engine_that_nobody_closed_ends_with_the_interpreter():
+    """MLX aborts a process whose thread still runs."""
+    program = (
+        "from mlx_diffgemma import load\n"
+        "from mlx_diffgemma.serving.engine import Engine\n"
+        "Engine(lambda: load('nano')).start()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

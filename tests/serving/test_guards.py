@@ -1,9 +1,7 @@
 """What stands before the model: connections, bodies, keys, paths, and how much a request brings."""
 
 import asyncio
-import base64
 import gzip
-import io
 import socket
 import threading
 import time
@@ -15,11 +13,20 @@ from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from starlette.exceptions import HTTPException
 
+from mlx_diffgemma.cli.serve_options import proxies
 from mlx_diffgemma.errors import ContextError, UserError
-from mlx_diffgemma.serving import amounts, bodies
+from mlx_diffgemma.serving import amounts, bodies, content
 from mlx_diffgemma.serving.connections import Connection, protocol
-from mlx_diffgemma.serving.limits import BodyLimit, KeyCheck, Paths
-from mlx_diffgemma.serving.protocol import ChatRequest, CompletionRequest, Message, Tool
+from mlx_diffgemma.serving.conversation import template_messages
+from mlx_diffgemma.serving.keys import KeyCheck, asker
+from mlx_diffgemma.serving.limits import BodyLimit
+from mlx_diffgemma.serving.middleware import Paths
+from mlx_diffgemma.serving.protocols.fields import STRICT
+from mlx_diffgemma.serving.protocols.messages import Message
+from mlx_diffgemma.serving.protocols.openai_chat import ChatRequest
+from mlx_diffgemma.serving.protocols.openai_completions import CompletionRequest
+from mlx_diffgemma.serving.protocols.tools import Tool
+from tests.helpers.images import picture
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
@@ -39,10 +46,17 @@ async def answering(scope, receive, send):
 
 
 @contextmanager
-def listening(app=answering, **options):
+def listening(app=answering, settings=None, **options):
     """The address of a server with our connections."""
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http=protocol(**options))
+        uvicorn.Config(
+            app,
+            port=0,
+            log_level="critical",
+            lifespan="off",
+            http=protocol(**options),
+            **(settings or {}),
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -93,6 +107,16 @@ class TestConnections:
         with listening(slow, head_seconds=0.1) as address, opened(address) as connection:
             assert b"200 OK" in asked(connection)
 
+    def test_the_time_of_the_next_head_begins_at_the_end_of_an_answer(self):
+        async def slow(scope, receive, send):
+            await asyncio.sleep(0.8)
+            await answering(scope, receive, send)
+
+        with listening(slow, head_seconds=1.2) as address, opened(address) as connection:
+            assert b"200 OK" in asked(connection)
+            time.sleep(0.8)
+            assert b"200 OK" in asked(connection)
+
     def test_one_client_cannot_hold_all(self, monkeypatch):
         """The oldest idle connection of the client that has most makes room."""
         ports = set()  # of the other client, which has the same address here
@@ -117,7 +141,9 @@ class TestConnections:
 
 
 def through(middleware, scope, messages, wait=0.0):
-    """(status, body, the scope that the application saw) of a request whose body comes in ``messages``."""
+    """(status, body, the scope that the application saw) of a request whose body comes in
+    ``messages``.
+    """
     sent, seen = [], []
 
     async def app(scope, receive, send):
@@ -168,10 +194,43 @@ class TestMiddleware:
     def test_keys(self, headers, status):
         assert (
             through(
-                lambda app: KeyCheck(app, "k"), {"headers": headers, "path": "/v1/models"}, [b""]
+                lambda app: KeyCheck(app, ["k"]), {"headers": headers, "path": "/v1/models"}, [b""]
             )[0]
             == status
         )
+
+    @pytest.mark.parametrize(
+        ("keys", "brought", "found"),
+        [
+            (["k"], b"k", "10.0.0.1"),
+            (["k", "l"], b"k", "key 0"),
+            (["k", "l"], b"l", "key 1"),
+        ],
+    )
+    def test_with_several_keys_each_is_a_client(self, keys, brought, found):
+        scope = {
+            "path": "/v1/models",
+            "client": ("10.0.0.1", 5),
+            "headers": [(b"x-api-key", brought)],
+        }
+        seen = through(lambda app: KeyCheck(app, keys), scope, [b""])[2]
+        assert asker(seen) == found
+
+    @pytest.mark.parametrize(
+        ("trusted", "found"),
+        [(None, "127.0.0.1"), ("127.0.0.1", "9.9.9.9"), ("10.0.0.1", "127.0.0.1")],
+    )
+    def test_no_client_chooses_its_address(self, trusted, found):
+        seen = []
+
+        async def app(scope, receive, send):
+            seen.append(asker(scope))
+            await answering(scope, receive, send)
+
+        with listening(app, proxies(trusted)) as address, opened(address) as connection:
+            connection.sendall(HEAD + b"X-Forwarded-For: 9.9.9.9\r\n\r\n")
+            assert b"200 OK" in connection.recv(1000)
+        assert seen == [found]
 
     @pytest.mark.parametrize(
         ("path", "found"),
@@ -208,9 +267,9 @@ class Told:
 def read(content, kind=CompletionRequest, limit=10**6, **headers):
     threads = []
 
-    async def off_loop(task):
-        threads.append(1)
-        return await asyncio.to_thread(task)
+    async def off_loop(task, is_heavy):
+        threads.append(is_heavy)
+        return await asyncio.get_running_loop().run_in_executor(None, task)
 
     headers = {"content_type": "application/json", **headers}
     return asyncio.run(bodies.read(Told(content, **headers), kind, limit, off_loop)), bool(threads)
@@ -225,6 +284,31 @@ class TestBodies:
         long = WHOLE[:-1] + b', "metadata": {"a": "' + b"x" * bodies.AT_ONCE + b'"}}'
         body, elsewhere = read(long)
         assert (body.prompt, elsewhere) == ("a", True)
+
+    def test_very_long_ones_where_few_are_parsed_at_once(self):
+        seen = []
+
+        async def off_loop(task, is_heavy):
+            seen.append(is_heavy)
+            return task()
+
+        for size in (bodies.AT_ONCE, bodies.HEAVY):
+            long = WHOLE[:-1] + b', "user": "' + b"x" * size + b'"}'
+            told = Told(long, content_type="application/json")
+            asyncio.run(bodies.read(told, CompletionRequest, 10**7, off_loop))
+        assert seen == [False, True]
+
+    @pytest.mark.parametrize("size", [1, bodies.AT_ONCE], ids=["short", "long"])
+    def test_what_is_strict_is_so_for_long_ones_too(self, size):
+        body = WHOLE[:-1] + b', "unknown": "' + b"x" * size + b'"}'
+        assert read(body)[0].notes == ["unknown: not known here; it was ignored."]
+        token = STRICT.set(True)
+        try:
+            with pytest.raises(RequestValidationError) as refused:
+                read(body)
+        finally:
+            STRICT.reset(token)
+        assert refused.value.errors()[0]["type"] == "extra_forbidden"
 
     def test_gzip(self):
         assert read(gzip.compress(WHOLE), content_encoding="gzip")[0].prompt == "a"
@@ -247,8 +331,8 @@ class TestBodies:
 
     def test_what_is_inflated_is_never_held_beyond_the_limit(self, monkeypatch):
         sizes = []
-        monkeypatch.setattr(bodies, "INFLATED_AT_ONCE", 1000)
-        inflate = bodies.zlib.decompressobj
+        monkeypatch.setattr(content, "INFLATED_AT_ONCE", 1000)
+        inflate = content.zlib.decompressobj
 
         class Counted:
             def __init__(self, *given):
@@ -262,9 +346,9 @@ class TestBodies:
             def __getattr__(self, name):
                 return getattr(self.own, name)
 
-        monkeypatch.setattr(bodies.zlib, "decompressobj", Counted)
-        with pytest.raises(HTTPException):
-            bodies.inflated(gzip.compress(b" " * 10**6), "gzip", 5000)
+        monkeypatch.setattr(content.zlib, "decompressobj", Counted)
+        with pytest.raises(content.UnreadableError):
+            content.inflated(gzip.compress(b" " * 10**6), "gzip", 5000)
         assert sum(sizes) <= 6000
 
     @pytest.mark.parametrize(
@@ -301,12 +385,6 @@ class TestBodies:
         with pytest.raises(RequestValidationError):
             read(WHOLE, content_type="text/plain")
         assert read(WHOLE, content_type="application/vnd.a+json; charset=utf-8")[0].prompt == "a"
-
-
-def picture(width, height):
-    made = io.BytesIO()
-    Image.new("1", (width, height)).save(made, "PNG")
-    return "data:image/png;base64," + base64.b64encode(made.getvalue()).decode()
 
 
 def message(*urls):
@@ -359,6 +437,50 @@ class TestAmounts:
             amounts.check_pixels([message(large), message(large)])
         with pytest.raises(UserError):
             amounts.check_pixels([message("data:image/png;base64,AAAA")])
+
+    def test_images_however_small(self):
+        half = message(*[picture(1, 1)] * (amounts.MOST_IMAGES // 2))
+        assert amounts.check_pixels([half, half]) == amounts.MOST_IMAGES
+        with pytest.raises(UserError, match="has 192 images, of at most 128; send fewer"):
+            amounts.check_pixels([half] * 3)
+
+    def test_images_that_no_prompt_holds(self):
+        dot = picture(1, 1)
+        amounts.check_images([message(*[dot] * 10)], 350, 70)
+        told = "11 images, which take at least 385 tokens, and a prompt may have 350"
+        with pytest.raises(ContextError, match=told):
+            amounts.check_images([message(*[dot] * 5), message(*[dot] * 6)], 350, 70)
+
+    def test_sizes_that_are_known_later(self):
+        data = picture(1, 1)
+        assert not amounts.have_unknown_size([message(data, "DATA:" + data[5:])])
+        for url in ("https://example.org/a.png", "/a.png", "file:///a.png"):
+            assert amounts.have_unknown_size([message(data), message(url)])
+
+    def test_pixels_of_files_count_too(self, tmp_path):
+        made = Image.new("1", (9000, 9000))
+        made.save(tmp_path / "a.png")
+        asked = [message(picture(9000, 9000)), message(str(tmp_path / "a.png"))]
+        with pytest.raises(UserError, match="100,000,000 pixels together"):
+            template_messages(asked, allow_files=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "most"),
+    [
+        (ChatRequest, "n", 16),
+        (ChatRequest, "top_logprobs", 20),
+        (CompletionRequest, "n", 16),
+        (CompletionRequest, "logprobs", 5),
+    ],
+)
+def test_numbers_have_bounds_of_their_own(kind, field, most):
+    given = {"model": "a", "prompt": "b"}
+    if kind is ChatRequest:
+        given = {"model": "a", "messages": [{"role": "user", "content": "b"}], "logprobs": True}
+    assert getattr(kind(**given | {field: most}), field) == most
+    with pytest.raises(ValueError, match=f"less than or equal to {most}"):
+        kind(**given | {field: most + 1})
 
 
 def test_salts_are_fields():

@@ -7,9 +7,13 @@ import openai
 import pytest
 from PIL import Image as pillow
 from PIL import ImageDraw
+from starlette.testclient import TestClient
 
 from mlx_diffgemma import chat_ids, generate, load, nano, user_message
-from tests.serving.process import serving
+from mlx_diffgemma.serving.app import create_app
+from mlx_diffgemma.serving.settings import LOCAL, Settings
+from tests.helpers.engines import Refusing
+from tests.serving.process import threaded
 
 QUESTION = "What is in the picture?"
 
@@ -38,8 +42,14 @@ def asked(*urls, question=QUESTION):
 
 
 @pytest.fixture(scope="module")
-def sighted():
-    with serving("--model", nano.VISION, "--allow-image-files") as (url, _):
+def pair():
+    return load(nano.VISION)
+
+
+@pytest.fixture(scope="module")
+def sighted(pair):
+    settings = Settings(nano.VISION, allow_files=True, allowed_hosts=LOCAL)
+    with threaded(pair, settings) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
@@ -53,8 +63,8 @@ def ask(sighted):
 
 
 @pytest.fixture(scope="module")
-def expected():
-    model, tokenizer = load(nano.VISION)
+def expected(pair):
+    model, tokenizer = pair
 
     def text(*pictures):
         prompt = chat_ids(tokenizer, [user_message(QUESTION, len(pictures))])
@@ -68,7 +78,10 @@ def test_what_it_sees(ask):
 
 
 def test_several_are_seen_in_their_order_as_generate_sees_them(ask, expected):
-    answers = [ask(asked(*map(data_url, own))).choices[0].message.content for own in (PICTURES, PICTURES[::-1])]
+    answers = [
+        ask(asked(*map(data_url, own))).choices[0].message.content
+        for own in (PICTURES, PICTURES[::-1])
+    ]
     assert answers == [expected(*PICTURES), expected(*PICTURES[::-1])]
     assert answers[0] != answers[1]
 
@@ -83,7 +96,11 @@ def test_pictures_of_different_requests_stay_apart(ask):
 def test_later_turns_see_it_too(ask):
     messages = asked(data_url(PICTURES[1]))
     said = ask(messages).choices[0].message.content
-    more = [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": QUESTION}]
+    more = [
+        *messages,
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": QUESTION},
+    ]
     assert ask(more).choices[0].message.content == said
 
 
@@ -93,23 +110,42 @@ def test_choices_share_it(ask):
 
 
 def test_soft_tokens_are_prompt_tokens(ask):
-    counts = [ask(asked(data_url(PICTURES[0])), extra_body={"image_tokens": tokens, "max_denoising_steps": 1}).usage.prompt_tokens
-              for tokens in (70, 280)]
-    assert counts[1] - counts[0] == 16 * 16 - 8 * 8
+    counts = [
+        ask(
+            asked(data_url(PICTURES[0])),
+            extra_body={"image_tokens": tokens, "max_denoising_steps": 1},
+        ).usage.prompt_tokens
+        for tokens in (70, 140)
+    ]
+    assert counts[1] - counts[0] == 11 * 11 - 8 * 8
 
 
-def test_detail(ask):
-    def count(*details, **options):
+def test_detail(pair):
+    """By the prompt alone: nothing is read."""
+    engine = Refusing(pair)
+    client = TestClient(create_app(engine, Settings(nano.VISION)))
+
+    def answered(*details, **options):
         content = [part(data_url(PICTURES[0]), detail=detail) for detail in details]
-        body = {"max_denoising_steps": 1, **options}
-        return ask([{"role": "user", "content": content}], extra_body=body).usage.prompt_tokens
+        body = {"model": nano.VISION, "messages": [{"role": "user", "content": content}]}
+        return client.post("/v1/chat/completions", json={**body, **options})
+
+    def count(*details, **options):
+        assert answered(*details, **options).status_code == 503
+        return len(engine.job.choices[0].request.ids)
 
     assert count("low") == count("auto", image_tokens=70) < 100
     assert 1000 < count("high") < 1200
     assert count("low", "low") > count("low")
-    for details, more in ((("low", "high"), {}), (("auto", "low"), {}), (("low",), {"image_tokens": 280}), (("fine",), {})):
-        with pytest.raises(openai.BadRequestError, match="detail"):
-            count(*details, **more)
+    for details, more in (
+        (("low", "high"), {}),
+        (("auto", "low"), {}),
+        (("low",), {"image_tokens": 280}),
+        (("fine",), {}),
+    ):
+        refused = answered(*details, **more)
+        assert refused.status_code == 400
+        assert "detail" in refused.json()["error"]["message"]
 
 
 def test_files_where_they_are_allowed(ask, tmp_path):
@@ -119,9 +155,16 @@ def test_files_where_they_are_allowed(ask, tmp_path):
         ask(asked(str(tmp_path / "missing.png")))
 
 
-@pytest.mark.parametrize(("url", "said"), [
-    ("data:image/png;base64,AAAA", "image"), ("data:image/png;base64,%%%", "base64"), ("data:text/plain,hello", "image"),
-    ("https://example.com/cat.png", "Remote images are not fetched"), ("data:image/png;base64,", "image")])
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("data:image/png;base64,AAAA", "image"),
+        ("data:image/png;base64,%%%", "base64"),
+        ("data:text/plain,hello", "image"),
+        ("https://example.com/cat.png", "Remote images are not fetched"),
+        ("data:image/png;base64,", "image"),
+    ],
+)
 def test_what_is_none_is_refused(ask, url, said):
     with pytest.raises(openai.BadRequestError, match=said) as refused:
         ask(asked(url))
@@ -129,8 +172,11 @@ def test_what_is_none_is_refused(ask, url, said):
 
 
 def test_decisions_see_it(sighted):
-    body = {"model": nano.VISION, "messages": asked(data_url(PICTURES[0]), question=""),
-            "questions": [{"question": QUESTION, "labels": ["a red circle", "a blue square"]}]}
+    body = {
+        "model": nano.VISION,
+        "messages": asked(data_url(PICTURES[0]), question=""),
+        "questions": [{"question": QUESTION, "labels": ["a red circle", "a blue square"]}],
+    }
     found = sighted.post("/decisions", body=body, cast_to=object)
     assert found["decisions"][0]["label"] == "a red circle"
 

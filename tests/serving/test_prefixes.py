@@ -2,13 +2,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.serving.prefixes import LEAST, Prefixes
+from mlx_diffgemma.decoding.prefix_cache import LEAST, Prefixes
+from mlx_diffgemma.model.cache import Cache
 
 
 @pytest.fixture
 def made(tiny):
     """Prefixes without a limit, and a function that reads ids into a cache."""
+
     def read(ids, cache=None):
         cache = cache or Cache(tiny.config.text)
         tiny.encode([mx.array(ids[cache.length :])], [cache])
@@ -53,7 +54,11 @@ class TestBegin:
         prefixes, read = made
         ids = ids_of(0, LEAST + 60)
         prefixes.keep(ids, read(ids[: LEAST + 40]), scope=b"a")
-        assert [prefixes.begin(ids, scope=scope)[0].length for scope in (b"a", b"b", b"")] == [LEAST + 40, 0, 0]
+        assert [prefixes.begin(ids, scope=scope)[0].length for scope in (b"a", b"b", b"")] == [
+            LEAST + 40,
+            0,
+            0,
+        ]
         assert prefixes.begin(ids, scope=b"c")[1] == 0
         assert prefixes.begin(ids, scope=b"c")[1] > 0
 

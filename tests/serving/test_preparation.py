@@ -1,19 +1,21 @@
 """Clients take turns at the threads that prepare requests, and what takes long is stopped."""
 
 import asyncio
+import os
 import threading
 import time
-from collections import Counter
 
 import pytest
 
-from mlx_diffgemma.grammar import budget, regex
+from mlx_diffgemma.grammar import budget, elsewhere, regex
 from mlx_diffgemma.grammar.automaton import compile_language
 from mlx_diffgemma.grammar.budget import AbandonedError, TooLongError
-from mlx_diffgemma.serving import preparation
-from mlx_diffgemma.serving.app import _GoneError, _Server
+from mlx_diffgemma.serving import preparation, tidying
 from mlx_diffgemma.serving.engine import BusyError
+from mlx_diffgemma.serving.errors import GoneError
+from mlx_diffgemma.serving.intake import Intake
 from mlx_diffgemma.serving.preparation import Preparation, Turns
+from mlx_diffgemma.serving.settings import Settings
 
 
 def never():
@@ -120,10 +122,29 @@ class TestPreparation:
         assert threads == ["prepare", "compile"]
         assert told == [1]
 
+    def test_constraints_and_long_bodies_are_for_another_process(self, monkeypatch):
+        monkeypatch.setattr(preparation, "QUICK_SECONDS", 60.0)  # it has to start first
+
+        async def run():
+            ready = Preparation()
+            task = lambda: elsewhere.run(os.getpid)  # noqa: E731
+            quick = await ready.run("a", never, task)
+            patient = await ready.run("a", never, task, is_heavy=True)
+            again = await ready.run("a", never, task)
+            ready.close()
+            return quick, patient, again
+
+        quick, patient, again = asyncio.run(run())
+        assert quick != os.getpid()
+        assert quick == patient == again, "both lanes share the worker that is kept"
+
     def test_a_place_is_free_only_when_its_thread_is(self):
         async def run():
             ready, end = Preparation(), threading.Event()
-            held = [asyncio.ensure_future(ready.run("a", never, end.wait)) for _ in range(preparation.QUICK_THREADS)]
+            held = [
+                asyncio.ensure_future(ready.run("a", never, end.wait))
+                for _ in range(preparation.QUICK_THREADS)
+            ]
             await asyncio.sleep(0.05)
             assert len(ready.quick.turns) == 1  # one client leaves a thread
             for task in held:
@@ -151,6 +172,7 @@ class FakeEngine:
 
 class FakeRequest:
     client = None
+    scope = {"client": None}  # noqa: RUF012
 
     def __init__(self):
         self.gone = asyncio.Event()
@@ -163,9 +185,7 @@ class FakeRequest:
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(preparation, "QUICK_SECONDS", 0.05)
-    server = object.__new__(_Server)
-    server.engine, server._preparing, server._preparation = FakeEngine(), Counter(), Preparation(seconds=20)
-    return server
+    return Intake(FakeEngine(), Settings("nano"), Preparation(seconds=20))
 
 
 def test_work_of_a_client_that_left_is_given_up(server):
@@ -180,11 +200,11 @@ def test_work_of_a_client_that_left_is_given_up(server):
 
     async def run():
         http = FakeRequest()
-        work = asyncio.ensure_future(server._prepared(http, False, task))
+        work = asyncio.ensure_future(server.prepared(http, False, task))
         await asyncio.sleep(0.15)  # it is in the patient lane
         assert server._preparing.total() == 0
         http.gone.set()
-        with pytest.raises(_GoneError):
+        with pytest.raises(GoneError):
             await asyncio.wait_for(work, 5)
         while not ended.is_set():
             await asyncio.sleep(0.01)
@@ -197,15 +217,34 @@ def test_what_waits_in_the_patient_lane_is_bounded_and_holds_no_place_of_the_que
         https = [FakeRequest() for _ in range(5)]
         works = []
         for http in https:
-            works.append(asyncio.ensure_future(server._prepared(http, False, spin)))
+            works.append(asyncio.ensure_future(server.prepared(http, False, spin)))
             await asyncio.sleep(0.2)
         refused = [work for work in works if work.done()]
         assert len(refused) == 2  # one runs, two wait
         for work in refused:
             assert isinstance(work.exception(), BusyError)
-        assert await server._prepared(FakeRequest(), False, lambda: 7) == 7
+        assert await server.prepared(FakeRequest(), False, lambda: 7) == 7
         for http in https:
             http.gone.set()
         await asyncio.gather(*works, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_memory_of_heavy_requests_is_returned_once_for_all(server, monkeypatch):
+    returned = threading.Semaphore(0)
+    monkeypatch.setattr(tidying, "TIDY_SECONDS", 0.05)
+    monkeypatch.setattr(tidying, "trim_heap", returned.release)
+
+    async def run(*heavy):
+        for is_heavy in heavy:
+            await server.attended(FakeRequest(), lambda: 7, is_heavy)
+        await asyncio.sleep(0.2)
+
+    asyncio.run(run(False, False))
+    assert not returned.acquire(blocking=False)
+    asyncio.run(run(True, False, True, True))
+    assert returned.acquire(timeout=10)
+    assert not returned.acquire(blocking=False)
+    asyncio.run(run(True))
+    assert returned.acquire(timeout=10)

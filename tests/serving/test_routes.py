@@ -8,10 +8,11 @@ import logging
 import pytest
 from starlette.testclient import TestClient
 
-from mlx_diffgemma.serving.app import LOCAL, Settings, create_app
-from mlx_diffgemma.serving.command import _names
-from mlx_diffgemma.serving.engine import ClosedError, Engine
-from tests.serving.test_guards import picture
+from mlx_diffgemma.cli.serve_options import host_names
+from mlx_diffgemma.serving.app import Settings, create_app
+from mlx_diffgemma.serving.settings import LOCAL
+from tests.helpers.engines import Refusing
+from tests.helpers.images import picture
 
 ASKED = {"model": "nano", "messages": [{"role": "user", "content": "a"}]}
 FAR = {
@@ -21,29 +22,15 @@ FAR = {
 }
 
 
-class Refusing(Engine):
-    """Takes no job, and notes whose it was."""
-
-    def check_queue(self, more, client="", own=0):
-        pass
-
-    def submit(self, job, again=False):
-        self.job = job
-        raise ClosedError("The server is shutting down.")
-
-
 @pytest.fixture(scope="module")
 def engine(nano_pair):
-    made = Refusing(lambda: nano_pair)
-    made.model, made.tokenizer = nano_pair
-    return made
+    return Refusing(nano_pair)
 
 
 @pytest.fixture
 def client(engine):
     settings = Settings(
         "nano",
-        api_key=None,
         allowed_origins=["http://page.example"],
         allowed_hosts=[*LOCAL, "testserver"],
         max_prompt_tokens=1000,
@@ -55,11 +42,30 @@ def client(engine):
 def test_a_client_that_leaves_while_it_sends(engine, caplog):
     """It is answered 499, which nobody reads, and leaves one line in the log, no traceback."""
     app = create_app(engine, Settings("nano", allowed_hosts=()))
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"100")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
-             "query_string": b"", "headers": headers, "client": ("127.0.0.1", 9), "server": ("127.0.0.1", 80),
-             "scheme": "http", "http_version": "1.1", "root_path": ""}
-    messages = iter([{"type": "http.request", "body": b'{"model"', "more_body": True}, {"type": "http.disconnect"}])
+    headers = [
+        (b"host", b"127.0.0.1"),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"100"),
+    ]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", 9),
+        "server": ("127.0.0.1", 80),
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+    }
+    messages = iter(
+        [
+            {"type": "http.request", "body": b'{"model"', "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
     sent = []
 
     async def receive():
@@ -95,7 +101,7 @@ def test_other_ways_to_call_it(client):
         ).status_code
         == 503
     )
-    assert "host.docker.internal" in _names(list(LOCAL), "127.0.0.1", [])
+    assert "host.docker.internal" in host_names(list(LOCAL), "127.0.0.1", [])
 
 
 def test_pages_may_ask_in_a_private_network_where_they_may_ask(client):

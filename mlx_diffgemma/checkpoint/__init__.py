@@ -1,0 +1,1 @@
+"""Checkpoints on disk: layouts, reading, conversion and the hub."""

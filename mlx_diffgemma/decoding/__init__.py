@@ -1,0 +1,1 @@
+"""The decoding loop: sessions, verification, constraints and caches of prompts."""

@@ -1,0 +1,1 @@
+"""Checks: doctor, self-checks and parity with the reference."""

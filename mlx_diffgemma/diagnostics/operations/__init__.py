@@ -1,0 +1,1 @@
+"""Checks of single operations of MLX against numpy in float64; ``selfcheck`` runs them."""

@@ -1,0 +1,1 @@
+"""What a model costs: memory, floating-point operations and which Macs hold it."""

@@ -1,0 +1,1 @@
+"""What users call: options, generate, infill, decide, chat and traces."""

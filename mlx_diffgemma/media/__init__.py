@@ -1,0 +1,1 @@
+"""Images and videos, and prompts that hold them."""

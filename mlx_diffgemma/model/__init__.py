@@ -1,0 +1,1 @@
+"""The network: configuration, layers, K/V cache, vision tower and the two modes."""
