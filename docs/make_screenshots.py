@@ -1,4 +1,5 @@
-"""Takes the pictures of docs/trace.md from the pages as a browser shows them: ``python docs/make_screenshots.py``.
+"""Takes the pictures of docs/trace.md from the pages as a browser shows them: ``python
+docs/make_screenshots.py``.
 
 The chat page is that of a server which really runs, asked in a tab.
 """
@@ -12,24 +13,38 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 FOLDER = ROOT / "docs" / "images"
-PICTURES = (("desktop", "light", "replay"), ("phone", "dark", "replay"), ("desktop", "light", "running"),
-            ("desktop", "dark", "finished"), ("phone", "light", "running"))
+PICTURES = (
+    ("desktop", "light", "replay"),
+    ("phone", "dark", "replay"),
+    ("desktop", "light", "running"),
+    ("desktop", "dark", "finished"),
+    ("phone", "light", "running"),
+)
 SIZES = {"desktop": {"width": 900, "height": 780}, "phone": {"width": 390, "height": 780}}
 PROMPT, SEED, STEP = "Tell me a story about Leo the owl and a map.", "7", 8
 
 
 def main() -> None:
-    from mlx_diffgemma.cli import app
+    from mlx_diffgemma.cli.app import app
     from tests.browser import opened
     from tests.serving.process import serving
 
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright, serving() as (url, _):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sync_playwright() as playwright,
+        serving() as (url, _),
+    ):
         page = Path(folder, "trace.html")
         app(["generate", "-p", PROMPT, "--seed", SEED, "--trace", str(page)], standalone_mode=False)
         for size, scheme, what in PICTURES:
-            with opened(playwright, Path(folder, f"{what}-{size}-{scheme}"), viewport=SIZES[size], color_scheme=scheme,
-                        reduced_motion="reduce") as context:
+            with opened(
+                playwright,
+                Path(folder, f"{what}-{size}-{scheme}"),
+                viewport=SIZES[size],
+                color_scheme=scheme,
+                reduced_motion="reduce",
+            ) as context:
                 tab = context.new_page()
                 if what == "replay":
                     tab.goto(page.as_uri())
