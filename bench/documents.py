@@ -1,4 +1,7 @@
-"""Tables in docs/ are made from the records in bench/results/, between two marks, so that a figure stands in one place."""
+"""Writes the tables in docs/ from the records in bench/results/.
+
+Each table is between two marks, so that a figure is kept in one place only.
+"""
 
 from __future__ import annotations
 

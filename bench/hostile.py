@@ -1,14 +1,16 @@
-"""A server under attack: does a normal client still get its answers?
+"""Tests whether a normal client still gets its answers from a server under attack.
 
-nano is served on the loopback interface.  A normal client asks, first alone and then beside hostile
-requests of all kinds: schemas and expressions that are slow to compile, references that would be
-fetched, texts and pictures that take memory, bodies that come slowly, idle connections, and requests
-that want all rows.  Told at the end: how long the normal answers took, the resident memory before and
-after, and how long the server took to stop.
+nano is served on the loopback interface.  A normal client sends requests, first alone and then
+together with hostile requests of all kinds: schemas and expressions that are slow to compile,
+references that would have to be fetched, texts and pictures that take memory, bodies that arrive
+slowly, idle connections, and requests that want all rows.  The result holds the time of the normal
+answers, the resident memory of the server and its workers before and after, and the time the server
+took to stop.
 
     python bench/hostile.py --requests 200 --output hostile.json
 
-On Linux hostile clients have the address 127.0.0.2, elsewhere that of the normal one.
+The normal client runs in a separate process, so that it waits for the server alone.  On Linux
+hostile clients have the address 127.0.0.2; elsewhere they have the address of the normal client.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
+import multiprocessing
 import random
 import re
 import signal
@@ -31,7 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 HOSTILE = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 NORMAL = {
@@ -64,6 +68,7 @@ def doubling(levels: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def picture() -> str:
     from PIL import Image
 
@@ -158,10 +163,12 @@ def idle_connections(port: int, count: int) -> int:
 
 
 def resident(process: subprocess.Popen[str]) -> int:
+    """Bytes of the server and its workers."""
     told = subprocess.run(
-        ["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True, text=True, check=True
+        ["ps", "-A", "-o", "pid=,ppid=,rss="], capture_output=True, text=True, check=True
     )
-    return 1024 * int(told.stdout)
+    rows = [tuple(map(int, line.split())) for line in told.stdout.splitlines()]
+    return 1024 * sum(rss for pid, parent, rss in rows if process.pid in (pid, parent))
 
 
 @contextlib.contextmanager
@@ -187,7 +194,9 @@ def serving() -> Iterator[tuple[int, subprocess.Popen[str]]]:
         found = re.search(r"http://127\.0\.0\.1:([0-9]+)", process.stdout.readline())
         assert found is not None, "the server did not start"
         port = int(found[1])
+        end = time.monotonic() + 120
         while post(port, json.dumps(NORMAL).encode(), "127.0.0.1", 60) != 200:
+            assert time.monotonic() < end, "the server answers no normal request"
             time.sleep(0.1)
         yield port, process
     finally:
@@ -196,7 +205,13 @@ def serving() -> Iterator[tuple[int, subprocess.Popen[str]]]:
         process.wait()
 
 
-def normal_times(port: int, seconds: float, until: threading.Event | None = None) -> list[float]:
+class Flag(Protocol):
+    """An event of threads or of processes."""
+
+    def is_set(self) -> bool: ...
+
+
+def normal_times(port: int, seconds: float, until: Flag | None = None) -> list[float]:
     """Seconds each answer took, for a client that asks again as soon as it is answered."""
     times, end = [], time.monotonic() + seconds
     while time.monotonic() < end and not (until and until.is_set()):
@@ -207,10 +222,41 @@ def normal_times(port: int, seconds: float, until: threading.Event | None = None
     return times
 
 
+@contextlib.contextmanager
+def normal_client(port: int) -> Iterator[list[float]]:
+    """The times of a normal client that asks meanwhile; they are there afterwards."""
+    context, times = multiprocessing.get_context("spawn"), list[float]()
+    over, found = context.Event(), context.Queue()
+    client = context.Process(target=_normal_client, args=(port, over, found))
+    client.start()
+    assert found.get(timeout=60) == [], "the normal client did not start"
+    try:
+        yield times
+    finally:
+        over.set()
+        times += found.get(timeout=180)
+        client.join()
+
+
+def _normal_client(port: int, over: Flag, found: Any) -> None:
+    found.put([])
+    found.put(normal_times(port, 600, over))
+
+
+@functools.cache
+def fixed_bodies() -> dict[str, bytes]:
+    """Those that are the same each time, ready to be sent."""
+    varied = ("slow expression", "all rows")
+    return {
+        name: json.dumps(make()).encode() for name, make in bodies().items() if name not in varied
+    }
+
+
 def attack(port: int, count: int, seed: int) -> Counter[str]:
-    """``count`` hostile requests, AT_ONCE of them side by side; what came of them, by kind and status."""
-    kinds, chooser = bodies(), random.Random(seed)
-    made: dict[str, bytes] = {}
+    """``count`` hostile requests, AT_ONCE of them side by side; what came of them, by kind and
+    status.
+    """
+    made, kinds, chooser = fixed_bodies(), bodies(), random.Random(seed)
     names = [*kinds, "slow body", "idle connections"]
     left, seen, lock = (
         [names[n % len(names)] for n in range(count)],
@@ -225,11 +271,9 @@ def attack(port: int, count: int, seed: int) -> Counter[str]:
                 if not left:
                     return
                 name = left.pop()
-                body = (
-                    made.get(name) or json.dumps(kinds[name]()).encode() if name in kinds else b""
-                )
-                if name not in ("slow expression", "all rows"):  # which are other ones each time
-                    made[name] = body
+                body = made.get(name, b"")
+                if name in kinds and not body:
+                    body = json.dumps(kinds[name]()).encode()
             if name == "slow body":
                 status = slow_body(port)
             elif name == "idle connections":
@@ -249,17 +293,15 @@ def attack(port: int, count: int, seed: int) -> Counter[str]:
 
 def measured(requests: int, alone_seconds: float, seed: int) -> dict[str, Any]:
     with serving() as (port, process):
+        fixed_bodies()
         normal_times(port, 3)
-        alone = normal_times(port, alone_seconds)
+        with normal_client(port) as alone:
+            time.sleep(alone_seconds)
         before = resident(process)
-        over, beside = threading.Event(), list[float]()
-        normal = threading.Thread(target=lambda: beside.extend(normal_times(port, 600, over)))
-        normal.start()
-        began = time.monotonic()
-        seen = attack(port, requests, seed)
-        lasted = time.monotonic() - began
-        over.set()
-        normal.join()
+        with normal_client(port) as beside:
+            began = time.monotonic()
+            seen = attack(port, requests, seed)
+            lasted = time.monotonic() - began
         time.sleep(2)
         after = resident(process)
         threads = [threading.Thread(target=attack, args=(port, 8, seed + 1)) for _ in range(2)]

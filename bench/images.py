@@ -1,9 +1,13 @@
-"""What images and videos take: memory by the number of frames, and what the tower holds for one image at the released shape.
+"""Measures the memory that images and videos take.
+
+The figures are the memory by number of frames, and what the tower holds for one image at the
+released shape.
 
     python bench/images.py
 
-Videos go to nano-vision, 70 soft tokens a frame, with the prompt read in chunks; peaks are MLX's own and above the weights.  The
-tower has the released widths, random weights and two layers: what it holds at a time does not grow with their number.
+Videos go to nano-vision, at 70 soft tokens a frame, and the prompt is read in chunks.  Peaks are
+MLX's own figures, without the weights.  The tower has the released widths, random weights and two
+layers, because the memory that it holds at a time does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -21,21 +25,29 @@ from documents import put_table
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_diffgemma import chat_ids, load, nano, user_message
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.config import VisionConfig
+from mlx_diffgemma.decoding.loop import Loop
+from mlx_diffgemma.decoding.session import Session
 from mlx_diffgemma.device import describe
-from mlx_diffgemma.draws import Draws
-from mlx_diffgemma.images import BUDGETS, Image, fitting_size
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.prompt import place
-from mlx_diffgemma.session import Loop, Session
-from mlx_diffgemma.video import Film
-from mlx_diffgemma.vision import VisionTower
+from mlx_diffgemma.media.images import BUDGETS, Image, fitting_size
+from mlx_diffgemma.media.prompt import place
+from mlx_diffgemma.media.video import Film
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.model.config import VisionConfig
+from mlx_diffgemma.model.vision import VisionTower
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
 
 RESULTS = Path(__file__).parent / "results" / "images.json"
 FRAMES, CHUNKS = (1, 10, 20, 40, 60), (512, 2048)
-RELEASED = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2, "num_attention_heads": 16,
-            "num_key_value_heads": 16, "head_dim": 72, "standardize": True}
+RELEASED = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "standardize": True,
+}
 
 
 def noise(config: VisionConfig, budget: int, seed: int) -> Image:
@@ -47,12 +59,22 @@ def noise(config: VisionConfig, budget: int, seed: int) -> Image:
 
 def video(model: Any, tokenizer: Any, frames: int, chunk: int) -> dict[str, Any]:
     """One answer of one canvas to a question about a video."""
-    film = Film(tuple(noise(model.config.vision, 70, i) for i in range(frames)), tuple(map(float, range(frames))))
+    film = Film(
+        tuple(noise(model.config.vision, 70, i) for i in range(frames)),
+        tuple(map(float, range(frames))),
+    )
     asked = chat_ids(tokenizer, [user_message("What is shown at 00:01?", 1)])
     ids, images = place(asked, [film], model.config.image_tokens, tokenizer)
     generation = model.config.generation
-    session = Session(model, ids, ReferencePolicy.from_config(generation), Draws(0, model.config.text.vocab_size),
-                      generation.eos_token_ids, 64, images=images)
+    session = Session(
+        model,
+        ids,
+        ReferencePolicy.from_config(generation),
+        Draws(0, model.config.text.vocab_size),
+        generation.eos_token_ids,
+        64,
+        images=images,
+    )
     gc.collect()
     mx.clear_cache()
     before, began = mx.get_active_memory(), time.perf_counter()
@@ -60,15 +82,27 @@ def video(model: Any, tokenizer: Any, frames: int, chunk: int) -> dict[str, Any]
     loop = Loop(model, [session], chunk)
     while loop.active:
         loop.advance()
-    return {"frames": frames, "chunk": chunk, "tokens": len(ids), "peak_bytes": mx.get_peak_memory() - before,
-            "cache_bytes": session.cache.nbytes, "pixel_bytes": sum(i.image.pixels.nbytes for i in images),
-            "prefill_seconds": round(session.prefill_seconds, 2), "seconds": round(time.perf_counter() - began, 2)}
+    return {
+        "frames": frames,
+        "chunk": chunk,
+        "tokens": len(ids),
+        "peak_bytes": mx.get_peak_memory() - before,
+        "cache_bytes": session.cache.nbytes,
+        "pixel_bytes": sum(i.image.pixels.nbytes for i in images),
+        "prefill_seconds": round(session.prefill_seconds, 2),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
 
 
 def tower(budget: int) -> dict[str, Any]:
     config = VisionConfig.from_dict(RELEASED)
     net = VisionTower(config)
-    net.update(tree_map(lambda x: mx.random.normal(x.shape) * x.shape[-1] ** -0.5 if x.ndim > 1 else x, net.parameters()))
+    net.update(
+        tree_map(
+            lambda x: mx.random.normal(x.shape) * x.shape[-1] ** -0.5 if x.ndim > 1 else x,
+            net.parameters(),
+        )
+    )
     mx.eval(net.parameters())
     image = noise(config, budget, 0)
     gc.collect()
@@ -76,20 +110,35 @@ def tower(budget: int) -> dict[str, Any]:
     before, began = mx.get_active_memory(), time.perf_counter()
     mx.reset_peak_memory()
     mx.eval(net(mx.array(image.patches), image.grid))
-    return {"budget": budget, "soft_tokens": image.soft_tokens, "patches": len(image.patches),
-            "peak_bytes": mx.get_peak_memory() - before, "seconds": round(time.perf_counter() - began, 2),
-            "weights": sum(value.size for _, value in tree_flatten(net.parameters()))}
+    return {
+        "budget": budget,
+        "soft_tokens": image.soft_tokens,
+        "patches": len(image.patches),
+        "peak_bytes": mx.get_peak_memory() - before,
+        "seconds": round(time.perf_counter() - began, 2),
+        "weights": sum(value.size for _, value in tree_flatten(net.parameters())),
+    }
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = ["| frames | tokens of the prompt | chunk | peak above the weights, MB | cache, MB | frames kept, MB |",
-             "|---|---|---|---|---|---|"]
-    lines += [f"| {row['frames']} | {row['tokens']:,} | {row['chunk']:,} | {row['peak_bytes'] / 1e6:.1f} | "
-              f"{row['cache_bytes'] / 1e6:.1f} | {row['pixel_bytes'] / 1e6:.1f} |" for row in record["videos"]]
-    lines += ["", "| budget | soft tokens | patches | peak of the released tower above its weights, float32, MB |",
-              "|---|---|---|---|"]
-    lines += [f"| {row['budget']} | {row['soft_tokens']} | {row['patches']:,} | {row['peak_bytes'] / 1e6:.0f} |"
-              for row in record["tower"]]
+    lines = [
+        "| frames | tokens of the prompt | chunk | peak above the weights, MB | cache, MB | frames kept, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['frames']} | {row['tokens']:,} | {row['chunk']:,} | {row['peak_bytes'] / 1e6:.1f} | "
+        f"{row['cache_bytes'] / 1e6:.1f} | {row['pixel_bytes'] / 1e6:.1f} |"
+        for row in record["videos"]
+    ]
+    lines += [
+        "",
+        "| budget | soft tokens | patches | peak of the released tower above its weights, float32, MB |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['budget']} | {row['soft_tokens']} | {row['patches']:,} | {row['peak_bytes'] / 1e6:.0f} |"
+        for row in record["tower"]
+    ]
     return "\n".join(lines)
 
 
@@ -100,9 +149,12 @@ def main() -> None:
     model, tokenizer = load(nano.VISION)
     mx.eval(model.parameters(), Cache(model.config.text).arrays)
     video(model, tokenizer, 1, 512)  # what is compiled once
-    record = {"machine": describe(model.dtype), "model": nano.VISION_VERSION,
-              "videos": [video(model, tokenizer, frames, chunk) for chunk in CHUNKS for frames in FRAMES],
-              "tower": [tower(budget) for budget in BUDGETS]}
+    record = {
+        "machine": describe(model.dtype),
+        "model": nano.VISION_VERSION,
+        "videos": [video(model, tokenizer, frames, chunk) for chunk in CHUNKS for frames in FRAMES],
+        "tower": [tower(budget) for budget in BUDGETS],
+    }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     put_table("images.md", "images.py", table(record))
     print(table(record))

@@ -1,12 +1,15 @@
-"""How many kernels Metal would start for a denoising step, a step with a commit, and one token left to right.
+"""Counts the kernels that Metal would start.
+
+They are counted for a denoising step, a step with a commit, and one token left to right.
 
     python bench/launches.py            # ours, mlx-vlm's step and mlx-lm's token: the table in docs/speed.md
     python bench/launches.py --details  # each primitive of each part too
 
-The graphs are those of the released shape with the recipe ``4bit``, in bfloat16, after 1,200 tokens.  They are only built:
-no weight is evaluated, so this needs neither a GPU nor the memory of the model.  A kernel is a primitive that is no view
-of its input; what ``mx.compile`` fused counts once.  Where MLX's Metal backend has one kernel and its CPU backend several
-primitives (the fused norm, rotation and attention), a stand-in of one primitive takes the place of these.
+The graphs are those of the released shape with the recipe ``4bit``, in bfloat16, after 1,200
+tokens.  They are only built, and no weight is evaluated, so neither a GPU nor the memory of the
+model is needed.  Every primitive that is not a view of its input counts as a kernel; what
+``mx.compile`` fused counts once.  Where MLX's Metal backend has one kernel and its CPU backend has
+several primitives (the fused norm, rotation and attention), one primitive stands in for them.
 """
 
 from __future__ import annotations
@@ -31,17 +34,32 @@ from documents import put_table
 from mlx.utils import tree_flatten, tree_unflatten
 from synthetic import quantise_as
 
-from mlx_diffgemma import conditioning
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.conditioning import Belief
-from mlx_diffgemma.config import ModelConfig, released_config
-from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.sampler import Before
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.model.config import ModelConfig, released_config
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling import self_conditioning
+from mlx_diffgemma.sampling.policy import ReferencePolicy
+from mlx_diffgemma.sampling.sampler import Before
+from mlx_diffgemma.sampling.self_conditioning import Belief
 
 RESULTS = Path(__file__).parent / "results" / "launches.json"
-VIEWS = frozenset(("Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze",
-                   "StopGradient", "Transpose", "Unflatten", "View"))
+VIEWS = frozenset(
+    (
+        "Broadcast",
+        "BroadcastAxes",
+        "Depends",
+        "ExpandDims",
+        "Flatten",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "StopGradient",
+        "Transpose",
+        "Unflatten",
+        "View",
+    )
+)
 COVERAGE = 1 - 1e-6
 UNCERTAIN = 20  # canvas positions whose self-conditioning takes the whole vocabulary
 VECTOR_ROWS = 8  # up to here Metal has an attention kernel for one row at a time
@@ -49,7 +67,9 @@ VECTOR_ROWS = 8  # up to here Metal has an attention kernel for one row at a tim
 
 @dataclass(frozen=True)
 class Count:
-    """What one graph starts: all ``kernels``, the ``casts`` among them, and the processor seconds that building it took."""
+    """What one graph starts: all ``kernels``, the ``casts`` among them, and the processor seconds
+    that building it took.
+    """
 
     kernels: int
     casts: int
@@ -71,7 +91,9 @@ class MetalDevice:
 
 @contextlib.contextmanager
 def as_on_metal() -> Iterator[None]:
-    """Build graphs as on a Mac's GPU, with one primitive for each of Metal's fused kernels.  They cannot be evaluated."""
+    """Build graphs as on a Mac's GPU, with one primitive for each of Metal's fused kernels.  They
+    cannot be evaluated.
+    """
     real_attention = mx.fast.scaled_dot_product_attention
 
     def one(x: mx.array, *others: mx.array | None) -> mx.array:
@@ -96,9 +118,13 @@ def as_on_metal() -> Iterator[None]:
             return one(queries, keys, values)
         return real_attention(queries, keys, values, **options)
 
-    with (mock.patch.object(mx, "default_device", MetalDevice), mock.patch.object(mx.fast, "rms_norm", norm),
-          mock.patch.object(mx.fast, "rope", rope), mock.patch.object(mx, "dequantize", dequantize),
-          mock.patch.object(mx.fast, "scaled_dot_product_attention", attention)):
+    with (
+        mock.patch.object(mx, "default_device", MetalDevice),
+        mock.patch.object(mx.fast, "rms_norm", norm),
+        mock.patch.object(mx.fast, "rope", rope),
+        mock.patch.object(mx, "dequantize", dequantize),
+        mock.patch.object(mx.fast, "scaled_dot_product_attention", attention),
+    ):
         yield
 
 
@@ -110,8 +136,12 @@ def primitives(arrays: Sequence[mx.array]) -> collections.Counter[str]:
     return collections.Counter(re.findall(r'label ="([^"]+)"', text))
 
 
-def count(build: Callable[[], Sequence[mx.array]], leaves: Sequence[mx.array], repeats: int = 1) -> Count:
-    """What the graph that ``build`` returns starts beyond ``leaves``; the time is the least of ``repeats``."""
+def count(
+    build: Callable[[], Sequence[mx.array]], leaves: Sequence[mx.array], repeats: int = 1
+) -> Count:
+    """What the graph that ``build`` returns starts beyond ``leaves``; the time is the least of
+    ``repeats``.
+    """
     before = primitives(leaves)
     seconds = []
     for _ in range(repeats):
@@ -134,7 +164,10 @@ def shortened(layers: int) -> ModelConfig:
 def lazy_model(config: ModelConfig, recipe: str) -> DiffusionGemma:
     """A model in bfloat16 whose weights are never computed."""
     model = DiffusionGemma(config)
-    leaves = [(name, mx.zeros(value.shape, dtype=mx.bfloat16)) for name, value in tree_flatten(model.parameters())]
+    leaves = [
+        (name, mx.zeros(value.shape, dtype=mx.bfloat16))
+        for name, value in tree_flatten(model.parameters())
+    ]
     model.update(tree_unflatten(leaves))
     nn.quantize(model, class_predicate=quantise_as(recipe))
     model.join()
@@ -159,13 +192,15 @@ class Ours:
 
     def belief(self) -> Belief:
         shape = (1, self.length)
-        logits = mx.broadcast_to(mx.array(np.zeros((1, 1, 1), np.float32)), (*shape, self.config.text.vocab_size))
+        logits = mx.broadcast_to(
+            mx.array(np.zeros((1, 1, 1), np.float32)), (*shape, self.config.text.vocab_size)
+        )
         kept = mx.array(np.zeros((*shape, 64), np.int32))
         return Belief(logits, mx.array([0.5]), kept, mx.array(np.zeros(shape, bool)), [UNCERTAIN])
 
     def step(self, commit: bool = False) -> list[mx.array]:
         """Self-conditioning, the forward, the sampler."""
-        soft = conditioning.soft_embedding(self.model, self.belief())
+        soft = self_conditioning.soft_embedding(self.model, self.belief())
         return self.forward(soft[0], commit)
 
     def forward(self, soft: mx.array, commit: bool = False) -> list[mx.array]:
@@ -173,10 +208,21 @@ class Ours:
         commits = [mx.array(np.zeros((self.length,), np.int32))] if commit else ()
         cache = self.cache.copy()
         out = self.model.denoise(self.canvas, [cache], soft, lengths=[self.length], commits=commits)
-        before = Before(self.canvas[None], mx.array(np.zeros(shape, bool)),
-                        mx.array(np.full((1, self.policy.stability, self.length), -1, np.int32)))
-        step = ReferencePolicy.sample([self.policy], [1], [self.length], out.logits[None], np.zeros(shape, np.float32),
-                                      np.zeros(shape, np.int32), before, mx.array([1, 106]))
+        before = Before(
+            self.canvas[None],
+            mx.array(np.zeros(shape, bool)),
+            mx.array(np.full((1, self.policy.stability, self.length), -1, np.int32)),
+        )
+        step = ReferencePolicy.sample(
+            [self.policy],
+            [1],
+            [self.length],
+            out.logits[None],
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.int32),
+            before,
+            mx.array([1, 106]),
+        )
         return [*(array for array in step if array is not None), *cache.arrays]
 
     def token(self) -> list[mx.array]:
@@ -190,7 +236,9 @@ class Ours:
 
 def our_counts(model: DiffusionGemma, context: int, repeats: int = 1) -> dict[str, Count]:
     ours = Ours(model, context)
-    signal = mx.array(np.zeros((ours.length, ours.config.text.hidden_size), np.float32)).astype(model.dtype)
+    signal = mx.array(np.zeros((ours.length, ours.config.text.hidden_size), np.float32)).astype(
+        model.dtype
+    )
     return {
         "forward and sampler": count(lambda: ours.forward(signal), [*ours.leaves, signal], repeats),
         "step": count(ours.step, ours.leaves, repeats),
@@ -214,8 +262,12 @@ def vlm_counts(model: DiffusionGemma, recipe: str, context: int, repeats: int) -
     def step() -> list[mx.array]:
         mx.random.seed(0)  # else the key hangs on all the numbers that were drawn before
         believed = mx.broadcast_to(scaled, (1, length, vocabulary))
-        signal = theirs.diffusion_self_conditioning(believed, theirs.diffusion_prepare_self_conditioning())
-        logits = theirs.diffusion_decoder_logits(canvas, cache=cache, self_conditioning=signal, decoder_attention_mask=masks)
+        signal = theirs.diffusion_self_conditioning(
+            believed, theirs.diffusion_prepare_self_conditioning()
+        )
+        logits = theirs.diffusion_decoder_logits(
+            canvas, cache=cache, self_conditioning=signal, decoder_attention_mask=masks
+        )
         return their_step(logits, canvas, vocabulary)
 
     leaves = [value for _, value in tree_flatten(theirs.parameters())]
@@ -227,13 +279,24 @@ def lm_counts(config: ModelConfig, recipe: str, context: int, repeats: int) -> d
     from mlx_lm.models import gemma4_text
 
     raw = dict(config.raw["text_config"]) | {
-        "model_type": "gemma4_text", "enable_moe_block": True, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 1, "use_double_wide_mlp": False,
+        "model_type": "gemma4_text",
+        "enable_moe_block": True,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 1,
+        "use_double_wide_mlp": False,
         "num_hidden_layers": len(config.text.layers),
-        "layer_types": [layer.kind for layer in config.text.layers]}
+        "layer_types": [layer.kind for layer in config.text.layers],
+    }
     names = gemma4_text.ModelArgs.__dataclass_fields__
-    theirs = gemma4_text.Model(gemma4_text.ModelArgs(**{key: value for key, value in raw.items() if key in names}))
-    lazily = [(name, mx.zeros(value.shape, dtype=mx.bfloat16)) for name, value in tree_flatten(theirs.parameters())]
+    theirs = gemma4_text.Model(
+        gemma4_text.ModelArgs(**{key: value for key, value in raw.items() if key in names})
+    )
+    lazily = [
+        (name, mx.zeros(value.shape, dtype=mx.bfloat16))
+        for name, value in tree_flatten(theirs.parameters())
+    ]
     theirs.update(tree_unflatten(lazily))
     nn.quantize(theirs, class_predicate=_as_ours(quantise_as(recipe)))
     cache = theirs.make_cache()
@@ -241,7 +304,9 @@ def lm_counts(config: ModelConfig, recipe: str, context: int, repeats: int) -> d
     before = _arrays(cache)
 
     def token() -> list[mx.array]:
-        for entry, keys, values in zip(cache, before[::2], before[1::2], strict=True):  # as it was, for every repeat
+        for entry, keys, values in zip(
+            cache, before[::2], before[1::2], strict=True
+        ):  # as it was, for every repeat
             entry.keys, entry.values = mx.stop_gradient(keys), mx.stop_gradient(values)
         logits = theirs(mx.array([[5]]), cache=cache)[:, -1]
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -258,9 +323,13 @@ def _arrays(caches: Sequence[Any]) -> list[mx.array]:
 
 def _as_ours(predicate: Callable[[str, nn.Module], Any]) -> Callable[[str, nn.Module], Any]:
     """``predicate`` asked under our names for mlx-lm's modules."""
+
     def renamed(path: str, module: nn.Module) -> Any:
-        for theirs, ours in (("switch_glu.gate_proj", "gate_up_proj"), ("switch_glu.up_proj", "gate_up_proj"),
-                             ("switch_glu.down_proj", "down_proj")):
+        for theirs, ours in (
+            ("switch_glu.gate_proj", "gate_up_proj"),
+            ("switch_glu.up_proj", "gate_up_proj"),
+            ("switch_glu.down_proj", "down_proj"),
+        ):
             path = path.replace(theirs, ours)
         return predicate(path.replace("model.", "model.decoder.", 1), module)
 
@@ -270,19 +339,25 @@ def _as_ours(predicate: Callable[[str, nn.Module], Any]) -> Callable[[str, nn.Mo
 def table(record: dict[str, Any]) -> str:
     lines = ["| what | kernels | of these casts | graph built in, ms |", "|---|---|---|---|"]
     for side, rows in record["sides"].items():
-        lines += [f"| {side}: {name} | {row['kernels']:,} | {row['casts']:,} | {1000 * row['seconds']:.1f} |"
-                  for name, row in rows.items()]
+        lines += [
+            f"| {side}: {name} | {row['kernels']:,} | {row['casts']:,} | {1000 * row['seconds']:.1f} |"
+            for name, row in rows.items()
+        ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="4bit")
     parser.add_argument("--context", type=int, default=1200)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--details", action="store_true", help="print each primitive")
-    parser.add_argument("--ours", action="store_true", help="leave the other implementations out and record nothing")
+    parser.add_argument(
+        "--ours", action="store_true", help="leave the other implementations out and record nothing"
+    )
     arguments = parser.parse_args()
     if not arguments.ours:
         import rivals  # noqa: F401 (mlx-vlm asks for the device when it is imported)
@@ -296,16 +371,39 @@ def main() -> None:
             sides["mlx-lm"] = lm_counts(config, recipe, context, repeats)
     for side, rows in sides.items():
         for name, row in rows.items():
-            print(f"{side:14} {name:22} {row.kernels:6,} kernels, {row.casts:5,} casts, built in {1000 * row.seconds:.1f} ms")
+            print(
+                f"{side:14} {name:22} {row.kernels:6,} kernels, {row.casts:5,} casts, built in {1000 * row.seconds:.1f} ms"
+            )
             if arguments.details:
-                print("".join(f"      {number:5} {primitive[:100]}\n" for primitive, number in row.primitives.items()), end="")
-    figures = {side: {name: vars(row) for name, row in rows.items()} for side, rows in sides.items()}
-    record = {"command": "python bench/launches.py", "recipe": recipe, "context": context, "layers": arguments.layers,
-              "mlx": mx.__version__, "sides": figures}
+                print(
+                    "".join(
+                        f"      {number:5} {primitive[:100]}\n"
+                        for primitive, number in row.primitives.items()
+                    ),
+                    end="",
+                )
+    figures = {
+        side: {name: vars(row) for name, row in rows.items()} for side, rows in sides.items()
+    }
+    record = {
+        "command": "python bench/launches.py",
+        "recipe": recipe,
+        "context": context,
+        "layers": arguments.layers,
+        "mlx": mx.__version__,
+        "sides": figures,
+    }
     if not arguments.ours:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         put_table("speed.md", "launches.py", table(record))
-    print(json.dumps({side: {name: row.kernels for name, row in rows.items()} for side, rows in sides.items()}))
+    print(
+        json.dumps(
+            {
+                side: {name: row.kernels for name, row in rows.items()}
+                for side, rows in sides.items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

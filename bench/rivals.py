@@ -1,14 +1,17 @@
-"""The same weights, prompts and draws through mlx-vlm and through this package, in one process, run after run in turn.
+"""Compares this package with mlx-vlm and mlx-lm, with the same weights, prompts and draws.
+
+Both sides run in one process, in turn.
 
     python bench/rivals.py --parts              # the released widths: self-conditioning, sampler, head, one layer of each kind
     python bench/rivals.py --step               # a whole step of a mid-size model, dense and 4-bit
     python bench/rivals.py --answers            # nano end to end, greedy, both with the same numbers for renoising
     python bench/rivals.py --left-to-right      # causal decoding: ours, and mlx-lm's Gemma 4 of equal shape
 
-Each pair runs both once; ratios are taken pair by pair, the median and the range of them are printed.  Ratios above 1 say
-that this package is faster.  mlx-vlm runs its entropy-bound sampler with the checkpoint's numbers; its draws are replaced by
-ours for ``--answers``, so that both take the same steps to the same tokens.  Without ``--parts`` to ``--left-to-right`` all
-four run.  The last line is one JSON record.
+Each pair runs both sides once.  Ratios are taken pair by pair; their median and range are printed.
+A ratio above 1 means that this package is faster.  mlx-vlm runs its entropy-bound sampler with the
+checkpoint's numbers.  For ``--answers`` its draws are replaced by ours, so that both take the same
+steps to the same tokens.  Without one of the four options all four run.  The last line is one JSON
+record.
 """
 
 from __future__ import annotations
@@ -33,46 +36,78 @@ from mlx_vlm.models import diffusion_gemma as rival
 from mlx_vlm.utils import update_module_configs
 from synthetic import canvas_logits, quantise_as, random_model
 
-from mlx_diffgemma import batch_generate, chat_ids, conditioning, cost, nano, stream_generate
-from mlx_diffgemma.cache import Cache
-from mlx_diffgemma.conditioning import Belief
-from mlx_diffgemma.config import ModelConfig, released_config
-from mlx_diffgemma.convert import convert
+from mlx_diffgemma import batch_generate, chat_ids, nano, stream_generate
+from mlx_diffgemma.checkpoint.convert import convert
 from mlx_diffgemma.device import describe
-from mlx_diffgemma.draws import Draws
+from mlx_diffgemma.estimate import cost
 from mlx_diffgemma.evaluation.tasks import tasks_named
-from mlx_diffgemma.generate import load
-from mlx_diffgemma.model import DiffusionGemma, Segment, rope_table
-from mlx_diffgemma.policy import ReferencePolicy
-from mlx_diffgemma.sampler import Before, Flag, SamplerStep
+from mlx_diffgemma.generation.load import load
+from mlx_diffgemma.model.attention import Segment, rope_table
+from mlx_diffgemma.model.cache import Cache
+from mlx_diffgemma.model.config import ModelConfig, released_config
+from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffgemma.sampling import self_conditioning as conditioning
+from mlx_diffgemma.sampling.draws import Draws
+from mlx_diffgemma.sampling.policy import ReferencePolicy
+from mlx_diffgemma.sampling.sampler import Before, Flag, SamplerStep
+from mlx_diffgemma.sampling.self_conditioning import Belief
 
 RESULTS = Path(__file__).parent / "results" / "rivals.json"
 COVERAGE = 1 - 1e-6
 TEMPERATURE = 0.6
-MID_SIZE = {"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256, "num_experts": 32, "top_k_experts": 4,
-            "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2,
-            "head_dim": 64, "global_head_dim": 128, "sliding_window": 512, "vocab_size": 65_536}
+MID_SIZE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_experts": 32,
+    "top_k_experts": 4,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "sliding_window": 512,
+    "vocab_size": 65_536,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = {"parts": parts, "step": steps, "answers": answers, "left_to_right": left_to_right}
     for kind in kinds:
         parser.add_argument(f"--{kind.replace('_', '-')}", action="store_true")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--certain", default="0,0.5,0.9,0.985,1", help="shares of certain positions for self-conditioning")
-    parser.add_argument("--table", action="store_true", help="only make the table in docs/speed.md from the record")
+    parser.add_argument(
+        "--certain",
+        default="0,0.5,0.9,0.985,1",
+        help="shares of certain positions for self-conditioning",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="only make the table in docs/speed.md from the record"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    chosen = [] if arguments.table else [kind for kind in kinds if getattr(arguments, kind)] or list(kinds)
-    record: dict[str, Any] = json.loads(arguments.output.read_text("utf-8")) if arguments.output.exists() else {}
+    chosen = (
+        []
+        if arguments.table
+        else [kind for kind in kinds if getattr(arguments, kind)] or list(kinds)
+    )
+    record: dict[str, Any] = (
+        json.loads(arguments.output.read_text("utf-8")) if arguments.output.exists() else {}
+    )
     for kind in chosen:
         print(kind.replace("_", " "), flush=True)
         rows = {}
         for name, row in kinds[kind](arguments):
             rows[name] = row
-            print(f"  {name:58} ours {1000 * row['ours']:10,.2f} ms, theirs {1000 * row['theirs']:10,.2f} ms, ratio "
-                  f"{row['ratio']:6.2f} ({row['lowest']:.2f} to {row['highest']:.2f})  {row.get('note', '')}", flush=True)
+            print(
+                f"  {name:58} ours {1000 * row['ours']:10,.2f} ms, theirs {1000 * row['theirs']:10,.2f} ms, ratio "
+                f"{row['ratio']:6.2f} ({row['lowest']:.2f} to {row['highest']:.2f})  {row.get('note', '')}",
+                flush=True,
+            )
         record[kind] = {"rows": rows, "pairs": arguments.pairs, "machine": describe(mx.float32)}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.output == RESULTS:
@@ -83,12 +118,17 @@ def main() -> None:
 def table(record: dict[str, Any]) -> str:
     lines = ["| what | ours, ms | theirs, ms | ratio (range) | |", "|---|---|---|---|---|"]
     for kind in record.values():
-        lines += [f"| {name} | {1000 * row['ours']:,.2f} | {1000 * row['theirs']:,.2f} | {row['ratio']:.2f} "
-                  f"({row['lowest']:.2f} to {row['highest']:.2f}) | {row.get('note', '')} |" for name, row in kind["rows"].items()]
+        lines += [
+            f"| {name} | {1000 * row['ours']:,.2f} | {1000 * row['theirs']:,.2f} | {row['ratio']:.2f} "
+            f"({row['lowest']:.2f} to {row['highest']:.2f}) | {row.get('note', '')} |"
+            for name, row in kind["rows"].items()
+        ]
     return "\n".join(lines)
 
 
-def pairs(ours: Callable[[], Any], theirs: Callable[[], Any], count: int, note: str = "") -> dict[str, Any]:
+def pairs(
+    ours: Callable[[], Any], theirs: Callable[[], Any], count: int, note: str = ""
+) -> dict[str, Any]:
     """Seconds (medians) and ratios of runs in turn, after one of each to warm up."""
     times: list[tuple[float, float]] = []
     for pair in range(count + 1):
@@ -100,14 +140,21 @@ def pairs(ours: Callable[[], Any], theirs: Callable[[], Any], count: int, note: 
         if pair:
             times.append((both[0], both[1]))
     ratios = [b / a for a, b in times]
-    return {"ours": statistics.median(a for a, _ in times), "theirs": statistics.median(b for _, b in times),
-            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)} | ({"note": note} if note else {})
+    return {
+        "ours": statistics.median(a for a, _ in times),
+        "theirs": statistics.median(b for _, b in times),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    } | ({"note": note} if note else {})
 
 
 def shaped(changes: dict[str, Any]) -> ModelConfig:
     """The released config with other numbers."""
     raw = dict(released_config().raw)
-    text = {key: value for key, value in raw["text_config"].items() if key != "layer_types"} | changes
+    text = {
+        key: value for key, value in raw["text_config"].items() if key != "layer_types"
+    } | changes
     return ModelConfig.from_dict(raw | {"text_config": text, "vision_config": None})
 
 
@@ -115,9 +162,16 @@ def twin(model: DiffusionGemma, recipe: str | None) -> Any:
     """mlx-vlm's model over the very same arrays."""
     raw = json.loads(json.dumps(model.config.raw)) | {"audio_config": {}}
     count = raw["text_config"]["num_hidden_layers"]
-    raw["text_config"].setdefault("layer_types", ["full_attention" if (i + 1) % 6 == 0 or i + 1 == count else "sliding_attention"
-                                                  for i in range(count)])
-    config = update_module_configs(rival.ModelConfig.from_dict(raw), rival, raw, ["text", "vision", "audio"])
+    raw["text_config"].setdefault(
+        "layer_types",
+        [
+            "full_attention" if (i + 1) % 6 == 0 or i + 1 == count else "sliding_attention"
+            for i in range(count)
+        ],
+    )
+    config = update_module_configs(
+        rival.ModelConfig.from_dict(raw), rival, raw, ["text", "vision", "audio"]
+    )
     theirs = rival.Model(config)
     if recipe:
         nn.quantize(theirs, class_predicate=quantise_as(recipe))
@@ -126,14 +180,18 @@ def twin(model: DiffusionGemma, recipe: str | None) -> Any:
 
 
 def their_step(logits: mx.array, canvas: mx.array, vocabulary: int) -> list[mx.array]:
-    """What mlx-vlm makes of raw logits at a sampled step that is not stable yet: temperature, argmax, draw, entropy, acceptance.
+    """What mlx-vlm makes of raw logits at a sampled step that is not stable yet: temperature,
+    argmax, draw, entropy, acceptance.
 
-    At a stable step it computes the entropy a second time, for the stop rule; that is left out here.
+    At a stable step it computes the entropy a second time, for the stop rule; that is left out
+    here.
     """
     scaled = logits / TEMPERATURE
     argmax = mx.argmax(scaled, axis=-1)
     drawn = rival_loop._diffusion_sample_canvas(scaled, mx.int32, 1.0)
-    mask = rival_loop._diffusion_entropy_transfer_mask(rival_loop._diffusion_token_entropy(scaled), 0.1)
+    mask = rival_loop._diffusion_entropy_transfer_mask(
+        rival_loop._diffusion_token_entropy(scaled), 0.1
+    )
     noise = rival_loop._diffusion_initialize_canvas(1, canvas.shape[1], vocabulary, mx.int32)
     return [mx.where(mask, mx.where(mask, drawn, canvas), noise), argmax, mx.all(argmax == canvas)]
 
@@ -146,7 +204,9 @@ def our_step(policy: ReferencePolicy, logits: mx.array, canvas: mx.array) -> Sam
     length = canvas.shape[1]
     u = np.random.default_rng(0).random((1, length)).astype(np.float32)
     before = Before(canvas, canvas < 0, canvas[None])
-    return ReferencePolicy.sample([policy], [24], [length], logits, u, np.zeros((1, length), np.int32), before, mx.array([1]))
+    return ReferencePolicy.sample(
+        [policy], [24], [length], logits, u, np.zeros((1, length), np.int32), before, mx.array([1])
+    )
 
 
 def parts(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,50 +219,94 @@ def parts(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]
     yield from layer_parts(model, theirs, arguments.pairs)
 
 
-def believed(model: DiffusionGemma, certain: float, coverage: float | None) -> tuple[Belief, mx.array, str]:
+def believed(
+    model: DiffusionGemma, certain: float, coverage: float | None
+) -> tuple[Belief, mx.array, str]:
     """A belief of stated certainty, the scaled logits behind it, and what to say of it."""
     logits = canvas_logits(model.config, certain)
     policy = ReferencePolicy.from_config(model.config.generation, coverage=coverage)
     step = our_step(policy, logits, mx.zeros(logits.shape[:2], dtype=mx.int32))
     uncovered = int(step.flags[0, Flag.UNCOVERED].item())
-    belief, scaled = Belief(logits, mx.array([TEMPERATURE]), step.kept, step.uncovered, [uncovered]), logits / TEMPERATURE
+    belief, scaled = (
+        Belief(logits, mx.array([TEMPERATURE]), step.kept, step.uncovered, [uncovered]),
+        logits / TEMPERATURE,
+    )
     mx.eval(logits, scaled, [array for array in (step.kept, step.uncovered) if array is not None])
     share = 1.0 if coverage is None else uncovered / logits.shape[1]
-    return belief, scaled, f"mean entropy {step.entropy.mean().item():.2f} nats, {share:.1%} fall back"
+    return (
+        belief,
+        scaled,
+        f"mean entropy {step.entropy.mean().item():.2f} nats, {share:.1%} fall back",
+    )
 
 
-def self_conditioning(model: DiffusionGemma, theirs: Any, certain: float, count: int) -> tuple[str, dict[str, Any]]:
+def self_conditioning(
+    model: DiffusionGemma, theirs: Any, certain: float, count: int
+) -> tuple[str, dict[str, Any]]:
     belief, scaled, note = believed(model, certain, COVERAGE)
     context = theirs.diffusion_prepare_self_conditioning()
-    return (f"self-conditioning, {certain:.0%} of positions certain",
-            pairs(lambda: conditioning.soft_embedding(model, belief), lambda: theirs.diffusion_self_conditioning(scaled, context),
-                  count, note))
+    return (
+        f"self-conditioning, {certain:.0%} of positions certain",
+        pairs(
+            lambda: conditioning.soft_embedding(model, belief),
+            lambda: theirs.diffusion_self_conditioning(scaled, context),
+            count,
+            note,
+        ),
+    )
 
 
-def vocabulary_parts(model: DiffusionGemma, theirs: Any, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def vocabulary_parts(
+    model: DiffusionGemma, theirs: Any, count: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Everything of a step that runs over the vocabulary."""
     config, context = model.config, theirs.diffusion_prepare_self_conditioning()
-    length, vocabulary, hidden = config.canvas_length, config.text.vocab_size, config.text.hidden_size
+    length, vocabulary, hidden = (
+        config.canvas_length,
+        config.text.vocab_size,
+        config.text.hidden_size,
+    )
     belief, scaled, _ = believed(model, 0.9, None)
-    yield ("self-conditioning, dense",
-           pairs(lambda: conditioning.soft_embedding(model, belief), lambda: theirs.diffusion_self_conditioning(scaled, context),
-                 count))
+    yield (
+        "self-conditioning, dense",
+        pairs(
+            lambda: conditioning.soft_embedding(model, belief),
+            lambda: theirs.diffusion_self_conditioning(scaled, context),
+            count,
+        ),
+    )
     canvas, logits = mx.random.randint(0, vocabulary, (1, length)), belief.logits
     for name, coverage in (("sampler", None), ("sampler, with the most probable tokens", COVERAGE)):
         policy = ReferencePolicy.from_config(config.generation, coverage=coverage)
-        yield (name, pairs(partial(sampled, policy, logits, canvas), lambda: their_step(logits, canvas, vocabulary), count))
+        yield (
+            name,
+            pairs(
+                partial(sampled, policy, logits, canvas),
+                lambda: their_step(logits, canvas, vocabulary),
+                count,
+            ),
+        )
     x = mx.random.normal((length, hidden))
     mx.eval(x)
-    yield ("head with the soft cap",
-           pairs(lambda: model.logits(x),
-                 lambda: theirs._softcap(theirs.model.decoder.embed_tokens.as_linear(x[None])), count))
+    yield (
+        "head with the soft cap",
+        pairs(
+            lambda: model.logits(x),
+            lambda: theirs._softcap(theirs.model.decoder.embed_tokens.as_linear(x[None])),
+            count,
+        ),
+    )
 
 
-def layer_parts(model: DiffusionGemma, theirs: Any, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def layer_parts(
+    model: DiffusionGemma, theirs: Any, count: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Attention of a sliding and of a full layer, dense MLP and experts."""
     config, before = model.config, 1200
     length, hidden = config.canvas_length, config.text.hidden_size
-    cache, their_cache = prefilled(model, theirs, mx.random.randint(0, config.text.vocab_size, (before,)))
+    cache, their_cache = prefilled(
+        model, theirs, mx.random.randint(0, config.text.vocab_size, (before,))
+    )
     masks = theirs.diffusion_decoder_masks(mx.zeros((1, length), dtype=mx.int32), their_cache, None)
     x = mx.random.normal((length, hidden))
     mx.eval(x)
@@ -213,16 +317,28 @@ def layer_parts(model: DiffusionGemma, theirs: Any, count: int) -> Iterator[tupl
         chosen, weights = theirs_first.router(x)
         return (theirs_first.experts(x, chosen) * weights[..., None]).sum(axis=-2)
 
-    yield ("router and experts", pairs(lambda: first.experts(x, *first.router(x)), their_experts, count))
+    yield (
+        "router and experts",
+        pairs(lambda: first.experts(x, *first.router(x)), their_experts, count),
+    )
 
     def attention(index: int) -> dict[str, Any]:
-        a, b, shape = model.model.decoder.layers[index], theirs.model.decoder.layers[index], config.text.layers[index]
+        a, b, shape = (
+            model.model.decoder.layers[index],
+            theirs.model.decoder.layers[index],
+            config.text.layers[index],
+        )
         table = rope_table(mx.arange(before, before + length), shape)
         mask = masks.get(b.layer_type) if isinstance(masks, dict) else masks
         mx.eval(table)
         segments = [Segment(0, length, cache, canvas=True)]
-        return pairs(lambda: a.self_attn(a.input_layernorm(x), table, segments, index),
-                     lambda: b.self_attn(b.input_layernorm(x[None]), mask, their_cache[index], decoder=True, offset=before), count)
+        return pairs(
+            lambda: a.self_attn(a.input_layernorm(x), table, segments, index),
+            lambda: b.self_attn(
+                b.input_layernorm(x[None]), mask, their_cache[index], decoder=True, offset=before
+            ),
+            count,
+        )
 
     for index, shape in enumerate(config.text.layers):
         yield f"{shape.kind.replace('_', ' ')}, {before:,} tokens before", attention(index)
@@ -244,13 +360,25 @@ def steps(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]
         model = random_model(shaped(MID_SIZE), recipe)
         theirs = twin(model, recipe)
         for certain in chosen:
-            name = "dense self-conditioning" if certain is None else f"{certain:.0%} of positions certain"
-            yield f"{recipe or 'float32'}, {name}", whole_step(model, theirs, certain, arguments.pairs)
+            name = (
+                "dense self-conditioning"
+                if certain is None
+                else f"{certain:.0%} of positions certain"
+            )
+            yield (
+                f"{recipe or 'float32'}, {name}",
+                whole_step(model, theirs, certain, arguments.pairs),
+            )
 
 
-def whole_step(model: DiffusionGemma, theirs: Any, certain: float | None, count: int) -> dict[str, Any]:
+def whole_step(
+    model: DiffusionGemma, theirs: Any, certain: float | None, count: int
+) -> dict[str, Any]:
     config, context = model.config, theirs.diffusion_prepare_self_conditioning()
-    canvas, ids = (mx.random.randint(0, config.text.vocab_size, shape) for shape in ((1, config.canvas_length), (600,)))
+    canvas, ids = (
+        mx.random.randint(0, config.text.vocab_size, shape)
+        for shape in ((1, config.canvas_length), (600,))
+    )
     mx.eval(canvas, ids)
     cache, their_cache = prefilled(model, theirs, ids)
     masks = theirs.diffusion_decoder_masks(canvas, their_cache, None)
@@ -264,7 +392,9 @@ def whole_step(model: DiffusionGemma, theirs: Any, certain: float | None, count:
 
     def other() -> list[mx.array]:
         signal = theirs.diffusion_self_conditioning(scaled, context)
-        logits = theirs.diffusion_decoder_logits(canvas, cache=their_cache, self_conditioning=signal, decoder_attention_mask=masks)
+        logits = theirs.diffusion_decoder_logits(
+            canvas, cache=their_cache, self_conditioning=signal, decoder_attention_mask=masks
+        )
         return their_step(logits, canvas, config.text.vocab_size)
 
     flops = cost.step_flops(config, ids.size)
@@ -299,7 +429,9 @@ def answers(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
         model, tokenizer = load(str(path))
         loaded: tuple[Any, Any] = loading.load(str(path))
         theirs, processor = loaded
-        theirs.config.generation_config = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+        theirs.config.generation_config = json.loads(
+            (path / "generation_config.json").read_text(encoding="utf-8")
+        )
     mx.eval(model.parameters(), theirs.parameters())
     asked = [question for task in tasks_named("nano") for question in task.questions(2)]
     prompts = [chat_ids(tokenizer, question.messages) for question in asked]
@@ -314,8 +446,18 @@ def answers(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
             replay.begin(seed)
             texts.append([])
             for result in rival_loop.stream_diffusion_generate(
-                    theirs, processor, processor.tokenizer, mx.array([prompt]), None, None, max_tokens=1024, temperature=0.0,
-                    skip_special_token_ids=set(), diffusion_sampler="entropy-bound", diffusion_full_canvas=True):
+                theirs,
+                processor,
+                processor.tokenizer,
+                mx.array([prompt]),
+                None,
+                None,
+                max_tokens=1024,
+                temperature=0.0,
+                skip_special_token_ids=set(),
+                diffusion_sampler="entropy-bound",
+                diffusion_full_canvas=True,
+            ):
                 if result.diffusion_block_complete:
                     replay.canvas, replay.step = replay.canvas + 1, -1
                 elif result.finish_reason is None:
@@ -326,42 +468,73 @@ def answers(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
         return texts, forwards
 
     def alone() -> tuple[list[list[int]], int]:
-        found = [list(stream_generate(model, tokenizer, prompt, 1024, temperature=0.0, seed=seed))
-                 for seed, prompt in enumerate(prompts)]
-        return [[t for r in rs for t in r.tokens if t not in ends] for rs in found], sum(r.steps for rs in found for r in rs)
+        found = [
+            list(stream_generate(model, tokenizer, prompt, 1024, temperature=0.0, seed=seed))
+            for seed, prompt in enumerate(prompts)
+        ]
+        return [[t for r in rs for t in r.tokens if t not in ends] for rs in found], sum(
+            r.steps for rs in found for r in rs
+        )
 
     def together() -> tuple[list[list[int]], int]:
-        found = batch_generate(model, tokenizer, prompts, seeds=list(range(len(prompts))), batch_size=8, max_tokens=1024,
-                               temperature=0.0)
-        return [[t for t in answer.tokens if t not in ends] for answer in found], sum(answer.steps for answer in found)
+        found = batch_generate(
+            model,
+            tokenizer,
+            prompts,
+            seeds=list(range(len(prompts))),
+            batch_size=8,
+            max_tokens=1024,
+            temperature=0.0,
+        )
+        return [[t for t in answer.tokens if t not in ends] for answer in found], sum(
+            answer.steps for answer in found
+        )
 
     for name, ours in (("one after the other", alone), ("8 of ours at a time", together)):
         (mine, forwards), (others, their_forwards) = ours(), other()
         same, tokens = sum(a == b for a, b in zip(mine, others, strict=True)), sum(map(len, mine))
         if forwards != their_forwards:
-            raise SystemExit(f"{forwards} forwards against {their_forwards}: not the same trajectories")
+            raise SystemExit(
+                f"{forwards} forwards against {their_forwards}: not the same trajectories"
+            )
 
         def silent(run: Callable[[], Any]) -> Callable[[], list[mx.array]]:
             return lambda: run() and []
 
         row = pairs(silent(ours), silent(other), arguments.pairs)
-        yield (f"{len(prompts)} answers, {name}", row | {
-            "note": f"{tokens} tokens, {forwards} canvas steps on both sides, {same} of {len(prompts)} texts equal; "
-                    f"{tokens / row['ours']:.0f} against {tokens / row['theirs']:.0f} tokens/s",
-            "tokens_per_second": tokens / row["ours"], "their_tokens_per_second": tokens / row["theirs"]})
+        yield (
+            f"{len(prompts)} answers, {name}",
+            row
+            | {
+                "note": f"{tokens} tokens, {forwards} canvas steps on both sides, {same} of {len(prompts)} texts equal; "
+                f"{tokens / row['ours']:.0f} against {tokens / row['theirs']:.0f} tokens/s",
+                "tokens_per_second": tokens / row["ours"],
+                "their_tokens_per_second": tokens / row["theirs"],
+            },
+        )
 
 
 def left_to_right(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One token at a time: the causal mode of our weights, and mlx-lm's Gemma 4 with random weights of equal shape."""
+    """One token at a time: the causal mode of our weights, and mlx-lm's Gemma 4 with random weights
+    of equal shape.
+    """
     from mlx_lm.models import gemma4_text
 
     config = shaped(MID_SIZE)
     model = random_model(config, None)
     text = config.raw["text_config"] | {
-        "model_type": "gemma4_text", "enable_moe_block": True, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 1, "use_double_wide_mlp": False}
+        "model_type": "gemma4_text",
+        "enable_moe_block": True,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 1,
+        "use_double_wide_mlp": False,
+    }
     names = gemma4_text.ModelArgs.__dataclass_fields__
-    theirs = gemma4_text.Model(gemma4_text.ModelArgs(**{key: value for key, value in text.items() if key in names}))
+    theirs = gemma4_text.Model(
+        gemma4_text.ModelArgs(**{key: value for key, value in text.items() if key in names})
+    )
     mx.eval(theirs.parameters())
     ids = mx.random.randint(0, config.text.vocab_size, (600,))
     cache = Cache(config.text)
@@ -376,9 +549,15 @@ def left_to_right(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str
         assert out.logits is not None
         return [out.logits[0], *cache.arrays]
 
-    yield ("mid-size, one token left to right after 600, beside mlx-lm, float32",
-           pairs(ours, lambda: theirs(token[None], cache=their_cache), max(arguments.pairs, 21),
-                 "a step of diffusion beside it: see --step"))
+    yield (
+        "mid-size, one token left to right after 600, beside mlx-lm, float32",
+        pairs(
+            ours,
+            lambda: theirs(token[None], cache=their_cache),
+            max(arguments.pairs, 21),
+            "a step of diffusion beside it: see --step",
+        ),
+    )
 
 
 if __name__ == "__main__":
