@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import partial
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from mlx_diffgemma.device import generation_memory, return_memory
 from mlx_diffgemma.estimate import cost
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.model.recipes import VISION
+from mlx_diffgemma.serving.kept_threads import run_on_kept_thread
 
 IDLE = 1.0  # seconds without work after which memory is given back to the system
 
@@ -45,7 +47,7 @@ class Engine:
     """Runs jobs of a model that ``load`` returns.
 
     ``load`` is called on the engine's thread, to which all arrays belong: one that ``start``
-    makes, or the one that calls ``run``.  At most ``max_queue`` jobs wait.  For the other
+    takes, or the one that calls ``run``.  At most ``max_queue`` jobs wait.  For the other
     parameters see ``SchedulerLimits``.
     """
 
@@ -67,34 +69,25 @@ class Engine:
         self._load = load
         self._queue = RunQueue()
         self._changed = self._queue.changed
-        self._thread: threading.Thread | None = None
+        self._ended: Future[None] | None = None  # done when the thread of `start` is free again
         self._running = False
         self._closing = False
         self._deadline = float("inf")
 
     def start(self) -> None:
-        """Load the model and work on a new thread; returns once the model is loaded.
+        """Load the model and work on a kept thread; returns once the model is loaded.
 
         Raises:
             Exception: whatever ``load`` raises.
         """
         ready = threading.Event()
-        failure = list[BaseException]()
-
-        def run() -> None:
-            try:
-                self.run(ready.set)
-            except BaseException as error:  # it is raised on the thread that waits
-                failure.append(error)
-                ready.set()
-
-        self._thread = threading.Thread(target=run, name="engine", daemon=True)
-        self._thread.start()
-        # MLX aborts the process if a thread that has used it still runs when the interpreter ends.
-        atexit.register(self.close)
+        self._ended = run_on_kept_thread(partial(self.run, ready.set), "engine")
+        self._ended.add_done_callback(lambda _: ready.set())
         ready.wait()
-        if failure:
-            raise failure[0]
+        if self._ended.done():
+            self._ended.result()
+        # The thread must not need the interpreter once that has shut down.
+        atexit.register(self.close)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Load the model, call ``ready``, and work on this thread until ``close`` is called.
@@ -134,8 +127,8 @@ class Engine:
             self._closing = True
             self._deadline = min(self._deadline, time.monotonic() + grace)
             self._changed.notify()
-        if self._thread:
-            self._thread.join()
+        if self._ended:
+            wait([self._ended])
             atexit.unregister(self.close)
 
     @property

@@ -730,12 +730,50 @@ def test_the_tower_is_not_read_before_an_image_comes(begin, tmp_path):
     assert mx.get_active_memory() - before > tower / 2, "it would not show"
 
 
-def test_an_engine_that_nobody_closed_ends_with_the_interpreter():
-    """MLX aborts a process whose thread still runs."""
-    program = (
+SLOW_ENDS = """
+import time
+from concurrent.futures import Future
+
+# The thread that sets a result gets no processor afterwards, until the interpreter is ending.
+set_result = Future.set_result
+def slow(future, result):
+    set_result(future, result)
+    time.sleep(0.5)
+Future.set_result = slow
+
+class SlowEnd:
+    sleep = staticmethod(time.sleep)
+    def __del__(self):
+        self.sleep(1.0)
+at_the_end_of_the_interpreter = SlowEnd()
+"""
+
+
+def test_engines_do_not_abort_the_end_of_the_interpreter():
+    """MLX aborts a process one of whose threads ends, or runs, after the interpreter."""
+    program = SLOW_ENDS + (
         "from mlx_diffgemma import load\n"
         "from mlx_diffgemma.serving.engine import Engine\n"
-        "Engine(lambda: load('nano')).start()\n"
+        "closed, left = Engine(lambda: load('nano')), Engine(lambda: load('nano'))\n"
+        "closed.start()\n"
+        "left.start()\n"
+        "closed.close()\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_an_engine_takes_the_thread_of_a_closed_one(small_folder):
+    """A thread that has used MLX must not end, and there must not be more and more of them."""
+    threads = []
+
+    def load():
+        threads.append(threading.get_ident())
+        return load_model(small_folder), None
+
+    for _ in range(3):
+        engine = Engine(load)
+        engine.start()
+        engine.close()
+    assert len(set(threads)) == 1
+    assert threads[0] in {thread.ident for thread in threading.enumerate()}

@@ -14,12 +14,27 @@ AMOUNTS = "mlx_diffgemma/serving/amounts.py"
 CONNECTIONS = "mlx_diffgemma/serving/connections.py"
 PREFIXES = "mlx_diffgemma/decoding/prefix_cache.py"
 KEYS = "mlx_diffgemma/serving/keys.py"
+KEPT_THREADS = "mlx_diffgemma/serving/kept_threads.py"
 CONVERSATION = "mlx_diffgemma/serving/conversation.py"
 OPENAI = "mlx_diffgemma/serving/protocols/openai.py"
 CHAT = "mlx_diffgemma/serving/protocols/openai_chat.py"
 COMPLETIONS = "mlx_diffgemma/serving/protocols/openai_completions.py"
 
 BREAKS = (
+    Break(
+        "kept-threads-run-at-the-end",
+        KEPT_THREADS,
+        "            thread.block()\n",
+        "            pass\n",
+        "tests/serving/test_engine.py -k interpreter",
+    ),
+    Break(
+        "kept-threads-end",
+        KEPT_THREADS,
+        "                _idle.append(self)\n",
+        "                return done.set_result(None)\n",
+        "tests/serving/test_engine.py -k thread_of",
+    ),
     Break(
         "cancelled-job-is-still-read",
         SCHEDULER,
