@@ -29,7 +29,7 @@ from mlx_diffgemma.decoding.loop import Loop
 from mlx_diffgemma.decoding.session import Session
 from mlx_diffgemma.device import describe
 from mlx_diffgemma.media.images import BUDGETS, Image, fitting_size
-from mlx_diffgemma.media.prompt import place
+from mlx_diffgemma.media.prompt import expand_image_tokens
 from mlx_diffgemma.media.video import Film
 from mlx_diffgemma.model.cache import Cache
 from mlx_diffgemma.model.config import VisionConfig
@@ -64,7 +64,7 @@ def video(model: Any, tokenizer: Any, frames: int, chunk: int) -> dict[str, Any]
         tuple(map(float, range(frames))),
     )
     asked = chat_ids(tokenizer, [user_message("What is shown at 00:01?", 1)])
-    ids, images = place(asked, [film], model.config.image_tokens, tokenizer)
+    ids, images = expand_image_tokens(asked, [film], model.config.image_tokens, tokenizer)
     generation = model.config.generation
     session = Session(
         model,

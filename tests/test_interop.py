@@ -161,7 +161,7 @@ def seen_alike(ours, theirs):
     encoder, rows = theirs.model.encoder, len(image.patches)
     soft = encoder.vision_tower(mx.array(image.patches)[None], mx.array(image.positions)[None])
     assert soft.shape[1] == image.soft_tokens == rows // 9
-    mine = ours.see(mx.array(image.patches), image.grid)
+    mine = ours.encode_image(mx.array(image.patches), image.grid)
     assert mx.abs(mine).max() > 0.5, "embeddings that say something"
     assert mx.abs(encoder.embed_vision(soft)[0].astype(mx.float32) - mine).max() < TOLERANCE
 

@@ -200,7 +200,7 @@ class TestCommand:
         assert told[:2] == (0, generate(tuned, tokenizer, prompt, seed=1, max_tokens=64) + "\n")
         plain = load("nano")[0]
         tuned_logits, plain_logits = (
-            m.logits(m.learn([mx.array(prompt)], mx.array([prompt[:8]]), [4])[0])
+            m.logits(m.training_forward([mx.array(prompt)], mx.array([prompt[:8]]), [4])[0])
             for m in (tuned, plain)
         )
         assert mx.abs(tuned_logits - plain_logits).max() > 1e-3

@@ -17,7 +17,7 @@ from mlx_diffgemma.diagnostics.forwards import compare_images
 from mlx_diffgemma.diagnostics.parity import default_images
 from mlx_diffgemma.evaluation import pictures
 from mlx_diffgemma.evaluation.tasks import tasks_named
-from mlx_diffgemma.media.prompt import place, prepare_media
+from mlx_diffgemma.media.prompt import expand_image_tokens, prepare_media
 from mlx_diffgemma.safetensors import read_headers
 from tests.helpers.deferred import Reference
 from tests.variants import few
@@ -75,7 +75,7 @@ def test_it_was_trained_on_prompts_as_the_template_writes_them(sighted):
         )
         images = prepare_media([media] if media else picture.images, model.config)
         asked = chat_ids(tokenizer, [user_message(picture.question, len(images))])
-        ids, _ = place(asked, images, model.config.image_tokens, tokenizer)
+        ids, _ = expand_image_tokens(asked, images, model.config.image_tokens, tokenizer)
         assert ids == batch["ids"][0, : batch["starts"][0]].tolist()
 
 
@@ -143,7 +143,9 @@ def test_mlx_vlm_sees_the_same(tmp_path):
     encoder = theirs.model.encoder
     soft = encoder.vision_tower(mx.array(image.patches)[None], mx.array(image.positions)[None])
     assert (
-        mx.abs(encoder.embed_vision(soft)[0] - model.see(mx.array(image.patches), image.grid)).max()
+        mx.abs(
+            encoder.embed_vision(soft)[0] - model.encode_image(mx.array(image.patches), image.grid)
+        ).max()
         < 1e-3
     )
 

@@ -24,11 +24,11 @@ from mlx_diffgemma.generation import request
 from mlx_diffgemma.generation.chat import Chat
 from mlx_diffgemma.media.images import Image
 from mlx_diffgemma.media.prompt import (
-    keyed,
+    cache_key,
+    embed_inputs,
+    expand_image_tokens,
     next_chunk,
-    place,
     prepare_media,
-    read_rows,
 )
 from mlx_diffgemma.media.video import Film, Video
 from mlx_diffgemma.model import attention as attention_module
@@ -63,7 +63,7 @@ class TestPlaces:
         model, tokenizer = sighted
         images = prepare_media([noise(0), noise(1, 30, 300)], model.config)
         ids = chat_ids(tokenizer, [user_message("What?", 2)])
-        whole, placed = place(ids, images, model.config.image_tokens, tokenizer)
+        whole, placed = expand_image_tokens(ids, images, model.config.image_tokens, tokenizer)
         assert [p.image for p in placed] == images
         for p in placed:
             assert whole[p.start - 1] == 16
@@ -77,7 +77,7 @@ class TestPlaces:
         """
         model, tokenizer = sighted
         frames = tuple(small(model, i) for i in range(3))
-        ids, placed = place(
+        ids, placed = expand_image_tokens(
             chat_ids(tokenizer, [user_message("What?", 1)]),
             [Film(frames, (0.0, 1.04, 61.0))],
             model.config.image_tokens,
@@ -212,13 +212,13 @@ class TestChunks:
             2,
         )
         whole, pieces = Cache(seeing.config.text), Cache(seeing.config.text)
-        x, blocks = read_rows(seeing, ids, 0, placed)
+        x, blocks = embed_inputs(seeing, ids, 0, placed)
         seeing.encode([x], [whole], blocks=[blocks])
         chunks = 0
         while pieces.length < len(ids):
             start = pieces.length
             stop = start + next_chunk(len(ids) - start, start, placed, size)
-            x, blocks = read_rows(seeing, ids[start:stop], start, placed)
+            x, blocks = embed_inputs(seeing, ids[start:stop], start, placed)
             seeing.encode([x], [pieces], blocks=[blocks])
             chunks += 1
         assert chunks > 1
@@ -232,7 +232,7 @@ class TestChunks:
     def test_few_rows_at_a_time_do_not_show(self, seeing, monkeypatch, scores):
         """Nor is a mask ever as large as the whole prompt."""
         ids, placed = prompt_of(seeing, 5, small(seeing, 0), 40, small(seeing, 1, 20), 30)
-        x, blocks = read_rows(seeing, ids, 0, placed)
+        x, blocks = embed_inputs(seeing, ids, 0, placed)
         whole = seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
         sizes, make = [], attention_module.block_mask
         monkeypatch.setattr(layers, "SCORES", scores)
@@ -253,7 +253,7 @@ class TestChunks:
         hidden = []
         for image in (first, Image(changed, second.patch_size, second.side)):
             ids, placed = prompt_of(seeing, 4, image, 3)
-            x, blocks = read_rows(seeing, ids, 0, placed)
+            x, blocks = embed_inputs(seeing, ids, 0, placed)
             assert blocks == [(placed[0].start, placed[0].stop)], "the tower alone mixes them, too"
             hidden.append(
                 seeing.encode([x], [Cache(seeing.config.text)], blocks=[blocks]).hidden[0]
@@ -319,19 +319,20 @@ class TestSessions:
 
     def test_keys(self, seeing):
         ids, placed = prompt_of(seeing, 2, small(seeing, 0, 4), 2)
-        keys = keyed(ids, placed)
+        keys = cache_key(ids, placed)
         assert [k for k in keys if k >= 0] == ids[:3] + ids[7:]
-        assert keys != keyed(*prompt_of(seeing, 2, small(seeing, 1, 4), 2))
+        assert keys != cache_key(*prompt_of(seeing, 2, small(seeing, 1, 4), 2))
 
     def test_one_image_in_memory_at_a_time(self, seeing, monkeypatch):
         """A chunk with many images holds of the tower no more than one of them needs."""
-        seen, see = [], type(seeing).see
+        seen = []
+        encode = type(seeing).encode_image
 
         def spy(model, patches, grid):
             seen.append(mx.get_active_memory())
-            return see(model, patches, grid)
+            return encode(model, patches, grid)
 
-        monkeypatch.setattr(type(seeing), "see", spy)
+        monkeypatch.setattr(type(seeing), "encode_image", spy)
         prefill(
             seeing, [session(seeing, 0, (3, *(small(seeing, i) for i in range(10)), 3))], 100_000
         )

@@ -63,7 +63,7 @@ def test_the_tower_is_read_on_any_thread(sighted_folder):
     mx.eval(patches)
 
     def see():
-        return np.array(model.see(patches, (6, 6)))
+        return np.array(model.encode_image(patches, (6, 6)))
 
     seen = [elsewhere(see), elsewhere(see), see()]
     assert np.isfinite(seen[0]).all()
@@ -74,7 +74,9 @@ def test_two_threads_that_see_the_first_image_together(sighted_folder):
     model = load_model(sighted_folder, "float32")
     patches, seen = np.random.default_rng(0).random((36, 48), dtype=np.float32), []
     threads = [
-        threading.Thread(target=lambda: seen.append(np.array(model.see(mx.array(patches), (6, 6)))))
+        threading.Thread(
+            target=lambda: seen.append(np.array(model.encode_image(mx.array(patches), (6, 6))))
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -103,7 +105,7 @@ def test_the_tower_stays_unread_until_the_first_image(tmp_path):
     before = mx.get_active_memory()
     model = load_model(folder, "float32")
     loaded = mx.get_active_memory() - before
-    model.see(mx.zeros((36, 48)), (6, 6))
+    model.encode_image(mx.zeros((36, 48)), (6, 6))
     assert mx.get_active_memory() - before > loaded + 15e6
 
 
@@ -206,7 +208,7 @@ def test_a_fork_after_loading_is_refused(tiny, tiny_folder):
     ids = mx.array(IDS)
     for use in (
         lambda: tiny.encode([ids], [Cache(tiny.config.text)]),
-        lambda: tiny.see(None, (6, 6)),
+        lambda: tiny.encode_image(None, (6, 6)),
         lambda: load_model(tiny_folder),
     ):
         assert "does not survive a fork; start it with multiprocessing's 'spawn' method" in forked(

@@ -146,7 +146,7 @@ def _shared_stream() -> mx.Stream:
     """A stream for all models that belongs to no thread.
 
     Other streams belong to the thread that made them, and so do the unevaluated arrays on them.
-    ``DiffusionGemma.see`` lets only one thread at a time use this stream.
+    ``DiffusionGemma.encode_image`` lets only one thread at a time use this stream.
     """
     return mx.new_thread_unsafe_stream(mx.cpu)
 

@@ -21,7 +21,7 @@ from mlx_diffgemma.generation.load import load
 from mlx_diffgemma.generation.option_groups import DENOISING, IMAGES, RULE, SAMPLING
 from mlx_diffgemma.generation.options import GenerationOptions
 from mlx_diffgemma.media.images import open_image
-from mlx_diffgemma.media.prompt import check_eyes, prepare_media
+from mlx_diffgemma.media.prompt import check_vision, prepare_media
 from mlx_diffgemma.text.variables import check_variables
 
 OPTIONS = generation(
@@ -184,7 +184,7 @@ def _image_for(talk: Chat, name: str) -> list[Any]:
     Raises:
         UserError: there is no such image, or the model cannot see images.
     """
-    check_eyes(talk.model.config)
+    check_vision(talk.model.config)
     if not name:
         raise UserError("No file was named; give one, as /image cat.png.")
     return [

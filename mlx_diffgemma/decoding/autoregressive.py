@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.errors import NonFiniteLogitsError
-from mlx_diffgemma.media.prompt import PlacedImage, next_chunk, read_rows
+from mlx_diffgemma.media.prompt import ImageSpan, embed_inputs, next_chunk
 from mlx_diffgemma.model.cache import Cache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.sampling.draws import DrawSource
@@ -80,7 +80,7 @@ class CausalSession:
     draws: DrawSource
     eos_ids: frozenset[int]
     max_tokens: int
-    images: Sequence[PlacedImage] = ()
+    images: Sequence[ImageSpan] = ()
     tokens: list[int] = field(default_factory=list)
     draft: Any = None
     block: int = 0
@@ -162,7 +162,7 @@ class CausalLoop:
                     len(session.pending), session.cache.length, session.images, size
                 )
             ) < len(session.pending):
-                rows, blocks = read_rows(
+                rows, blocks = embed_inputs(
                     self.model, session.pending[:count], session.cache.length, session.images
                 )
                 output = self.model.encode(
@@ -188,7 +188,7 @@ class CausalLoop:
         proposals = self._propose(rows)
         drafted = any(proposals)
         read = [
-            read_rows(self.model, s.pending + guess, s.cache.length, s.images)
+            embed_inputs(self.model, s.pending + guess, s.cache.length, s.images)
             for s, guess in zip(rows, proposals, strict=True)
         ]
         output = self.model.encode(
@@ -349,7 +349,7 @@ def causal_sessions(
     draws: Sequence[DrawSource],
     eos_ids: Iterable[int],
     max_tokens: Sequence[int],
-    images: Sequence[Sequence[PlacedImage]] = (),
+    images: Sequence[Sequence[ImageSpan]] = (),
 ) -> list[CausalSession]:
     return [
         CausalSession(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from mlx_diffgemma.decoding.job import Job, Run, RunQueue
@@ -68,8 +67,10 @@ def run_jobs(
     waiting = iter(jobs)
     running = list[BatchJob]()
     while True:
-        room = max(0, batch_size - len(scheduler.slots) - len(queue))
-        for job in itertools.islice(waiting, room):
+        while len(scheduler.slots) + len(queue) < batch_size:
+            job = next(waiting, None)
+            if job is None:
+                break
             running.append(job)
             queue.append(Run(job))
         if not scheduler.has_work:

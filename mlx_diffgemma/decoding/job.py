@@ -23,7 +23,7 @@ class Job(ABC):
 
     The scheduler calls everything but ``cancel`` on its own thread.  ``client`` says who asks;
     clients share the slots.  ``scope`` is the part of the prefix cache that the job uses, see
-    ``Prefixes``.
+    ``PrefixCache``.
     """
 
     cancelled = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_diffgemma.decoding.session import Session
-from mlx_diffgemma.media.prompt import read_rows
+from mlx_diffgemma.media.prompt import embed_inputs
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.sampling.protocols import CanvasDrafter
 
@@ -50,7 +50,7 @@ def encode_chunk(model: DiffusionGemma, sessions: Sequence[Session], sizes: Sequ
         The positions encoded, over all sessions.
     """
     read = [
-        read_rows(model, session.pending[:size], session.cache.length, session.images)
+        embed_inputs(model, session.pending[:size], session.cache.length, session.images)
         for session, size in zip(sessions, sizes, strict=True)
     ]
     drafters = by_drafter(sessions)

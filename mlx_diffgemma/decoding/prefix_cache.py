@@ -4,7 +4,7 @@ A copy is kept at the end of a prompt, at the end of a committed canvas, and whe
 differs from an earlier one, for example after a system message that many prompts share.  A cache
 can only continue from one of these positions.
 
-    >>> prefixes = Prefixes(Cache(config.text), budget=2**30)
+    >>> prefixes = PrefixCache(Cache(config.text), budget=2**30)
     >>> cache, border = prefixes.begin(ids)
     >>> prefixes.keep(ids, cache)          # when the cache holds them
 """
@@ -22,8 +22,8 @@ LEAST = 32  # a copy is kept where two prompts differ if they share at least thi
 COMPARED = 64  # a new prompt is compared with this many of the latest ones
 
 
-class Prefixes:
-    """Copies of caches, found by the ids they hold (``prompt.keyed``).
+class PrefixCache:
+    """Copies of caches, found by the ids they hold (``prompt.cache_key``).
 
     They take at most ``budget`` bytes.  The least recently used copies are evicted first.
 

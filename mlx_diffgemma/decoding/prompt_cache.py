@@ -2,7 +2,7 @@
 
 A cache is only rewound to a snapshot: the end of a prompt, or the end of a committed canvas.
 Prompts are compared by ids, and at the positions of an image by the image's content
-(``prompt.keyed``).  So it does not matter how a prompt was made.  The common prefix ends where a
+(``prompt.cache_key``).  So it does not matter how a prompt was made.  The common prefix ends where a
 chat has dropped a thought from its history.
 
     >>> cache = PromptCache(model)

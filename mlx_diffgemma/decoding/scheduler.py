@@ -26,14 +26,14 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma.decoding.job import ClosedError, Run, RunQueue, Slot, SlotState
 from mlx_diffgemma.decoding.loop import Loop
 from mlx_diffgemma.decoding.prefill import encode_chunk
-from mlx_diffgemma.decoding.prefix_cache import Prefixes
+from mlx_diffgemma.decoding.prefix_cache import PrefixCache
 from mlx_diffgemma.decoding.records import CanvasStep
 from mlx_diffgemma.decoding.session import Session
 from mlx_diffgemma.decoding.shares import Shares, surplus
 from mlx_diffgemma.device import memory_limit
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.estimate import cost
-from mlx_diffgemma.media.prompt import keyed, next_chunk
+from mlx_diffgemma.media.prompt import cache_key, next_chunk
 from mlx_diffgemma.model.cache import Cache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -90,7 +90,7 @@ class Scheduler:
         self.limits = limits
         self.stats = stats or Stats()
         self.slots: dict[int, Slot] = {}
-        self.prefix_cache = Prefixes(Cache(model.config.text), limits.prefix_bytes)
+        self.prefix_cache = PrefixCache(Cache(model.config.text), limits.prefix_bytes)
         self.longest_step = 0.0  # seconds of the longest recent step
         weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
         self.room = memory_limit() - weights  # bytes for caches
@@ -228,7 +228,7 @@ class Scheduler:
         if not session.cache.length and not session.policy.drafter:
             slot.shareable = True
             cache, slot.boundary = self.prefix_cache.begin(
-                keyed(session.ids, session.images),
+                cache_key(session.ids, session.images),
                 whole=not session.wants_next,
                 scope=slot.run.job.scope,
             )
@@ -320,7 +320,7 @@ class Scheduler:
 
     def _keep_prefix(self, slot: Slot) -> None:
         session = slot.session
-        ids = keyed(session.ids, session.images)
+        ids = cache_key(session.ids, session.images)
         self.prefix_cache.keep(ids, session.cache, slot.run.job.scope)
 
     # Canvases

@@ -21,7 +21,7 @@ from mlx_diffgemma.decoding.prompt_cache import PromptCache
 from mlx_diffgemma.decoding.records import Canvas, CanvasStep
 from mlx_diffgemma.decoding.verifier import VerifyResult
 from mlx_diffgemma.errors import UserError
-from mlx_diffgemma.media.prompt import PlacedImage, keyed, next_chunk
+from mlx_diffgemma.media.prompt import ImageSpan, cache_key, next_chunk
 from mlx_diffgemma.model.cache import ROOM, Cache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.sampling.draws import Draws, DrawSource
@@ -77,7 +77,7 @@ class Session:
         max_tokens: int,
         canvas_length: int | None = None,
         prompt_cache: PromptCache | None = None,
-        images: Sequence[PlacedImage] = (),
+        images: Sequence[ImageSpan] = (),
         demands: Demands | None = None,
         cache: Cache | None = None,
         repeated: int = 0,
@@ -96,7 +96,7 @@ class Session:
         self.ids = list(ids)
         self.prompt_cache = prompt_cache
         if prompt_cache:
-            cache = prompt_cache.begin(model, keyed(self.ids, self.images), self)
+            cache = prompt_cache.begin(model, cache_key(self.ids, self.images), self)
         self.use_cache(cache or Cache(config.text))
         self.start = 0
         self.canvas: CanvasState | None = None
@@ -172,13 +172,13 @@ class Session:
     def paused(self) -> None:
         """Keep a snapshot if the cache now ends where the next turn will continue."""
         if self.prompt_cache and self.pending.size and self.cache.length == self.repeated:
-            self.prompt_cache.reached(keyed(self.ids, self.images)[: self.repeated], self.cache)
+            self.prompt_cache.reached(cache_key(self.ids, self.images)[: self.repeated], self.cache)
 
     def encoded(self) -> None:
         """Note that the cache holds all that was pending."""
         self.pending = self.pending[:0]
         if self.prompt_cache:
-            self.prompt_cache.reached(keyed(self.ids, self.images), self.cache)
+            self.prompt_cache.reached(cache_key(self.ids, self.images), self.cache)
 
     # A canvas: opened, continued, tried again or committed.
 

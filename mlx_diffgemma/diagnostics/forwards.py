@@ -10,7 +10,7 @@ import numpy as np
 from mlx_diffgemma.diagnostics.reference import Encoded, Reference
 from mlx_diffgemma.diagnostics.stages import StageErrors, StageResult
 from mlx_diffgemma.media.images import Image
-from mlx_diffgemma.media.prompt import PlacedImage, check_eyes, read_rows
+from mlx_diffgemma.media.prompt import ImageSpan, check_vision, embed_inputs
 from mlx_diffgemma.model.cache import Cache
 from mlx_diffgemma.model.config import ImageTokens
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
@@ -98,7 +98,7 @@ def compare_images(
         return []
     text = model.config.text
     exact = "float64" in reference.variants
-    _, tokens = check_eyes(model.config)
+    _, tokens = check_vision(model.config)
     special = (tokens.begin, tokens.image, tokens.end)
     plain_ids = np.setdiff1d(np.arange(1, text.vocab_size), special)
     rng = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def compare_images(
         ids, placed = _prompt_with_images(group, tokens, plain_ids, rng)
         cache = Cache(text)
         canvas = rng.choice(plain_ids, model.config.canvas_length)
-        rows, blocks = read_rows(model, ids, 0, placed)
+        rows, blocks = embed_inputs(model, ids, 0, placed)
         ours = model.encode([rows], [cache], blocks=[blocks]).hidden[0]
         encoded = {name: reference.encode(ids, name, group) for name in reference.variants}
         theirs = [e.hidden for e in encoded.values()]
@@ -138,7 +138,7 @@ def _add_tower_stages(
         exact: Whether the last variant of the reference is float64.
     """
     variants = [name for name in reference.variants if name != "grouped_mm"]  # it has no experts
-    theirs = [reference.see(image, name) for name in variants]
+    theirs = [reference.encode_image(image, name) for name in variants]
     for (name, ours), *others in zip(_tower_stages(model, image), *theirs, strict=True):
         # Before the last norm the values have no fixed scale, so errors are divided by their root
         # mean square.
@@ -148,7 +148,7 @@ def _add_tower_stages(
 
 
 def _tower_stages(model: DiffusionGemma, image: Image) -> list[tuple[str, np.ndarray]]:
-    """The output of each stage of our tower, under the names of ``Reference.see``."""
+    """The output of each stage of our tower, under the names of ``Reference.encode_image``."""
     tower = model.model.encoder.vision_tower
     positions = mx.array(image.positions)
     patches = mx.array(image.patches)
@@ -159,13 +159,13 @@ def _tower_stages(model: DiffusionGemma, image: Image) -> list[tuple[str, np.nda
         x = layer(x, table)
         stages.append((f"tower layer {index}", _array(x)))
     stages.append(("soft tokens", _array(tower(patches, image.grid))))
-    stages.append(("image embeddings", _array(model.see(patches, image.grid))))
+    stages.append(("image embeddings", _array(model.encode_image(patches, image.grid))))
     return stages
 
 
 def _prompt_with_images(
     group: Sequence[Image], tokens: ImageTokens, plain_ids: np.ndarray, rng: np.random.Generator
-) -> tuple[list[int], list[PlacedImage]]:
+) -> tuple[list[int], list[ImageSpan]]:
     """A prompt with random text around the images.
 
     Args:
@@ -178,10 +178,10 @@ def _prompt_with_images(
         (the ids, where the images are in them)
     """
     ids: list[int] = []
-    placed: list[PlacedImage] = []
+    placed: list[ImageSpan] = []
     for image in group:
         ids += [*rng.choice(plain_ids, 7).tolist(), tokens.begin]
-        placed.append(PlacedImage(len(ids), image))
+        placed.append(ImageSpan(len(ids), image))
         ids += [tokens.image] * image.soft_tokens + [tokens.end]
     ids += rng.choice(plain_ids, 9).tolist()
     return ids, placed

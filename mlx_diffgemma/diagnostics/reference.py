@@ -158,7 +158,7 @@ class Reference:
         return Encoded(to_numpy(out.last_hidden_state[0]), out.past_key_values, margins())
 
     @torch.no_grad()
-    def see(self, image: Image, variant: str = "eager") -> list[tuple[str, np.ndarray]]:
+    def encode_image(self, image: Image, variant: str = "eager") -> list[tuple[str, np.ndarray]]:
         """The output of each stage of the tower, without the rows of the padding.
 
         The embeddings come last.

@@ -25,7 +25,7 @@ from mlx_diffgemma.generation.generate import batch_generate
 from mlx_diffgemma.generation.label_reading import average, read_labels, read_prompt
 from mlx_diffgemma.generation.labels import Labels, canvas_for
 from mlx_diffgemma.generation.response import GenerationResponse
-from mlx_diffgemma.media.prompt import place, prepare_media
+from mlx_diffgemma.media.prompt import expand_image_tokens, prepare_media
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.sampling.protocols import DraftModel
 from mlx_diffgemma.text.tokenizer import answer_ids, chat_ids
@@ -234,7 +234,7 @@ def _choose(
     for question, choices, number in zip(questions, labels, numbers, strict=True):
         media = prepare_media(question.images, model.config)
         ids = chat_ids(tokenizer, question.messages)
-        prompt, placed = place(ids, media, model.config.image_tokens, tokenizer)
+        prompt, placed = expand_image_tokens(ids, media, model.config.image_tokens, tokenizer)
         (readings,) = read_labels(
             model,
             read_prompt(model, prompt, placed),

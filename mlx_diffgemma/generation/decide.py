@@ -30,7 +30,7 @@ from mlx_diffgemma.generation.labels import canvas_for, label_ids
 from mlx_diffgemma.generation.limits import check_room, token_limit
 from mlx_diffgemma.generation.questions import Decision, Question, unlikely
 from mlx_diffgemma.generation.request import Prompt, prompt_ids
-from mlx_diffgemma.media.prompt import Medium, place, prepare_media
+from mlx_diffgemma.media.prompt import Medium, expand_image_tokens, prepare_media
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 
 MOST_READS = 10_000
@@ -78,7 +78,7 @@ def decide(
     _check_questions(questions)
     labels = [label_ids(tokenizer, question) for question in questions]
     lengths = [canvas_for(model, own, canvas_length) for own in labels]
-    ids, placed = place(
+    ids, placed = expand_image_tokens(
         prompt_ids(model, tokenizer, prompt),
         prepare_media(images, model.config, image_tokens),
         model.config.image_tokens,

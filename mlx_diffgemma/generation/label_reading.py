@@ -18,7 +18,7 @@ from mlx_diffgemma.decoding.prompt_cache import PromptCache
 from mlx_diffgemma.decoding.session import Session
 from mlx_diffgemma.errors import NonFiniteLogitsError
 from mlx_diffgemma.generation.labels import Labels
-from mlx_diffgemma.media.prompt import PlacedImage
+from mlx_diffgemma.media.prompt import ImageSpan
 from mlx_diffgemma.model.cache import Cache
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.sampling.draws import Draws
@@ -29,7 +29,7 @@ BATCH_ROWS = 1024  # canvas positions that share a forward
 def read_prompt(
     model: DiffusionGemma,
     ids: Sequence[int],
-    images: Sequence[PlacedImage] = (),
+    images: Sequence[ImageSpan] = (),
     prompt_cache: PromptCache | None = None,
 ) -> Cache:
     """The cache of a prompt, encoded as it is for a generation.

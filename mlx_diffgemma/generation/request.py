@@ -26,7 +26,7 @@ from mlx_diffgemma.generation.limits import answer_room, token_limit
 from mlx_diffgemma.generation.options import GenerationOptions
 from mlx_diffgemma.generation.response import GenerationResponse
 from mlx_diffgemma.grammar.constraint import compile_constraint
-from mlx_diffgemma.media.prompt import Medium, PlacedImage, place, prepare_media
+from mlx_diffgemma.media.prompt import ImageSpan, Medium, expand_image_tokens, prepare_media
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.sampling.draws import Draws
 from mlx_diffgemma.sampling.protocols import Policy
@@ -57,8 +57,8 @@ class Request:
     seed: int
     parser: ResponseParser
     eos_ids: tuple[int, ...]
-    opened: Callable[[], tuple[list[int], tuple[PlacedImage, ...]]]
-    images: tuple[PlacedImage, ...] = ()
+    opened: Callable[[], tuple[list[int], tuple[ImageSpan, ...]]]
+    images: tuple[ImageSpan, ...] = ()
     patches: int = 0
     demands: Demands | None = None
     repeated: int = 0
@@ -100,9 +100,9 @@ class Request:
         """
         ids = prompt_ids(model, tokenizer, prompt)
 
-        def opened(asked: list[int] = ids) -> tuple[list[int], tuple[PlacedImage, ...]]:
+        def opened(asked: list[int] = ids) -> tuple[list[int], tuple[ImageSpan, ...]]:
             media = prepare_media(images, model.config, options.image_tokens)
-            return place(asked, media, model.config.image_tokens, tokenizer)
+            return expand_image_tokens(asked, media, model.config.image_tokens, tokenizer)
 
         ids, placed = opened()
         length = 1 if options.mode == "ar" else model.config.canvas_length

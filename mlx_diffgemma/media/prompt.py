@@ -3,8 +3,8 @@
 An image takes one position of the ids for each of its soft tokens, and the model reads the image's
 embeddings there.
 
->>> ids, images = place(chat_ids(tokenizer, messages), [image], config.image_tokens, tokenizer)
->>> x, blocks = read_rows(model, ids[:100], 0, images)
+>>> ids, images = expand_image_tokens(chat_ids(tokenizer, messages), [image], config.image_tokens, tokenizer)
+>>> x, blocks = embed_inputs(model, ids[:100], 0, images)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Medium: TypeAlias = "ImageSource | Video | Clip | Image | Film"
 
 
 @dataclass(frozen=True)
-class PlacedImage:
+class ImageSpan:
     """An image whose soft tokens are at the positions ``start`` to ``stop`` of a prompt."""
 
     start: int
@@ -64,7 +64,7 @@ def prepare_media(
     """
     if not check_list(sources):
         return []
-    vision, tokens = check_eyes(config)
+    vision, tokens = check_vision(config)
     image_budget = tokens.budget if budget is None else budget
     prepared: list[Image | Film] = []
     for source in sources:
@@ -92,7 +92,7 @@ def check_list(sources: Sequence[T]) -> Sequence[T]:
     return sources
 
 
-def check_eyes(config: ModelConfig) -> tuple[VisionConfig, ImageTokens]:
+def check_vision(config: ModelConfig) -> tuple[VisionConfig, ImageTokens]:
     """The vision tower and the image tokens of a model.
 
     Raises:
@@ -135,12 +135,12 @@ def _frames(medium: Image | Film) -> tuple[Image, ...]:
     return medium.frames if isinstance(medium, Film) else (medium,)
 
 
-def place(
+def expand_image_tokens(
     ids: Sequence[int],
     media: Sequence[Image | Film],
     tokens: ImageTokens | None,
     tokenizer: TokenizerWrapper,
-) -> tuple[list[int], tuple[PlacedImage, ...]]:
+) -> tuple[list[int], tuple[ImageSpan, ...]]:
     """Replace each marker in ``ids`` by the tokens of its image or video.
 
     The time of a frame, such as ``00:07 ``, comes before it.
@@ -169,7 +169,7 @@ def place(
     if tokens is None or not media:
         return list(ids), ()
     expanded: list[int] = []
-    images: list[PlacedImage] = []
+    images: list[ImageSpan] = []
     done = 0
     for marker, medium in zip(markers, media, strict=True):
         expanded += ids[done:marker]
@@ -180,12 +180,12 @@ def place(
                 text = f"{' ' if number else ''}{minutes:02}:{seconds:02} "
                 expanded += tokenizer.encode(text, add_special_tokens=False)
             expanded.append(tokens.begin)
-            images.append(PlacedImage(len(expanded), image))
+            images.append(ImageSpan(len(expanded), image))
             expanded += [tokens.image] * image.soft_tokens + [tokens.end]
     return expanded + list(ids[done:]), tuple(images)
 
 
-def keyed(ids: Sequence[int], images: Sequence[PlacedImage]) -> list[int]:
+def cache_key(ids: Sequence[int], images: Sequence[ImageSpan]) -> list[int]:
     """``ids`` with a number made from the image's content at each position of an image.
 
     Two prompts are then equal only if their images are.
@@ -197,7 +197,7 @@ def keyed(ids: Sequence[int], images: Sequence[PlacedImage]) -> list[int]:
     return keys
 
 
-def next_chunk(pending: int, start: int, images: Sequence[PlacedImage], size: int) -> int:
+def next_chunk(pending: int, start: int, images: Sequence[ImageSpan], size: int) -> int:
     """How many positions to read at once: about ``size``, without cutting an image in two.
 
     Args:
@@ -217,11 +217,11 @@ def next_chunk(pending: int, start: int, images: Sequence[PlacedImage], size: in
     return pending if pending - (stop - start) <= 1 else stop - start
 
 
-def read_rows(
+def embed_inputs(
     model: DiffusionGemma,
     ids: Sequence[int] | np.ndarray,
     start: int,
-    images: Sequence[PlacedImage],
+    images: Sequence[ImageSpan],
 ) -> tuple[mx.array, list[Block]]:
     """The model's input for part of a prompt.
 
@@ -244,7 +244,7 @@ def read_rows(
     for placed in inside:
         if placed.start - start > done:
             pieces.append(model.embed(rows[done : placed.start - start]))
-        pieces.append(model.see(mx.array(placed.image.patches), placed.image.grid))
+        pieces.append(model.encode_image(mx.array(placed.image.patches), placed.image.grid))
         # Images are read one at a time, because the tower's inner values take many times the memory
         # of its output.
         mx.eval(pieces[-1])

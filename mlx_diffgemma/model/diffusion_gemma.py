@@ -154,7 +154,7 @@ class DiffusionGemma(nn.Module):
         # A table in a floating-point mode gives bfloat16 in every compute dtype.
         return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self.embed_scale
 
-    def see(self, patches: mx.array, grid: Grid) -> mx.array:
+    def encode_image(self, patches: mx.array, grid: Grid) -> mx.array:
         """The embeddings of an image.  The model's config must have a vision tower.
 
         Source: DiffusionGemmaEncoderModel.get_image_features.
@@ -313,7 +313,7 @@ class DiffusionGemma(nn.Module):
                 start += ids.size
         return rows, segments
 
-    def learn(
+    def training_forward(
         self,
         sequences: Sequence[mx.array],
         canvases: mx.array,

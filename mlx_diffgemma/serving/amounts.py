@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from mlx_diffgemma.errors import ContextError, UserError
 from mlx_diffgemma.media.images import check_budget, header_pixels
-from mlx_diffgemma.media.prompt import check_eyes
+from mlx_diffgemma.media.prompt import check_vision
 from mlx_diffgemma.media.sources import is_data
 from mlx_diffgemma.model.config import ModelConfig
 from mlx_diffgemma.serving.protocols.messages import Message
@@ -51,7 +51,7 @@ class PromptBounds:
         """
         pixels = check_pixels(messages)
         if self._config.vision is not None:  # otherwise the preparation says what is missing
-            _, tokens = check_eyes(self._config)
+            _, tokens = check_vision(self._config)
             budget = tokens.budget if image_tokens is None else check_budget(image_tokens)
             check_images(messages, self._max_tokens, budget)
         # Other images may be large, and a download may take longer than the quick lane allows.

@@ -158,7 +158,7 @@ def losses(
     sequences = [mx.array(ids[:end]) for ids, end in zip(batch.sequences, ends, strict=True)]
     corrupted = mx.array(batch.corrupted)
     soft = first_pass(model, batch, sequences, corrupted) if any(batch.conditioned) else None
-    causal_rows, canvas_rows = model.learn(
+    causal_rows, canvas_rows = model.training_forward(
         sequences, corrupted, batch.starts, soft, grad_checkpoint
     )
     canvas = cross_entropy(
@@ -191,7 +191,7 @@ def first_pass(
     chosen = [row for row, wanted in enumerate(batch.conditioned) if wanted]
     # A canvas sees only what comes before it, so the rest of its sequence need not be read.
     prefixes = [sequences[row][: batch.starts[row]] for row in chosen]
-    _, hidden = model.learn(
+    _, hidden = model.training_forward(
         prefixes, corrupted[mx.array(chosen)], [batch.starts[row] for row in chosen]
     )
     rows = hidden.reshape(-1, hidden.shape[-1])

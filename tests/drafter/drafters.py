@@ -70,7 +70,7 @@ class Oracle:
             vocabulary,
             np.random.default_rng(seed),
         )
-        self.read_rows = {}
+        self.embed_inputs = {}
 
     def causal(self, target):
         return self
@@ -80,7 +80,7 @@ class Oracle:
 
     def read(self, sessions, taps):
         for session, own in zip(sessions, taps):
-            self.read_rows.setdefault(id(session), []).append(own[1])
+            self.embed_inputs.setdefault(id(session), []).append(own[1])
             self.kept = session  # ids are told apart while sessions live
 
     def propose(self, sessions, counts):

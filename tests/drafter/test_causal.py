@@ -168,7 +168,7 @@ def test_what_is_read_are_the_rows_in_the_cache(random_pair):
             prefill_step_size=16,
         )
     )
-    (rows,) = drafter.read_rows.values()
+    (rows,) = drafter.embed_inputs.values()
     states = model.encode(
         [mx.array([*prompt, *wanted[:-1]])], [Cache(model.config.text)], taps=(1,)
     ).taps[1][0]

@@ -46,7 +46,7 @@ def save(model, options, folder):
 
 
 def outputs(model):
-    sequence, canvas = model.learn(
+    sequence, canvas = model.training_forward(
         [mx.array(EXAMPLES[0].ids)],
         mx.array(EXAMPLES[1].ids[None, :16]),
         [20],

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image as pillow
 
 from mlx_diffgemma.media.images import Image, prepare
-from mlx_diffgemma.media.prompt import PlacedImage
+from mlx_diffgemma.media.prompt import ImageSpan
 
 
 def noise(seed, width=100, height=80):
@@ -32,7 +32,7 @@ def prompt_of(model, *parts):
         if isinstance(part, int):
             ids += rng.integers(1, 250, part).tolist()
         else:
-            placed.append(PlacedImage(len(ids) + 1, part))
+            placed.append(ImageSpan(len(ids) + 1, part))
             ids += [tokens.begin, *[tokens.image] * part.soft_tokens, tokens.end]
     return ids, placed
 

@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.decoding.prefix_cache import LEAST, Prefixes
+from mlx_diffgemma.decoding.prefix_cache import LEAST, PrefixCache
 from mlx_diffgemma.model.cache import Cache
 
 
@@ -15,7 +15,7 @@ def made(tiny):
         tiny.encode([mx.array(ids[cache.length :])], [cache])
         return cache
 
-    return Prefixes(Cache(tiny.config.text), 2**40), read
+    return PrefixCache(Cache(tiny.config.text), 2**40), read
 
 
 def ids_of(seed, size):
@@ -102,7 +102,7 @@ class TestBudget:
         _, read = made
         texts = [ids_of(seed, 40) for seed in range(4)]
         caches = [read(ids) for ids in texts]
-        prefixes = Prefixes(Cache(tiny.config.text), 2 * caches[0].nbytes)
+        prefixes = PrefixCache(Cache(tiny.config.text), 2 * caches[0].nbytes)
         prefixes.keep(texts[0], caches[0])
         prefixes.keep(texts[1], caches[1])
         prefixes.begin([*texts[0], 1, 2])  # now used later than the other
@@ -114,12 +114,12 @@ class TestBudget:
     def test_what_is_larger_than_all_is_not_kept(self, made, tiny):
         ids = ids_of(0, 40)
         cache = made[1](ids)
-        prefixes = Prefixes(Cache(tiny.config.text), cache.nbytes - 1)
+        prefixes = PrefixCache(Cache(tiny.config.text), cache.nbytes - 1)
         prefixes.keep(ids, cache)
         assert (len(prefixes), prefixes.nbytes) == (0, 0)
 
     def test_none(self, made, tiny):
-        prefixes = Prefixes(Cache(tiny.config.text), 0)
+        prefixes = PrefixCache(Cache(tiny.config.text), 0)
         ids = ids_of(0, 60)
         prefixes.keep(ids, made[1](ids))
         assert prefixes.begin(ids)[0].length == 0

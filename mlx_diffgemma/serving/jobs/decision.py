@@ -11,7 +11,7 @@ from mlx_diffgemma.generation.decide import Decision, Question, decision_of
 from mlx_diffgemma.generation.label_reading import labels_in_turns
 from mlx_diffgemma.generation.labels import Labels, canvas_for, label_ids
 from mlx_diffgemma.generation.limits import check_room, token_limit
-from mlx_diffgemma.media.prompt import PlacedImage, place, prepare_media
+from mlx_diffgemma.media.prompt import ImageSpan, expand_image_tokens, prepare_media
 from mlx_diffgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffgemma.serving.conversation import template_messages
 from mlx_diffgemma.serving.engine import Engine
@@ -30,7 +30,7 @@ class DecisionPlan:
     """
 
     ids: Sequence[int]
-    images: Sequence[PlacedImage]
+    images: Sequence[ImageSpan]
     questions: Sequence[Question]
     labels: Sequence[Labels]
     lengths: Sequence[int]
@@ -84,7 +84,7 @@ def prepare_decision(engine: Engine, settings: Settings, task: DecisionTask) -> 
     lengths = [canvas_for(model, ids, task.canvas_length) for ids in labels]
     media = prepare_media(images, model.config, task.image_tokens)
     prompt = chat_ids(tokenizer, messages, allow_control_tokens=settings.allow_control_tokens)
-    ids, placed = place(prompt, media, model.config.image_tokens, tokenizer)
+    ids, placed = expand_image_tokens(prompt, media, model.config.image_tokens, tokenizer)
     context = model.config.text.max_position_embeddings
     token_limit(len(ids), None, max(lengths), context)
     settings.check_prompt(len(ids))

@@ -416,8 +416,8 @@ BREAKS = (
     Break(
         "image-places-one-off",
         "mlx_diffgemma/media/prompt.py",
-        "images.append(PlacedImage(len(expanded), image))",
-        "images.append(PlacedImage(len(expanded) - 1, image))",
+        "images.append(ImageSpan(len(expanded), image))",
+        "images.append(ImageSpan(len(expanded) - 1, image))",
         "tests/test_prompt.py -k TestPlaces",
     ),
     Break(

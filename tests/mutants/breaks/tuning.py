@@ -82,7 +82,7 @@ BREAKS = (
         "prefixes = [sequences[row][: batch.starts[row]] for row in chosen]",
         "prefixes = [sequences[row] for row in chosen]",
         "tests/test_trainer.py tests/parity/test_gradients.py -k self_conditioning or losses_and",
-        "learn() lets a canvas at ``starts`` see only what comes before it, whatever the sequence holds behind",
+        "training_forward lets a canvas at ``starts`` see only what comes before it, whatever the sequence holds behind",
     ),
     Break(
         "signal-of-another-row-of-the-batch",
